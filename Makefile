@@ -1,0 +1,44 @@
+# Everything runs in .venv, made here on first use from constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_FLAGS := -q --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test check format bench clean
+.DEFAULT_GOAL := test
+
+# `make demo` needs only the lab; `make test` and `make check` need the developers' tools.
+.venv/demo.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install $(PIP_FLAGS) -e '.[lab]'
+	touch $@
+
+.venv/dev.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install $(PIP_FLAGS) -e '.[dev]'
+	touch $@ .venv/demo.stamp
+
+# A verdict of `fails` is a result: only exit codes from 2 up mean that the run itself went wrong.
+demo: .venv/demo.stamp
+	$(BIN)/polyak reproduce adan lion dpm_solver --home demo/store; status=$$?; test $$status -lt 2
+	$(BIN)/polyak report --home demo/store --out demo/report
+	@echo "The report: demo/report/index.html"
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+check: .venv/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: .venv/dev.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/dev.stamp
+	$(BIN)/python bench/optim.py
+
+clean:
+	rm -rf .venv demo build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,35 @@
+"""The command line: ``polyak list``, ``show``, ``reproduce``, ``report`` and, for those who publish, ``record``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+# What the extra `lab` brings, directly or not, by import name: if one is missing, the extra is what is missing.
+_EXTRA = {
+    "filelock",
+    "jinja2",
+    "joblib",
+    "markupsafe",
+    "matplotlib",
+    "optuna",
+    "platformdirs",
+    "rich",
+    "scipy",
+    "sklearn",
+    "typer",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line (on ``sys.argv`` by default) and exit with its status."""
+    try:
+        from polyak.cli.app import run
+
+        run(arguments)
+    except ModuleNotFoundError as missing:
+        name = (missing.name or "").partition(".")[0]
+        if name not in _EXTRA:
+            raise
+        print(f"polyak: this command needs {name}, of the extra `lab`: pip install 'polyak[lab]'", file=sys.stderr)
+        raise SystemExit(3) from None

@@ -1,0 +1,379 @@
+"""The commands. Each parses, calls the lab, and prints; listing and help import neither torch nor matplotlib."""
+
+import json
+import sys
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+import polyak
+from polyak import claims
+from polyak.cli import terminal
+from polyak.core import checks
+from polyak.lab import scoreboard as board
+from polyak.lab import words
+from polyak.lab.claim import Claim
+from polyak.lab.report import Entry, write_report
+from polyak.lab.result import ClaimResult
+
+if TYPE_CHECKING:
+    from polyak.lab.run import TrialError
+
+CHECKOUT = Path(polyak.__file__).resolve().parents[2]  # the repository's root, if it is one that polyak runs from
+STATUSES = ("holds", "fails", "undecided", "not-run")
+
+app = typer.Typer(
+    name="polyak",
+    help="Parts for learning and physical systems that carry momentum, each with its paper's claim as an experiment.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Slug = Annotated[str, typer.Argument(help="A system's slug; `polyak list` shows all.", show_default=False)]
+Slugs = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="SLUG", help="Systems' slugs; `polyak list` shows all.", show_default=False),
+]
+Home = Annotated[
+    Path | None,
+    typer.Option(help="Folder of stored results (default: POLYAK_HOME, else your data folder).", show_default=False),
+]
+Scale = Annotated[str, typer.Option(help="The size of the experiment; `polyak show SLUG` lists a claim's.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; errors that are about the world and not about this code become one message and status 3."""
+    from polyak.lab.store import StoreError
+
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="polyak")
+    except (StoreError, OSError) as error:
+        _stop(str(error))
+
+
+def _stop(message: str, status: int = 3) -> NoReturn:
+    print(f"polyak: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+# ------------------------------------------------------------------------------------------------------------ what there is
+
+
+def _load(slug: str) -> Claim:
+    try:
+        return claims.load(slug)
+    except LookupError as error:
+        raise typer.BadParameter(error.args[0], param_hint="SLUG") from None
+
+
+def _choose(slugs: Sequence[str], everything: bool) -> list[Claim]:
+    if bool(slugs) == everything:
+        raise typer.BadParameter("name systems or say --all, one of the two", param_hint="SLUG")
+    return list(claims.catalogue().values()) if everything else [_load(slug) for slug in dict.fromkeys(slugs)]
+
+
+def _check(option: str, value: str, allowed: Sequence[str]) -> str:
+    try:
+        return checks.one_of(option, value, allowed)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+def _check_scale(chosen: Sequence[Claim], scale: str) -> None:
+    for claim in chosen:
+        _check(f"--scale of {claim.slug}", scale, [s.name for s in claim.scales])
+
+
+def _check_count(option: str, value: int | None) -> None:
+    try:
+        checks.integer(option, 1 if value is None else value, least=1)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
+
+
+def _check_device(device: str) -> None:
+    from polyak.lab.versions import device_kind
+
+    try:
+        device_kind(device)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
+
+
+def _entries(chosen: Sequence[Claim], home: Path | None, scale: str = "small", device: str = "cpu") -> list[Entry]:
+    """Each claim with its result: from the store where it has a complete one of the current code, else as published."""
+    own = _stored(chosen, home, scale, device)
+    found = {slug: result or claims.published(slug) for slug, result in own.items()}
+    return [Entry(c, found[c.slug], published=own[c.slug] is None and found[c.slug] is not None) for c in chosen]
+
+
+def _stored(chosen: Sequence[Claim], home: Path | None, scale: str, device: str) -> dict[str, ClaimResult | None]:
+    from polyak.lab.store import FILE, Store, _home
+
+    found: dict[str, ClaimResult | None] = dict.fromkeys((c.slug for c in chosen), None)
+    # Reading must not make a store where there is none, nor load what judges results where there are none.
+    if (_home(home) / FILE).exists():
+        with Store(home) as store:
+            ran = {(r.claim, r.scale) for r in store.runs() if r.done}
+            for claim in chosen:
+                if (claim.slug, scale) in ran and any(s.name == scale for s in claim.scales):
+                    from polyak.lab.run import collect
+
+                    found[claim.slug] = collect(claim, scale=scale, device=device, store=store)
+    return found
+
+
+def _facts(entry: Entry) -> dict[str, Any]:
+    claim, result = entry.claim, entry.result
+    facts = {"slug": claim.slug, "room": claim.room, "name": claim.name, "summary": claim.summary}
+    facts |= {"verdict": words.verdict_of(result), "published": entry.published}
+    if result is not None:
+        facts |= {"scale": result.scale, "seeds": len(result.seeds), "date": result.date}
+    return facts
+
+
+# ---------------------------------------------------------------------------------------------------------------- commands
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"polyak {polyak.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("list")
+def list_systems(
+    room: Annotated[str, typer.Option(help="Only this room's.", show_default=False)] = "",
+    status: Annotated[
+        str, typer.Option(help=f"Only with this verdict: {', '.join(STATUSES)}.", show_default=False)
+    ] = "",
+    home: Home = None,
+    as_json: Json = False,
+) -> None:
+    """List all systems with their latest verdict.
+
+    It is your own where the store holds a complete run of the current code, else the one published with polyak.
+    """
+    chosen = list(claims.catalogue().values())
+    if room:
+        _check("--room", room, sorted({c.room for c in chosen}))
+        chosen = [c for c in chosen if c.room == room]
+    if status:
+        _check("--status", status, STATUSES)
+    entries = [e for e in _entries(chosen, home) if status in ("", words.verdict_of(e.result).replace(" ", "-"))]
+    if as_json:
+        _print_json([_facts(e) for e in entries])
+    elif entries:
+        terminal.console().print(terminal.listing(entries))
+    else:
+        print("No system is like that.")
+
+
+@app.command()
+def show(slug: Slug, home: Home = None, as_json: Json = False) -> None:
+    """Show one system: its claim, verdict, and use."""
+    [entry] = _entries([_load(slug)], home)
+    if not as_json:
+        terminal.sheet(terminal.console(), entry)
+        return
+    claim, paper = entry.claim, entry.claim.paper
+    facts = _facts(entry) | {
+        "says": claim.says,
+        "part": claim.part,
+        "usage": words.usage(claim),
+        "budget": claim.budget,
+    }
+    facts["paper"] = {
+        "title": paper.title,
+        "year": paper.year,
+        "venue": paper.venue,
+        "url": paper.url,
+        "code": paper.code,
+    }
+    facts["arms"] = [{"name": a.name, "label": a.label, "role": a.role, "says": a.says} for a in claim.arms]
+    facts["tasks"] = [{"name": t.name, "label": t.label, "says": t.says} for t in claim.tasks]
+    facts["scales"] = [{"name": s.name, "says": s.says, "seeds": s.seeds} for s in claim.scales]
+    facts["criteria"] = [{"name": c.name, "says": c.says, "gating": c.gating} for c in claim.criteria]
+    facts["departures"] = list(claim.departures)
+    facts["result"] = board.published_record(entry.result) if entry.result else None
+    _print_json(facts)
+
+
+@app.command()
+def reproduce(
+    slugs: Slugs = None,
+    everything: Annotated[bool, typer.Option("--all", help="All systems.")] = False,
+    scale: Scale = "small",
+    seeds: Annotated[
+        int | None, typer.Option(help="How many seeds (default: the scale's).", show_default=False)
+    ] = None,
+    device: Device = "cpu",
+    jobs: Annotated[
+        int | None, typer.Option(help="Trials at once (default: one per core).", show_default=False)
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Count undecided as failed in the exit status.")] = False,
+    home: Home = None,
+    as_json: Json = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print the traceback of a trial that cannot run.")] = False,
+) -> None:
+    """Run claims and judge them.
+
+    The method and its baselines run at an equal budget, on several seeds. What is stored already is not run again.
+
+    Exit status: 0 if all claims hold or are undecided, 1 if one fails (with --strict: or is undecided), 2 if the command
+    is wrong, 3 if something could not run, 130 if interrupted.
+    """
+    from polyak.lab.run import TrialError, run_many
+    from polyak.lab.store import Store
+
+    chosen = _choose(slugs or [], everything)
+    _check_count("--seeds", seeds)
+    _check_count("--jobs", jobs)
+    _check_scale(chosen, scale)
+    _check_device(device)
+    try:
+        with Store(home) as store, terminal.progress() as tell:
+            found = run_many(chosen, scale=scale, seeds=seeds, device=device, jobs=jobs, store=store, on_progress=tell)
+    except TrialError as error:
+        _stop(_trial_error(error, verbose))
+    except KeyboardInterrupt:
+        _stop("interrupted. Finished trials are kept: the same command goes on from there.", 130)
+    if as_json:
+        _print_json({slug: board.published_record(result) for slug, result in found.items()})
+    else:
+        out = terminal.console()
+        for claim in chosen:
+            terminal.outcome(out, claim, found[claim.slug])
+        options = ("" if home is None else f" --home {home}") + ("" if scale == "small" else f" --scale {scale}")
+        out.print(f"Plots and all numbers: polyak report {' '.join(c.slug for c in chosen)}{options}", soft_wrap=True)
+    failing = {"fails", "undecided"} if strict else {"fails"}
+    raise typer.Exit(1 if any(r.verdict in failing for r in found.values()) else 0)
+
+
+def _trial_error(error: "TrialError", verbose: bool) -> str:
+    """What could not run and why; the traceback only if asked for."""
+    if verbose:
+        return str(error)
+    what, why = str(error).splitlines()[0], error.trace.strip().splitlines()[-1:]
+    return "\n".join([what, *(f"  {line}" for line in why), "(--verbose prints all; finished trials are kept)"])
+
+
+@app.command()
+def report(
+    slugs: Slugs = None,
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("polyak-report"),
+    show_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    scale: Scale = "small",
+    device: Device = "cpu",
+    home: Home = None,
+) -> None:
+    """Write the HTML report.
+
+    An index over all systems, and a page for each (or only for those named). The pages open from disk and need no network.
+    """
+    named = [_load(slug) for slug in slugs or []]
+    _check_scale(named, scale)
+    _check_device(device)
+    entries = _entries(list(claims.catalogue().values()), home, scale, device)
+    pages = {c.slug for c in named} or None
+    index = write_report(entries, out, pages=pages)
+    for entry in entries:
+        if pages and entry.claim.slug in pages and entry.result is None:
+            print(f"{entry.claim.slug} has not been run: polyak reproduce {entry.claim.slug}", file=sys.stderr)
+    first = out / f"{named[0].slug}.html" if len(named) == 1 else index
+    print(f"The report: {first}")
+    if show_it:
+        webbrowser.open(first.resolve().as_uri())
+
+
+# --------------------------------------------------------------------------------------------------------------- publishing
+
+
+def _need_checkout() -> None:
+    if not (CHECKOUT / "pyproject.toml").exists() or not (CHECKOUT / "README.md").exists():
+        _stop("verdicts are published in a checkout of polyak, and this is an installed package")
+
+
+def _generated() -> dict[Path, str]:
+    """What SCOREBOARD.md and README.md should say."""
+    entries = [(claim, claims.published(slug)) for slug, claim in claims.catalogue().items()]
+    readme = CHECKOUT / "README.md"
+    try:
+        text = board.with_table(readme.read_text(encoding="utf-8"), board.systems_table(entries))
+    except ValueError as error:
+        _stop(str(error))
+    return {CHECKOUT / "SCOREBOARD.md": board.scoreboard(entries), readme: text}
+
+
+def _write_generated() -> None:
+    for path, text in _generated().items():
+        path.write_text(text, encoding="utf-8")
+
+
+@app.command()
+def record(slugs: Slugs = None, scale: Scale = "small", device: Device = "cpu", home: Home = None) -> None:
+    """Publish verdicts from the store.
+
+    They are written next to the claims, in SCOREBOARD.md and in the README's table. For those who work in a checkout.
+    Refused where the store has no complete run of the current code.
+    """
+    _need_checkout()
+    chosen = _choose(slugs or [], False)
+    _check_scale(chosen, scale)
+    _check_device(device)
+    _generated()  # what could not be written must stop this before anything is
+    found = _stored(chosen, home, scale, device)
+    if missing := [slug for slug, result in found.items() if result is None]:
+        command = f"polyak reproduce {' '.join(missing)}{'' if scale == 'small' else f' --scale {scale}'}"
+        _stop(
+            f"the store has no complete run of {', '.join(missing)} at scale {scale} with the current code: {command}"
+        )
+    for slug, result in found.items():
+        if result is not None:
+            text = json.dumps(board.published_record(result), indent=1, ensure_ascii=False, allow_nan=False)
+            claims.verdict_path(slug).write_text(text + "\n", encoding="utf-8")
+            print(f"{slug}: {result.verdict}")
+    _write_generated()
+
+
+@app.command("scoreboard")
+def write_scoreboard(
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit with 1 if something is out of date.")
+    ] = False,
+) -> None:
+    """Write SCOREBOARD.md and README's table.
+
+    They are made anew from the published verdicts.
+    """
+    _need_checkout()
+    if not check:
+        _write_generated()
+        return
+    stale = [
+        path.name
+        for path, text in _generated().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+    if stale:
+        _stop(f"{' and '.join(stale)} do not match the published verdicts: run `polyak scoreboard`", 1)

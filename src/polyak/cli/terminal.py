@@ -1,0 +1,173 @@
+"""What the terminal shows of claims and results: tables, sheets, progress."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from polyak.lab import words
+from polyak.lab.claim import Claim
+from polyak.lab.report import Entry
+from polyak.lab.result import ClaimResult
+
+if TYPE_CHECKING:
+    from polyak.lab.run import Progress
+
+STYLES = {"holds": "green", "fails": "red", "undecided": "yellow", "not run": "dim"}
+REST_S = 30  # where no terminal redraws a line, progress is told this often
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on stdout or stderr. Into a file or pipe it writes lines of 120 characters."""
+    made = Console(stderr=stderr, highlight=False)
+    if not made.is_terminal:
+        made.width = 120
+    return made
+
+
+def verdict(name: str, note: str = "") -> Text:
+    """ "✓ holds", coloured."""
+    return Text.assemble((f"{words.GLYPHS[name]} {name}", STYLES[name]), (f" {note}" if note else "", "dim"))
+
+
+def listing(entries: Sequence[Entry]) -> Table:
+    """All systems in a table."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for head in ("system", "room", "verdict"):
+        table.add_column(head, no_wrap=True)
+    table.add_column("what it is")
+    for e in entries:
+        mark = "(published)" if e.published else ""
+        table.add_row(e.claim.slug, e.claim.room, verdict(words.verdict_of(e.result), mark), Text(e.claim.summary))
+    return table
+
+
+def results(result: ClaimResult) -> Table:
+    """A claim's criteria with their numbers."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("criterion", ratio=1)
+    for head in ("estimate", "95 % interval", "asked", "seeds", "verdict"):
+        table.add_column(head, justify="left" if head == "verdict" else "right", no_wrap=True)
+    for c in result.criteria:
+        says = Text(c.says)
+        if not c.gating:
+            says.append(" (reported only)", "dim")
+        if c.control_verdict == "holds":
+            says.append("\nits control passes, too: it says nothing", "yellow")
+        numbers = (words.number(c.estimate), words.interval(c), words.bound(c), words.seeds_passing(c))
+        table.add_row(says, *numbers, verdict(c.verdict))
+    return table
+
+
+def outcome(out: Console, claim: Claim, result: ClaimResult, *, published: bool = False) -> None:
+    """A claim's verdict in one line, what was found in a sentence, its criteria in a table."""
+    head = Text.assemble(verdict(result.verdict), ": ", (claim.name, "bold"), f" {words.where(result)}")
+    out.print(head.append(f" (published, {words.day(result.date)})" if published else "", "dim"))
+    out.print(Text(words.finding(result)))
+    if lost := sum(t.diverged for t in result.trials if t.purpose == "report"):
+        out.print(Text(f"{words.count(lost, 'reported trial')} diverged, counted at the worst value.", "yellow"))
+    out.print(results(result))
+
+
+def sheet(out: Console, entry: Entry) -> None:
+    """All about one system."""
+    claim, paper = entry.claim, entry.claim.paper
+    out.print(Text.assemble((claim.name, "bold"), f"  {claim.slug}, {claim.room}", (f"\n{claim.summary}", "")))
+    source = ", ".join(filter(None, (f"{paper.title} ({paper.year})", paper.venue, paper.url, paper.code)))
+    _part(out, "The paper says", [claim.says, source])
+    _part(out, "Use it", words.usage(claim))
+    asked = [c.says + ("" if c.gating else " (reported only)") for c in claim.criteria]
+    _part(out, "Criteria", asked)
+    _part(
+        out,
+        f"Arms, at equal {claim.budget}",
+        [f"{a.label} ({a.role}){': ' + a.says if a.says else ''}" for a in claim.arms],
+    )
+    _part(out, "Tasks", [f"{t.label}{': ' + t.says if t.says else ''}" for t in claim.tasks])
+    _part(out, "Scales", [f"{s.name}: {s.says} ({words.count(s.seeds, 'seed')})" for s in claim.scales])
+    _part(out, "Departures", claim.departures)
+    out.print()
+    if entry.result is None:
+        out.print(Text.assemble(verdict("not run"), f": polyak reproduce {claim.slug}"))
+    else:
+        outcome(out, claim, entry.result, published=entry.published)
+
+
+def _part(out: Console, head: str, lines: Sequence[str]) -> None:
+    if lines:
+        out.print(Text(f"\n{head}", "bold"))
+        for line in lines:
+            out.print(Padding(Text(line), (0, 0, 0, 2)))
+
+
+class Tally:
+    """The progress of all claims of a run together."""
+
+    def __init__(self) -> None:
+        self._claims: dict[str, Progress] = {}
+
+    def take(self, p: Progress) -> None:
+        self._claims[p.claim] = p
+
+    @property
+    def done(self) -> int:
+        return sum(p.done for p in self._claims.values())
+
+    @property
+    def total(self) -> int:
+        return sum(p.total for p in self._claims.values())
+
+    def left(self, p: Progress) -> str:
+        """How long it will still take, by the latest news."""
+        if self.done >= self.total:
+            cached = sum(p.cached for p in self._claims.values())
+            return f"done, {cached} of them before" if cached else "done"
+        return "estimating the time" if p.eta_seconds is None else f"{words.duration(p.eta_seconds)} left"
+
+    @property
+    def running(self) -> str:
+        return "; ".join(label for p in self._claims.values() for label in p.running)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[Progress], None]]:
+    """A bar on stderr while claims run; where stderr is no terminal, a line now and then."""
+    out, tally = console(stderr=True), Tally()
+    if not out.is_terminal:
+        yield _lines(tally)
+        return
+    from rich.progress import BarColumn, TextColumn
+    from rich.progress import Progress as Bar
+
+    left = TextColumn("{task.fields[left]}", markup=False)
+    with Bar(BarColumn(30), TextColumn("{task.completed:.0f} of {task.total:.0f} trials"), left, console=out) as bar:
+        row = bar.add_task("", total=1, left="")
+
+        def tell(p: Progress) -> None:
+            tally.take(p)
+            running = f"; {tally.running}" if tally.running else ""
+            bar.update(row, completed=tally.done, total=tally.total, left=tally.left(p) + running)
+
+        yield tell
+
+
+def _lines(tally: Tally) -> Callable[[Progress], None]:
+    told = -math.inf
+
+    def tell(p: Progress) -> None:
+        nonlocal told
+        tally.take(p)
+        if p.elapsed - told >= REST_S or (tally.done == tally.total and p.running == ()):
+            told = p.elapsed
+            print(f"{tally.done} of {tally.total} trials, {tally.left(p)}", file=sys.stderr, flush=True)
+
+    return tell

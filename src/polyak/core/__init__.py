@@ -1,0 +1,1 @@
+"""What every room shares: argument checks, recurrences of momentum and averaging, one-step integrators, schedules."""

@@ -1,0 +1,115 @@
+"""Distances between laws: from samples, and in closed form between Gaussians.
+
+Samples are tensors of shape (n, d), float; computed in float64. Numbers are returned as Python floats.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polyak.core import checks
+
+
+def _samples(name: str, x: Tensor) -> Tensor:
+    if x.ndim != 2 or x.shape[0] == 0:
+        raise ValueError(f"{name} must have shape (n, d) with n > 0, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    return x.to(torch.float64)
+
+
+def _pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    x, y = _samples("x", x), _samples("y", y)
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"x and y must have one dimension, got {x.shape[1]} and {y.shape[1]}")
+    return x, y
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """(n, m) Euclidean distances, without the cancellation of the matrix-product form."""
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def wasserstein_1d(x: Tensor, y: Tensor, p: float = 2.0) -> Tensor:
+    """Exact p-Wasserstein distances ``(int |F^-1 - G^-1|^p)^(1/p)`` of each column; sizes may differ.
+
+    Args:
+        x: (n, k). y: (m, k).
+
+    Returns:
+        (k,), float64.
+    """
+    x, y = _pair(x, y)
+    checks.between("p", p, 1.0, 1e6)
+    (n, m) = len(x), len(y)
+    x, y = x.sort(0).values, y.sort(0).values
+    if n != m:  # both quantile functions are constant between the merged jumps i/n and j/m
+        steps = torch.cat([torch.arange(1, n + 1, device=x.device) * m, torch.arange(1, m + 1, device=x.device) * n])
+        ends = steps.unique()
+        x, y = x[(ends - 1) // m], y[(ends - 1) // n]
+        mass = torch.diff(ends, prepend=ends.new_zeros(1)).to(torch.float64) / (n * m)
+        return (mass[:, None] * (x - y).abs() ** p).sum(0) ** (1 / p)
+    return ((x - y).abs() ** p).mean(0) ** (1 / p)
+
+
+def sliced_wasserstein(
+    x: Tensor, y: Tensor, *, p: float = 2.0, projections: int = 128, generator: torch.Generator | None = None
+) -> float:
+    """Sliced p-Wasserstein distance ``(E_u W_p(u.x, u.y)^p)^(1/p)`` over uniform directions u (Rabin et al., 2011)."""
+    x, y = _pair(x, y)
+    checks.integer("projections", projections, least=1)
+    directions = torch.randn(x.shape[1], projections, dtype=torch.float64, device=x.device, generator=generator)
+    directions = directions / directions.norm(dim=0)
+    return ((wasserstein_1d(x @ directions, y @ directions, p) ** p).mean() ** (1 / p)).item()
+
+
+def energy_distance(x: Tensor, y: Tensor) -> float:
+    """``2 E|X-Y| - E|X-X'| - E|Y-Y'|`` (Szekely and Rizzo, 2013), the V-statistic: >= 0, and 0 for equal samples."""
+    x, y = _pair(x, y)
+    return (2 * _distances(x, y).mean() - _distances(x, x).mean() - _distances(y, y).mean()).item()
+
+
+def gaussian_w2(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
+    """Exact 2-Wasserstein distance between two Gaussians (Dowson and Landau, 1982).
+
+    ``W2^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2)``. Means (d,), covariances (d, d).
+    """
+    m1, c1, m2, c2 = (torch.as_tensor(v, dtype=torch.float64) for v in (mean1, cov1, mean2, cov2))
+    if m1.ndim != 1 or m1.shape != m2.shape or not c1.shape == c2.shape == (len(m1), len(m1)):
+        raise ValueError(
+            f"means must have shape (d,), covariances (d, d), got {[tuple(v.shape) for v in (m1, c1, m2, c2)]}"
+        )
+    values, vectors = torch.linalg.eigh(c1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
+    square = (m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross
+    return square.clamp(min=0).sqrt().item()
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """``W2^2`` between the Gaussians with the samples' means and covariances: FID, in whatever space the samples are."""
+    x, y = _pair(x, y)
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"x and y must have at least 2 samples each, got {len(x)} and {len(y)}")
+    return gaussian_w2(x.mean(0), _covariance(x), y.mean(0), _covariance(y)) ** 2
+
+
+def _covariance(x: Tensor) -> Tensor:
+    centred = x - x.mean(0)
+    return centred.T @ centred / (len(x) - 1)
+
+
+def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991).
+
+    Precision: the share of generated points within the k-th neighbour radius of some real point; recall: the reverse.
+    """
+    real, generated = _samples("real", real), _samples("generated", generated)
+    checks.integer("k", k, least=1, most=min(len(real), len(generated)) - 1)
+    between = _distances(real, generated)
+    radius_real = _distances(real, real).kthvalue(k + 1, dim=1).values  # the nearest is the point itself
+    radius_generated = _distances(generated, generated).kthvalue(k + 1, dim=1).values
+    precision = (between <= radius_real[:, None]).any(0)
+    recall = (between <= radius_generated).any(1)
+    return precision.double().mean().item(), recall.double().mean().item()

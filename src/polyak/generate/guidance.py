@@ -1,0 +1,73 @@
+"""Guidance: how a conditional and an unconditional prediction are combined.
+
+A guidance is asked once per evaluation. What it carries along a trajectory (momentum, statistics) lives in a state that
+:meth:`Guidance.init` makes anew for every trajectory, never in the object, so that one object serves many samplers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from polyak.core import checks
+from polyak.generate.prediction import Prediction
+
+
+@runtime_checkable
+class Guidance(Protocol):
+    """What sampling asks of a guidance.
+
+    ``paired`` says whether the unconditional prediction is needed; where it is not, ``uncond`` is the conditional one.
+    """
+
+    @property
+    def paired(self) -> bool: ...
+
+    def init(self) -> Any:
+        """The state at the start of a trajectory; None for a guidance without memory."""
+        ...
+
+    def __call__(self, cond: Prediction, uncond: Prediction, state: Any = None, *, update: bool = True) -> Prediction:
+        """The guided prediction.
+
+        ``update`` is true at the first evaluation of a solver's step: only then may the state change; the further stages of
+        a step read it.
+        """
+        ...
+
+    def reindex(self, state: Any, ancestors: Tensor) -> Any:
+        """The state after resampling: row i of the batch came from row ``ancestors[i]``."""
+        ...
+
+
+class CFG:
+    """Classifier-free guidance ``cond + (scale - 1) (cond - uncond)`` (Ho and Salimans, arXiv 2207.12598).
+
+    Scale 1 is the conditional prediction (and asks for no other), 0 the unconditional one. The combination is linear, hence
+    the same in every dialect.
+    """
+
+    def __init__(self, scale: float = 7.5) -> None:
+        self.scale = checks.real("scale", scale)
+
+    def __repr__(self) -> str:
+        return f"CFG(scale={self.scale:g})"
+
+    @property
+    def paired(self) -> bool:
+        return self.scale != 1.0
+
+    def init(self) -> None:
+        return None
+
+    def __call__(self, cond: Prediction, uncond: Prediction, state: None = None, *, update: bool = True) -> Prediction:
+        if not self.paired:
+            return cond
+        other = uncond.output if uncond.kind == cond.kind else uncond.x0
+        own = cond if uncond.kind == cond.kind else cond.replace(cond.x0, "sample")
+        return own.replace(torch.lerp(other, own.output, self.scale))
+
+    def reindex(self, state: None, ancestors: Tensor) -> None:
+        return None

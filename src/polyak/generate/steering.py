@@ -1,0 +1,88 @@
+"""Steering: how a population of trajectories is weighed and resampled while it is generated.
+
+Particles are rows: ``batch`` systems of ``k`` particles are a tensor of ``batch * k`` rows, those of one system adjacent.
+Log-weights live in the state, in float64, and are carried between resamplings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from polyak.generate.prediction import Prediction
+
+
+@dataclass(frozen=True)
+class SteeringState:
+    """The weights of a population. Systems extend it with what they carry along (past rewards, clocks).
+
+    Attributes:
+        logw: (batch, k), unnormalised log-weights since the last resampling, float64.
+        log_z: (batch,), the accumulated log-evidence, float64.
+        ancestors: (batch * k,) int64 if the last step moved particles: row i came from row ``ancestors[i]``; else None.
+    """
+
+    logw: Tensor
+    log_z: Tensor
+    ancestors: Tensor | None = None
+
+    @classmethod
+    def uniform(cls, batch: int, k: int, *, device: torch.device | str | None = None) -> SteeringState:
+        """Equal weights."""
+        logw = torch.zeros(batch, k, dtype=torch.float64, device=device)
+        return cls(logw, torch.zeros(batch, dtype=torch.float64, device=device))
+
+    def moved(self, ancestors: Tensor | None) -> SteeringState:
+        """The same weights, with what the step moved."""
+        return replace(self, ancestors=ancestors)
+
+
+@runtime_checkable
+class Steering(Protocol):
+    """What sampling asks of a steering."""
+
+    @property
+    def particles(self) -> int:
+        """k, the particles per system."""
+        ...
+
+    @property
+    def resamples(self) -> bool:
+        """Whether particles are ever copied; then a deterministic solver is refused, whose copies never separate."""
+        ...
+
+    def init(self, batch: int, k: int) -> SteeringState: ...
+
+    def step(
+        self,
+        state: SteeringState,
+        x_next: Tensor,
+        *,
+        pred: Prediction,
+        x0_hat: Tensor,
+        step: int,
+        t: float,
+        t_next: float,
+        last: bool,
+        log_ratio: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, SteeringState]:
+        """Weigh the population after a solver's step from t to t_next, and resample it if its time has come.
+
+        Args:
+            x_next: (batch * k, ...), the states at t_next.
+            pred, x0_hat: the prediction at the step's start, and its x0.
+            step: the step's index, from 0; ``last`` marks the last one.
+            log_ratio: (batch * k,), log of target over proposal density of this transition, where the solver knows it.
+
+        Returns:
+            The states, reordered by ``state.ancestors`` where that is not None, and the new state.
+        """
+        ...
+
+    def select(self, state: SteeringState, x: Tensor) -> Tensor:
+        """What is returned of the final population x of (batch * k, ...)."""
+        ...

@@ -1,0 +1,59 @@
+"""The engine of claims: trials, seeds, budgets, tuning, statistics, storage, reports.
+
+``from polyak.lab import Store, run``: names are imported when they are first used, so that this package stays light.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from polyak.lab.data import DataError
+    from polyak.lab.run import Progress, TrialError, collect, run, run_many
+    from polyak.lab.statistics import judge, verdict
+    from polyak.lab.store import Store, StoreError
+
+__all__ = [
+    "DataError",
+    "Progress",
+    "Store",
+    "StoreError",
+    "TrialError",
+    "collect",
+    "judge",
+    "run",
+    "run_many",
+    "verdict",
+]
+
+_HOMES = {
+    "data": ("DataError",),
+    "run": ("Progress", "TrialError", "collect", "run", "run_many"),
+    "statistics": ("judge", "verdict"),
+    "store": ("Store", "StoreError"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+class _Lab(ModuleType):
+    """This package. Importing its module ``run`` would put that module in the place of the function of the same name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name == "run" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Lab

@@ -1,0 +1,299 @@
+"""What a claim is, in data: the words of the lab, and nothing that runs.
+
+A claim's file declares one :class:`Claim` named ``CLAIM``. Importing it must stay light (no torch, numpy, scipy or
+matplotlib at module level): listings and help read claims, too. What is heavy is imported inside the trial function.
+
+The words: a *system* is one paper's method (one slug); its *claim* says what the paper says; an *arm* is one competitor,
+the paper's baseline first; a *task* is a problem the arms are run on; a *trial* is one arm on one task with one seed; a
+*measurement* is what a trial yields; a *criterion* is what must hold; a *verdict* is ``holds``, ``fails`` or ``undecided``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, Literal
+
+Verdict = Literal["holds", "fails", "undecided"]
+Role = Literal["baseline", "method", "ablation", "control"]
+Value = float | int | str | bool | None
+EMPTY: Mapping[str, Any] = {}
+
+
+class Diverged(ArithmeticError):
+    """Raised by a trial that cannot go on (NaN, overflow). The lab records every metric at its worst: a measurement."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """Where the method comes from."""
+
+    title: str
+    year: int
+    arxiv: str = ""  # "2208.06677"
+    venue: str = ""
+    code: str = ""  # address of the official code
+
+    @property
+    def url(self) -> str:
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One competitor.
+
+    ``options`` are fixed and handed to the trial. ``grid`` is tuned: every point of the product of its values is one tuning
+    trial per task, on seeds that are never reported, and the best point is used for the reported seeds. Within a claim
+    every arm that is tuned on a task must have a grid of the same size.
+    """
+
+    name: str
+    label: str
+    role: Role
+    options: Mapping[str, Value] = field(default_factory=dict)
+    grid: Mapping[str, Sequence[Value]] = field(default_factory=dict)
+    says: str = ""
+    tasks: tuple[str, ...] = ()  # the tasks that it is run on; empty: all
+
+    @property
+    def points(self) -> list[dict[str, Value]]:
+        """The grid's points in order; one empty point where nothing is tuned."""
+        names = list(self.grid)
+        return [dict(zip(names, values, strict=True)) for values in product(*(self.grid[n] for n in names))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A measured quantity. ``worst`` is what a diverged trial scores (default: infinitely bad)."""
+
+    name: str
+    label: str
+    better: Literal["lower", "higher"] = "lower"
+    unit: str = ""
+    worst: float | None = None
+
+    @property
+    def worst_value(self) -> float:
+        if self.worst is not None:
+            return self.worst
+        return math.inf if self.better == "lower" else -math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A curve over the course of trials: metric ``y`` against the measurement's coordinate ``x``, one line per arm."""
+
+    x: str  # a key of Measurement.at, e.g. "step" or "nfe"
+    y: str  # a metric's name
+    x_label: str = ""
+    log_x: bool = False
+    log_y: bool = False
+    title: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A problem the arms are run on. ``tune`` names the metric by which grids are tuned here ("" where none is)."""
+
+    name: str
+    label: str
+    says: str = ""  # data, model, budget, in a sentence
+    options: Mapping[str, Value] = field(default_factory=dict)
+    tune: str = ""
+    plots: tuple[Plot, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A size at which a claim can be run; ``small`` is minutes on two CPU cores with data at hand offline."""
+
+    name: str
+    says: str
+    seeds: int
+    tuning_seeds: int = 1
+    options: Mapping[str, Value] = field(default_factory=dict)
+    task_options: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)  # per task, over the task's own
+    tasks: tuple[str, ...] = ()  # the tasks that exist at this scale; empty: all
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criterion:
+    """What must hold, set before the run: ``arm``'s metric on ``task``, compared with ``against``, within ``bound``.
+
+    compare: "ratio" arm/against, "difference" arm - against, "value" arm alone. With several names in ``against``
+        (or several arms) the best of them, seed by seed, is compared with.
+    op, bound: the statistic must be ``<=``, ``<``, ``>=`` or ``>`` than the bound.
+    rule: "every" seed must satisfy it (exact and deterministic claims, "n of n seeds"); or the "mean" over seeds must,
+        with a paired-bootstrap interval and an exact sign-flip test both on one side of the bound, else it is undecided.
+        Ratios are averaged as logarithms.
+    control: an arm that lacks the method's key ingredient; put in ``arm``'s place it must not pass, else the criterion says
+        nothing and is ``undecided``.
+    gating: whether the claim's verdict depends on it; a criterion that is not gating is only reported.
+    """
+
+    name: str
+    says: str
+    task: str
+    metric: str
+    arm: str
+    against: str | tuple[str, ...] = ""
+    against_metric: str = ""  # where the other side is another metric, e.g. at another budget
+    compare: Literal["ratio", "difference", "value"] = "ratio"
+    op: Literal["<=", "<", ">=", ">"] = "<="
+    bound: float = 1.0
+    rule: Literal["every", "mean"] = "mean"
+    control: str = ""
+    gating: bool = True
+
+    @property
+    def rivals(self) -> tuple[str, ...]:
+        return (self.against,) if isinstance(self.against, str) and self.against else tuple(self.against)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a trial yields: values by metric name, with ``at`` the coordinates on the way (``{"step": 10}``).
+
+    A measurement without coordinates is final: the trial's results. A trial yields exactly one, as its last; metrics may be
+    left out of those on the way.
+    """
+
+    values: Mapping[str, float]
+    at: Mapping[str, float] | None = None
+
+
+def measure(_at: Mapping[str, float] | None = None, **values: float) -> Measurement:
+    """``measure({"step": 10}, loss=0.3)`` on the way; ``measure(loss=0.2, accuracy=0.9)`` at the end."""
+    return Measurement(values=values, at=_at)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What a trial function is given: all that determines its result.
+
+    ``options`` holds, later over earlier, the scale's, the task's, the scale's for this task, the arm's, and the chosen
+    point of the arm's grid. ``seed`` is the same for every arm of a pair: derive data order and initial state from it alone.
+    """
+
+    claim: str
+    scale: str
+    task: str
+    arm: str
+    seed: int
+    device: str = "cpu"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, key: str) -> Any:
+        try:
+            return self.options[key]
+        except KeyError:
+            raise KeyError(
+                f"trial of {self.claim}: no option {key!r} for arm {self.arm!r}, task {self.task!r}; it has {sorted(self.options)}"
+            ) from None
+
+
+TrialFunction = Callable[[Trial], Iterator[Measurement]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One system's claim: what its paper says, and the experiment that shows it. The lab does all the rest."""
+
+    slug: str
+    room: str  # "optim", "generate", ...
+    name: str  # "Adan"
+    summary: str  # one line for listings
+    says: str  # what the paper says, in our own words, with its figures
+    paper: Paper
+    part: str  # "polyak.optim.adan:Adan"
+    budget: str  # the unit in which arms are given equal budgets, e.g. "optimizer steps"
+    tasks: tuple[Task, ...]
+    arms: tuple[Arm, ...]
+    scales: tuple[Scale, ...]
+    metrics: tuple[Metric, ...]
+    criteria: tuple[Criterion, ...]
+    trial: TrialFunction
+    departures: tuple[str, ...] = ()  # where the experiment differs from the paper's, and known quirks of official code
+    sources: tuple[str, ...] = ()  # further modules whose code decides results, beside the part's
+    usage: str = ""  # two to four lines of code with the part in use; "": its import alone is shown
+
+    def __post_init__(self) -> None:
+        check_claim(self)
+
+    def task(self, name: str) -> Task:
+        return _named(self.tasks, name, f"claim {self.slug}: task")
+
+    def arm(self, name: str) -> Arm:
+        return _named(self.arms, name, f"claim {self.slug}: arm")
+
+    def scale(self, name: str) -> Scale:
+        return _named(self.scales, name, f"claim {self.slug}: scale")
+
+    def metric(self, name: str) -> Metric:
+        return _named(self.metrics, name, f"claim {self.slug}: metric")
+
+    def tasks_at(self, scale: str) -> tuple[Task, ...]:
+        only = self.scale(scale).tasks
+        return tuple(t for t in self.tasks if not only or t.name in only)
+
+    def arms_on(self, task: str) -> tuple[Arm, ...]:
+        return tuple(a for a in self.arms if not a.tasks or task in a.tasks)
+
+    def options(self, scale: str, task: str, arm: str, point: Mapping[str, Value] = EMPTY) -> dict[str, Any]:
+        """What :attr:`Trial.options` holds for this combination."""
+        s, t, a = self.scale(scale), self.task(task), self.arm(arm)
+        return {**s.options, **t.options, **s.task_options.get(task, {}), **a.options, **point}
+
+
+def _named(items: Iterable[Any], name: str, what: str) -> Any:
+    found = {item.name: item for item in items}
+    if name not in found:
+        raise KeyError(f"{what} {name!r} is unknown; it has {', '.join(found)}")
+    return found[name]
+
+
+def check_claim(claim: Claim) -> None:
+    """Raise ValueError where a claim contradicts itself: unknown names, unequal tuning budgets, a missing baseline."""
+    where = f"claim {claim.slug!r}"
+    for kind in ("tasks", "arms", "scales", "metrics"):
+        names = [item.name for item in getattr(claim, kind)]
+        if not names:
+            raise ValueError(f"{where}: no {kind}")
+        if len(set(names)) != len(names):
+            raise ValueError(f"{where}: {kind} share a name: {names}")
+    if claim.arms[0].role != "baseline":
+        raise ValueError(f"{where}: the first arm must be the paper's baseline, got role {claim.arms[0].role!r}")
+    tasks, metrics = ({i.name for i in items} for items in (claim.tasks, claim.metrics))
+    for task in claim.tasks:
+        sizes = {a.name: len(a.points) for a in claim.arms_on(task.name) if a.grid}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"{where}, task {task.name!r}: arms must get equally many tuning trials, got {sizes}")
+        if sizes and task.tune not in metrics:
+            raise ValueError(
+                f"{where}, task {task.name!r}: arms {sorted(sizes)} are tuned; tune= must name a metric, got {task.tune!r}"
+            )
+        for plot in task.plots:
+            if plot.y not in metrics:
+                raise ValueError(
+                    f"{where}, task {task.name!r}: plot of unknown metric {plot.y!r}; it has {sorted(metrics)}"
+                )
+    for arm in claim.arms:
+        if unknown := set(arm.tasks) - tasks:
+            raise ValueError(f"{where}, arm {arm.name!r}: unknown tasks {sorted(unknown)}")
+    for c in claim.criteria:
+        if c.task not in tasks:
+            raise ValueError(f"{where}, criterion {c.name!r}: unknown task {c.task!r}; it has {sorted(tasks)}")
+        here = {a.name for a in claim.arms_on(c.task)}
+        for arm_name in (c.arm, *c.rivals, *([c.control] if c.control else [])):
+            if arm_name not in here:
+                raise ValueError(
+                    f"{where}, criterion {c.name!r}: no arm {arm_name!r} on task {c.task!r}; it has {sorted(here)}"
+                )
+        for metric in (c.metric, *([c.against_metric] if c.against_metric else [])):
+            if metric not in metrics:
+                raise ValueError(f"{where}, criterion {c.name!r}: unknown metric {metric!r}; it has {sorted(metrics)}")
+        if (c.compare == "value") == bool(c.rivals):
+            raise ValueError(f"{where}, criterion {c.name!r}: compare={c.compare!r} with against={c.against!r}")

@@ -1,0 +1,335 @@
+"""The report's drawings, as SVG that takes its colours and fonts from the page around it.
+
+Curves are drawn by matplotlib in placeholder colours that become CSS variables, so that one drawing serves light, dark and
+print. A criterion's strip is written directly: its coordinates are percentages, so that its text never shrinks with its width.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import statistics
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from polyak.lab import words
+from polyak.lab.claim import Arm, Claim, Plot, Task
+from polyak.lab.result import ClaimResult, CriterionResult, TrialResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FONT, LEADING = 13, 15
+WIDTH, HEIGHT = 480, 310  # as drawn: two fit side by side on a desk, and one is legible on a phone
+SERIES = 6  # --series-1 ... in the style sheet
+INK, MUTED, GRID, NEUTRAL = "#010101", "#010102", "#010103", "#010104"
+VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", NEUTRAL: "neutral"} | {
+    f"#01020{i}": f"series-{i}" for i in range(1, SERIES + 1)
+}
+DASHES = {"baseline": "", "method": "", "ablation": "6 3", "control": "1.5 2.5"}
+
+
+def style(claim: Claim, arm: Arm) -> tuple[str, str]:
+    """(CSS variable, dash pattern) of an arm's line: the same on every plot of a claim. Baselines are neutral."""
+    peers = [a for a in claim.arms if (a.role == "baseline") == (arm.role == "baseline")]
+    at = peers.index(arm)
+    if arm.role == "baseline":
+        return "neutral", ["", "6 3", "1.5 2.5"][at % 3]
+    return f"series-{at % SERIES + 1}", DASHES[arm.role] if at < SERIES else "9 3 2 3"
+
+
+def _color(claim: Claim, arm: Arm) -> str:
+    variable, _ = style(claim, arm)
+    return next(placeholder for placeholder, name in VARIABLES.items() if name == variable)
+
+
+# ---------------------------------------------------------------------------------------------------------------- curves
+
+
+@dataclass
+class Line:
+    """One arm on one plot. The median counts a diverged seed as its worst value; the band spans the seeds still going."""
+
+    arm: Arm
+    x: list[float] = field(default_factory=list)
+    middle: list[float] = field(default_factory=list)
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    singles: list[list[tuple[float, float]]] = field(default_factory=list)  # where seeds have no x in common
+    crosses: list[tuple[float, float]] = field(default_factory=list)  # the last points of diverged seeds
+    label: str = ""
+
+    @property
+    def end(self) -> tuple[float, float] | None:
+        points = [p for p in zip(self.x, self.middle, strict=True) if math.isfinite(p[1])]
+        return max([*points[-1:], *(s[-1] for s in self.singles), *(() if points else self.crosses)], default=None)
+
+
+def lines(claim: Claim, task: Task, plot: Plot, result: ClaimResult) -> list[Line]:
+    """What a plot shows, from the reported trials: a line per arm that has any points."""
+    found = []
+    for arm in claim.arms_on(task.name):
+        trials = [t for t in result.trials if (t.purpose, t.task, t.arm) == ("report", task.name, arm.name)]
+        line = _line(arm, trials, plot, claim.metric(plot.y).worst_value)
+        if line.x or line.singles or line.crosses:
+            found.append(line)
+    return found
+
+
+def _line(arm: Arm, trials: Sequence[TrialResult], plot: Plot, worst: float) -> Line:
+    going: list[dict[float, float]] = []
+    stopped: list[dict[float, float]] = []
+    for trial in trials:
+        points = {
+            float(at[plot.x]): float(values[plot.y])
+            for at, values in trial.curve
+            if plot.x in at and plot.y in values and _drawable(at[plot.x], values[plot.y], plot)
+        }
+        (stopped if trial.diverged else going).append(points)
+    label = arm.label + (f" ({len(stopped)} of {len(trials)} diverged)" if stopped else "")
+    line = Line(arm, label=label, crosses=[max(points.items()) for points in stopped if points])
+    places = sorted(set().union(*going, *stopped))
+    shared = [x for x in places if all(x in points for points in going)]
+    if going and 2 * len(shared) < len(set().union(*going)):
+        line.singles = [sorted(points.items()) for points in going if points]
+        return line
+    for x in shared:
+        alive = [points[x] for points in (*going, *stopped) if x in points]
+        if alive:
+            line.x.append(x)
+            line.middle.append(statistics.median(alive + [worst] * (len(trials) - len(alive))))
+            line.low.append(min(alive))
+            line.high.append(max(alive))
+    return line
+
+
+def _drawable(x: float, y: float, plot: Plot) -> bool:
+    return math.isfinite(x) and math.isfinite(y) and (x > 0 or not plot.log_x) and (y > 0 or not plot.log_y)
+
+
+def curves(claim: Claim, task: Task, plot: Plot, result: ClaimResult) -> str:
+    """The SVG of one plot; "" where no trial has a point on it."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    shown = lines(claim, task, plot, result)
+    if not shown:
+        return ""
+    metric = claim.metric(plot.y)
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "polyak",
+        "text.parse_math": False,
+        "font.size": FONT,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)  # one point is one CSS pixel
+        axes = figure.add_axes((0, 0, 1, 1))
+        for line in shown:
+            _draw(axes, claim, line)
+        _scales(axes, plot)
+        unit = f" ({metric.unit})" if metric.unit else ""
+        log = ", log scale" if plot.log_y else ""
+        above = f"{metric.label}{unit}{log}; {metric.better} is better"
+        _frame(figure, axes, above, plot.x_label or plot.x)
+        _label(figure, axes, claim, shown)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    name = f"{claim.name} on {task.label}: {metric.label} over {plot.x_label or plot.x}, per arm"
+    return _adapt(buffer.getvalue(), name, prefix=f"{task.name}-{plot.x}-{plot.y}")
+
+
+def _draw(axes: Axes, claim: Claim, line: Line) -> None:
+    color, (_, dashes) = _color(claim, line.arm), style(claim, line.arm)
+    pattern = (0, [float(d) for d in dashes.split()]) if dashes else "-"
+    width = 2.4 if line.arm.role == "method" else 1.8
+    marker = {"marker": "o", "markersize": 4} if 0 < len(line.x) <= 12 else {}
+    if line.x:
+        axes.plot(line.x, line.middle, color=color, linewidth=width, linestyle=pattern, **marker)  # pyright: ignore[reportArgumentType]
+        axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.16, linewidth=0)
+    for single in line.singles:
+        axes.plot(*zip(*single, strict=True), color=color, linewidth=1, alpha=0.7, linestyle=pattern)
+    for x, y in line.crosses:
+        axes.plot([x], [y], marker="x", markersize=8, markeredgewidth=2, color=color, linestyle="none")
+
+
+def _scales(axes: Axes, plot: Plot) -> None:
+    from matplotlib import ticker
+
+    for axis, log, limits in ((axes.xaxis, plot.log_x, axes.get_xlim), (axes.yaxis, plot.log_y, axes.get_ylim)):
+        axis.set_major_locator(ticker.MaxNLocator(5))
+        if log:
+            (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
+            low, high = limits()
+            axis.set_major_locator(_log_locator(low, high))
+        axis.set_minor_locator(ticker.NullLocator())
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: words.number(float(value))))
+
+
+def _log_locator(low: float, high: float):
+    from matplotlib import ticker
+
+    decades = math.log10(high / low)
+    if decades < 0.7:
+        return ticker.MaxNLocator(4)
+    return ticker.LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,), numticks=6)
+
+
+def _frame(figure: Figure, axes: Axes, above: str, below: str) -> None:
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(GRID)
+    axes.grid(axis="y", color=GRID, linewidth=1)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, length=0, pad=6, labelsize=FONT)
+    axes.set_xlabel(below, color=MUTED, fontsize=FONT, labelpad=6)
+    figure.text(0, 1 - 14 / HEIGHT, above, color=MUTED, fontsize=FONT)
+
+
+def _label(figure: Figure, axes: Axes, claim: Claim, shown: Sequence[Line]) -> None:
+    """Names at the ends of lines, pushed apart where they would overlap, in a margin as wide as they need."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.lines import Line2D
+
+    renderer = FigureCanvasAgg(figure).get_renderer()
+
+    def width(text: str) -> float:
+        probe = figure.text(0, 0, text, fontsize=FONT)
+        extent = probe.get_window_extent(renderer).width
+        probe.remove()
+        return extent
+
+    texts = [textwrap.wrap(line.label, 17, break_on_hyphens=False) for line in shown]
+    ticks = [t.get_window_extent(renderer).width for t in axes.get_yticklabels()]
+    left, right, bottom, top = max(ticks, default=0) + 10, max(width(t) for text in texts for t in text) + 22, 48, 32
+    axes.set_position((left / WIDTH, bottom / HEIGHT, (WIDTH - left - right) / WIDTH, (HEIGHT - bottom - top) / HEIGHT))
+
+    pixels = [axes.transData.transform(line.end or (0, 0)) for line in shown]
+    heights = [LEADING * len(text) + 3 for text in texts]
+    centres = spread([float(p[1]) for p in pixels], heights, low=bottom - 36, high=HEIGHT - 18)
+    edge = WIDTH - right
+    for line, text, (x, y), centre in zip(shown, texts, pixels, centres, strict=True):
+        color = _color(claim, line.arm)
+        for row, part in enumerate(text):
+            baseline = centre + LEADING * ((len(text) - 1) / 2 - row) - 0.35 * FONT
+            figure.text((edge + 18) / WIDTH, baseline / HEIGHT, part, color=color, fontsize=FONT)
+        ends = [(x + 4) / WIDTH, (edge + 14) / WIDTH], [y / HEIGHT, centre / HEIGHT]
+        figure.add_artist(Line2D(*ends, color=color, linewidth=0.8, alpha=0.55))
+
+
+def spread(wanted: Sequence[float], heights: Sequence[float], *, low: float, high: float) -> list[float]:
+    """Centres near the wanted ones, in their order, that keep boxes of these heights apart and, if they fit, inside."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    centres = list(wanted)
+    floor = low
+    for i in order:
+        centres[i] = max(centres[i], floor + heights[i] / 2)
+        floor = centres[i] + heights[i] / 2
+    ceiling = high
+    for i in reversed(order):
+        centres[i] = min(centres[i], ceiling - heights[i] / 2)
+        ceiling = centres[i] - heights[i] / 2
+    return centres
+
+
+def _adapt(svg: str, name: str, prefix: str) -> str:
+    """Make a drawing part of the page: its variables, its fonts, identifiers that no other drawing has."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    head, _, body = svg.partition(">")
+    box = re.search(r'viewBox="[^"]*"', head)
+    for placeholder, variable in VARIABLES.items():
+        body = body.replace(placeholder, f"var(--{variable})")
+    body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
+    key = re.sub(r"\W+", "-", prefix)
+    body = re.sub(r'\bid="', f'id="{key}-', body)
+    body = re.sub(r'(?:xlink:)?href="#', f'href="#{key}-', body)
+    body = body.replace("url(#", f"url(#{key}-")
+    return f'<svg class="curves" {box.group() if box else ""} role="img" aria-label="{escape(name)}">{body}'
+
+
+# ---------------------------------------------------------------------------------------------------------------- strips
+
+
+def strip(c: CriterionResult, compare: str) -> str:
+    """A criterion's interval against its bound: estimate, 95 % interval, one dot per seed, the side that passes shaded."""
+    neutral = {"ratio": [1.0], "difference": [0.0]}.get(compare, [])
+    values = [v for v in (c.estimate, c.low, c.high, c.bound, *c.per_seed, *neutral) if math.isfinite(v)]
+    log = compare == "ratio" and min(values) > 0
+    axis = _Axis(min(values), max(values), log)
+    at = axis.place(c.bound)
+    passes_left = c.op in ("<=", "<")
+    left, width = (0.0, at) if passes_left else (at, 100 - at)
+    parts = [f'<rect class="passing" x="{left:.2f}%" y="20" width="{width:.2f}%" height="38"/>']
+    for tick in axis.ticks():
+        x = axis.place(tick)
+        parts.append(f'<line class="tick" x1="{x:.2f}%" x2="{x:.2f}%" y1="58" y2="62"/>')
+        parts.append(_text(x, 76, words.number(tick), "tick"))
+    parts += [
+        f'<line class="neutral" x1="{axis.place(v):.2f}%" x2="{axis.place(v):.2f}%" y1="20" y2="58"/>' for v in neutral
+    ]
+    parts.append('<line class="tick" x1="0" x2="100%" y1="58" y2="58"/>')
+    parts += [_dot(axis, seed) for seed in c.per_seed]
+    if not (math.isnan(c.low) or math.isnan(c.high)):
+        low, high = axis.place(c.low), axis.place(c.high)
+        parts.append(f'<line class="interval" x1="{low:.2f}%" x2="{high:.2f}%" y1="34" y2="34"/>')
+    if not math.isnan(c.estimate):
+        parts.append(f'<circle class="estimate" cx="{axis.place(c.estimate):.2f}%" cy="34" r="5.5"/>')
+    parts.append(f'<line class="bound" x1="{at:.2f}%" x2="{at:.2f}%" y1="16" y2="58"/>')
+    parts.append(_text(at, 11, f"asked: {words.bound(c)}", "bound"))
+    name = f"estimate {words.number(c.estimate)}, interval {words.interval(c)}, asked {words.bound(c)}"
+    return f'<svg class="strip" height="82" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Values to percent of the width, with room at both ends; infinities sit at the very ends."""
+
+    low: float
+    high: float
+    log: bool
+
+    def place(self, value: float) -> float:
+        if math.isinf(value):
+            return 99.0 if value > 0 else 1.0
+        low, high, v = (math.log(x) if self.log else x for x in (self.low, self.high, value))
+        return 8 + 84 * (v - low) / (high - low) if high > low else 50.0
+
+    def ticks(self) -> list[float]:
+        from matplotlib import ticker
+
+        if self.high <= self.low:
+            return [self.low]
+        wide = self.log and math.log10(self.high / self.low) >= 0.7
+        locator = _log_locator(self.low, self.high) if wide else ticker.MaxNLocator(4)
+        return _thin([float(t) for t in locator.tick_values(self.low, self.high) if self.low <= t <= self.high])
+
+
+def _thin(ticks: list[float], most: int = 5) -> list[float]:
+    return ticks[:: math.ceil(len(ticks) / most)] if ticks else ticks
+
+
+def _dot(axis: _Axis, seed: float) -> str:
+    if math.isnan(seed):
+        return ""
+    if math.isinf(seed):
+        return f'<text class="lost" x="{axis.place(seed):.2f}%" y="54" text-anchor="middle">×</text>'
+    return f'<circle class="seed" cx="{axis.place(seed):.2f}%" cy="49" r="3"/>'
+
+
+def _text(x: float, y: int, text: str, kind: str) -> str:
+    # Ticks are short and lie 8 % from either end; the bound's words may not fit there.
+    anchor = "middle" if kind == "tick" or 15 < x < 85 else "start" if x < 50 else "end"
+    return f'<text class="{kind}" x="{x:.2f}%" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def swatch(claim: Claim, arm: Arm) -> str:
+    """An arm's line, for tables."""
+    variable, dashes = style(claim, arm)
+    line = f'<line x1="0" x2="24" y1="5" y2="5" stroke="var(--{variable})" stroke-width="2.5" stroke-dasharray="{dashes}"/>'
+    return f'<svg class="swatch" width="24" height="10" aria-hidden="true">{line}</svg>'

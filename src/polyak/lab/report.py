@@ -1,0 +1,184 @@
+"""The HTML report: a page per claim and an index over all. Self-contained: it opens from disk, with no network or server."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from polyak.lab import plots, words
+from polyak.lab.claim import Arm, Claim, Criterion, Task
+from polyak.lab.result import ClaimResult, CriterionResult, TrialResult
+
+ROLES = {
+    "baseline": "the paper's baseline",
+    "method": "the paper's method",
+    "ablation": "a variant, to see what matters",
+    "control": "a negative control: the method without its key ingredient",
+}
+RULES = {
+    "every": "Every seed must pass.",
+    "mean": "The mean over seeds decides.",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the report says about one system: its claim and, if there is one, a result."""
+
+    claim: Claim
+    result: ClaimResult | None
+    published: bool = False  # the result came with polyak; it has no trials
+
+
+def write_report(entries: Sequence[Entry], out: Path, *, pages: Collection[str] | None = None) -> Path:
+    """Write ``index.html`` over all entries and a page for those whose slug is in ``pages`` (None: for all); the index's path."""
+    out.mkdir(parents=True, exist_ok=True)
+    for entry in entries:
+        if pages is None or entry.claim.slug in pages:
+            (out / f"{entry.claim.slug}.html").write_text(claim_page(entry), encoding="utf-8")
+    linked = {e.claim.slug for e in entries if (out / f"{e.claim.slug}.html").exists()}
+    index = out / "index.html"
+    index.write_text(index_page(entries, linked=linked), encoding="utf-8")
+    return index
+
+
+def index_page(entries: Sequence[Entry], *, linked: Collection[str]) -> str:
+    """The index: every system by room, with its verdict in a line; a link for those that have a page."""
+    rooms: dict[str, list[Entry]] = {}
+    for entry in entries:
+        rooms.setdefault(entry.claim.room, []).append(entry)
+    counts = {v: sum(words.verdict_of(e.result) == v for e in entries) for v in words.GLYPHS}
+    return _templates().get_template("index.html").render(rooms=rooms, counts=counts, total=len(entries), linked=linked)
+
+
+def claim_page(entry: Entry) -> str:
+    """The page of one claim."""
+    claim, result = entry.claim, entry.result
+    outcomes = {c.name: c for c in result.criteria} if result else {}
+    # Where a scale leaves a criterion's task out, its outcome does not count whatever the claim declares.
+    counts = {c.name: outcomes[c.name].gating if c.name in outcomes else c.gating for c in claim.criteria}
+    return (
+        _templates()
+        .get_template("claim.html")
+        .render(
+            entry=entry,
+            claim=claim,
+            result=result,
+            verdict=words.verdict_of(result),
+            baselines=[arm.label for arm in claim.arms if arm.role == "baseline"],
+            asked=[c for c in claim.criteria if counts[c.name]],
+            outcomes=outcomes,
+            tasks=[_task(claim, task, result) for task in _tasks(claim, result)],
+            arms=[_arm(claim, arm, result) for arm in claim.arms],
+            trials=_trial_rows(claim, result) if result else [],
+            data=_embedded(result) if result and result.trials else "",
+            diverged=_diverged(t for t in result.trials if t.purpose == "report") if result else 0,
+        )
+    )
+
+
+def _tasks(claim: Claim, result: ClaimResult | None) -> tuple[Task, ...]:
+    scales = {scale.name for scale in claim.scales}
+    return claim.tasks_at(result.scale) if result and result.scale in scales else claim.tasks
+
+
+def _task(claim: Claim, task: Task, result: ClaimResult | None) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    if result is None:
+        return {"task": task, "plots": [], "finals": {}}
+    drawn = []
+    for plot in task.plots:
+        if svg := plots.curves(claim, task, plot, result):
+            title = plot.title or _plot_title(claim, plot.y, plot.x_label or plot.x)
+            drawn.append({"title": title, "svg": Markup(svg)})
+    return {"task": task, "plots": drawn, "finals": _finals(claim, task, result)}
+
+
+def _plot_title(claim: Claim, metric: str, x: str) -> str:
+    label = claim.metric(metric).label
+    return f"{label[:1].upper()}{label[1:]} against {x}"
+
+
+def _finals(claim: Claim, task: Task, result: ClaimResult) -> dict[str, Any]:
+    """Final values per arm: the metrics that were measured here, as the median and the range over seeds."""
+    rows, seen = [], [m for m in claim.metrics if any(m.name in t.values for t in result.trials if t.task == task.name)]
+    for arm in claim.arms_on(task.name):
+        reported = [t for t in result.trials if (t.purpose, t.task, t.arm) == ("report", task.name, arm.name)]
+        if reported:
+            cells = [_spread([t.values[m.name] for t in reported if m.name in t.values]) for m in seen]
+            rows.append({"arm": _arm(claim, arm, result), "cells": cells, "diverged": _diverged(reported)})
+    return {"metrics": seen, "rows": rows}
+
+
+def _diverged(trials: Iterable[TrialResult]) -> int:
+    return sum(t.diverged for t in trials)
+
+
+def _spread(values: Sequence[float]) -> tuple[str, str]:
+    known = [v for v in values if not math.isnan(v)]
+    if not known:
+        return "none", ""
+    middle = words.number(statistics.median(known))
+    return middle, f"{words.number(min(known))} to {words.number(max(known))}" if len(known) > 1 else ""
+
+
+def _arm(claim: Claim, arm: Arm, result: ClaimResult | None) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    chosen = {
+        claim.task(task).label: words.options(points[arm.name])
+        for task, points in (result.chosen.items() if result else ())
+        if points.get(arm.name) and any(t.name == task for t in claim.tasks)
+    }
+    return {"arm": arm, "swatch": Markup(plots.swatch(claim, arm)), "chosen": chosen, "role": ROLES[arm.role]}
+
+
+def _trial_rows(claim: Claim, result: ClaimResult) -> list[dict[str, Any]]:
+    labels = {a.name: a.label for a in claim.arms} | {t.name: t.label for t in claim.tasks}
+    return [
+        {
+            "trial": t,
+            "task": labels.get(t.task, t.task),
+            "arm": labels.get(t.arm, t.arm),
+            "values": [t.values.get(m.name) for m in claim.metrics],
+        }
+        for t in sorted(result.trials, key=lambda t: (t.purpose, t.task, t.arm, t.seed))
+    ]
+
+
+def _embedded(result: ClaimResult):
+    """JSON that no parser of HTML can mistake for the end of its script element."""
+    from markupsafe import Markup
+
+    text = json.dumps(result.to_json(), allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def _strip(c: CriterionResult, criterion: Criterion):
+    from markupsafe import Markup
+
+    return Markup(plots.strip(c, criterion.compare))
+
+
+@cache
+def _templates():
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals |= {"words": words, "strip": _strip, "rules": RULES}
+    return environment

@@ -1,0 +1,119 @@
+"""What the lab knows after a run: plain data between the store, the verdicts, the reports and JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from polyak.lab.claim import Verdict
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """One finished trial. ``values`` are its final measurements; ``curve`` the ones on the way, in order."""
+
+    task: str
+    arm: str
+    seed: int
+    purpose: str  # "report" or "tuning"
+    point: Mapping[str, Any]  # the point of the arm's grid that it ran with
+    values: Mapping[str, float]
+    curve: tuple[tuple[Mapping[str, float], Mapping[str, float]], ...]  # (at, values)
+    seconds: float
+    diverged: bool = False
+    message: str = ""  # why it diverged
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriterionResult:
+    """A criterion's outcome. The statistic is the criterion's ratio, difference or value."""
+
+    name: str
+    says: str
+    verdict: Verdict
+    gating: bool
+    statistic: str  # e.g. "ratio of train_loss, adan / adamw"
+    op: str
+    bound: float
+    estimate: float  # mean over seeds (geometric for ratios)
+    low: float  # 95% paired-bootstrap interval
+    high: float
+    p_value: float  # exact one-sided sign-flip test of the statistic against the bound, on the side of the estimate
+    per_seed: tuple[float, ...]
+    seeds_passing: int
+    improvement: float  # probability that a random seed's arm is better than its rival on the same seed
+    control_verdict: str = ""  # the verdict with the control in the arm's place; "" where there is none
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimResult:
+    """All about one run of a claim at one scale, ready for a table, a report or JSON."""
+
+    slug: str
+    scale: str
+    device: str
+    verdict: Verdict
+    criteria: tuple[CriterionResult, ...]
+    trials: tuple[TrialResult, ...]
+    chosen: Mapping[str, Mapping[str, Mapping[str, Any]]]  # task -> arm -> the tuned point
+    seeds: tuple[int, ...]
+    tuning_seeds: tuple[int, ...]
+    date: str  # ISO, UTC, of the last trial
+    seconds: float  # total time of all trials
+    versions: Mapping[str, str]  # python, torch, numpy, polyak, fingerprint
+    machine: Mapping[str, str]  # system, processor, cores, accelerator; never a host's or user's name
+    notes: tuple[str, ...] = field(default=())
+
+    def finals(self, task: str, arm: str, metric: str) -> list[float]:
+        """The reported trials' final values of one metric, in the order of :attr:`seeds`."""
+        by_seed = {
+            t.seed: t.values[metric] for t in self.trials if t.purpose == "report" and t.task == task and t.arm == arm
+        }
+        return [by_seed[s] for s in self.seeds if s in by_seed]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dictionary; infinities and NaN become the strings "inf", "-inf", "nan"."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ClaimResult:
+        """The inverse of :meth:`to_json`. Data without "trials" (a published verdict) gives a result without any."""
+        return cls(
+            **{
+                **data,
+                "criteria": tuple(CriterionResult(**_numbers(c)) for c in data["criteria"]),
+                "trials": tuple(_trial(t) for t in data.get("trials", ())),
+                "seeds": tuple(data["seeds"]),
+                "tuning_seeds": tuple(data["tuning_seeds"]),
+                "notes": tuple(data.get("notes", ())),
+            }
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _trial(data: Mapping[str, Any]) -> TrialResult:
+    curve = tuple((_numbers(at), _numbers(values)) for at, values in data["curve"])
+    return TrialResult(**{**data, "values": _numbers(data["values"]), "curve": curve})
+
+
+def _numbers(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo :func:`_plain` where numbers are: only these three words become floats again."""
+    words = {"inf", "-inf", "nan"}
+
+    def number(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return tuple(number(v) for v in value)
+        return float(value) if isinstance(value, str) and value in words else value
+
+    return {str(k): number(v) for k, v in data.items()}

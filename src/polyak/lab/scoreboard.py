@@ -1,0 +1,128 @@
+"""SCOREBOARD.md and the README's table of systems, made from published verdicts: the same data, the same bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from polyak.lab import words
+from polyak.lab.claim import Claim
+from polyak.lab.result import ClaimResult
+
+Entry = tuple[Claim, ClaimResult | None]  # a system and its published verdict, if there is one
+OPEN, CLOSE = "<!-- systems -->", "<!-- /systems -->"
+LARGEST = 50_000  # bytes; a published verdict is a summary, not an archive
+
+
+def published_record(result: ClaimResult) -> dict[str, Any]:
+    """What is published of a result: all but its trials and their curves. ValueError if that is not small."""
+    record = {key: value for key, value in result.to_json().items() if key != "trials"}
+    if len(str(record)) > LARGEST:
+        raise ValueError(
+            f"the verdict of {result.slug} takes {len(str(record)):,} bytes; at most {LARGEST:,} are published"
+        )
+    return record
+
+
+def scoreboard(entries: Sequence[Entry]) -> str:
+    """The text of SCOREBOARD.md: one row per system, then every criterion with its numbers."""
+    parts = [
+        "# Scoreboard",
+        "Made by `polyak record` from published verdicts; do not edit. Criteria were set before the runs. "
+        "A claim that fails at a scale is listed as plainly as one that holds.",
+        _tally(entries),
+        _table(
+            ["system", "verdict", "scale", "decided by", "result", "seeds", "date", "made with"],
+            [_row(claim, result) for claim, result in entries],
+        ),
+        "*Result*: the estimate, its 95 % interval in brackets, and the bound asked for. "
+        "Ratios are averaged over paired seeds as logarithms.",
+    ]
+    for claim, result in entries:
+        if result is not None:
+            parts += _system(claim, result)
+    return "\n\n".join(parts) + "\n"
+
+
+def systems_table(entries: Sequence[Entry]) -> str:
+    """The README's table."""
+    rows = [
+        [f"`{claim.slug}`", claim.room, _cell(claim.name), _cell(claim.summary), _verdict(result)]
+        for claim, result in entries
+    ]
+    return _table(["slug", "room", "system", "what it is", "verdict"], rows)
+
+
+def with_table(readme: str, table: str) -> str:
+    """The README with the table between its markers. ValueError where the markers are not there, once each, in order."""
+    if readme.count(OPEN) != 1 or readme.count(CLOSE) != 1 or readme.index(OPEN) > readme.index(CLOSE):
+        raise ValueError(f"README.md must have one {OPEN} and, after it, one {CLOSE}")
+    before, _, rest = readme.partition(OPEN)
+    return f"{before}{OPEN}\n{table}\n{CLOSE}{rest.partition(CLOSE)[2]}"
+
+
+def _tally(entries: Sequence[Entry]) -> str:
+    counts = Counter(words.verdict_of(result) for _, result in entries)
+    listed = ", ".join(f"{counts[v]} {v}" for v in words.GLYPHS if counts[v])
+    return f"{words.count(len(entries), 'system')}: {listed}." if entries else "No systems yet."
+
+
+def _row(claim: Claim, result: ClaimResult | None) -> list[str]:
+    name = f"[{_cell(claim.name)}](#{claim.slug})" if result else _cell(claim.name)
+    if result is None:
+        return [name, _verdict(None), *[""] * 6]
+    c = words.deciding(result)
+    made_with = f"torch {result.versions.get('torch', '?')}, {result.device}"
+    decided = [_cell(c.says), _numbers(c)] if c else ["no criterion decides", ""]
+    return [name, _verdict(result), result.scale, *decided, str(len(result.seeds)), words.day(result.date), made_with]
+
+
+def _system(claim: Claim, result: ClaimResult) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(result.versions.items()))
+    rows = [
+        [
+            _cell(c.says) + ("" if c.gating else " (reported only)"),
+            f"{words.GLYPHS[c.verdict]} {c.verdict}",
+            _cell(c.statistic),
+            words.number(c.estimate),
+            words.interval(c),
+            words.bound(c),
+            words.seeds_passing(c),
+            c.control_verdict and f"{words.GLYPHS.get(c.control_verdict, '')} {c.control_verdict}".strip(),
+        ]
+        for c in result.criteria
+    ]
+    return [
+        f'<a id="{claim.slug}"></a>\n\n## {claim.name}',
+        f"{_cell(claim.says)} ({_source(claim)})",
+        f"**{_verdict(result)}** {words.where(result)}. {_cell(words.finding(result))}",
+        _table(
+            ["criterion", "verdict", "statistic", "estimate", "95 % interval", "bound", "seeds", "its control"], rows
+        ),
+        f"Run on {words.day(result.date)}, {words.duration(result.seconds)} in all, device {result.device}; {versions}.",
+    ]
+
+
+def _source(claim: Claim) -> str:
+    title = f"*{_cell(claim.paper.title)}*, {claim.paper.year}"
+    return f"{title}, [arXiv {claim.paper.arxiv}]({claim.paper.url})" if claim.paper.arxiv else title
+
+
+def _verdict(result: ClaimResult | None) -> str:
+    verdict = words.verdict_of(result)
+    return f"{words.GLYPHS[verdict]} {verdict}"
+
+
+def _numbers(c: Any) -> str:
+    return f"{words.number(c.estimate)} [{words.interval(c)}], asked {words.bound(c)}"
+
+
+def _cell(text: str) -> str:
+    """Text that cannot break out of a cell: one line, no bars, no tags."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

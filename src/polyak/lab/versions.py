@@ -1,0 +1,235 @@
+"""What a result depends on beside the claim's numbers: library versions, the machine, and the code that was run.
+
+The fingerprint is taken from source files alone, so that asking for it imports no part (and with it no torch).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import platform
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from polyak import __version__
+from polyak.lab.claim import Claim
+
+# The lab carries trials out and judges them; of it only the data decides what a trial yields.
+_LAB, _LAB_DATA = "polyak.lab", "polyak.lab.data"
+
+
+def versions() -> dict[str, str]:
+    """The versions that results depend on: python, torch, numpy, polyak. Imports none of them."""
+    installed = {name: metadata.version(name) for name in ("torch", "numpy")}
+    return {"python": platform.python_version(), **installed, "polyak": __version__}
+
+
+def cores() -> int:
+    """How many cores this process may use: affinity and container limits count."""
+    import joblib
+
+    return joblib.cpu_count()
+
+
+def device_kind(device: str) -> str:
+    """What results and timings are stored under: "cpu", or the accelerator's name.
+
+    Raises:
+        ValueError: the device is not "cpu", "cuda" or "cuda:N", or there is no such device here.
+    """
+    if device == "cpu":
+        return device
+    if not re.fullmatch(r"cuda(:\d+)?", device):
+        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    import torch
+
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(device.partition(":")[2] or 0) >= there:
+        raise ValueError(f"device must be one that torch sees, got {device!r}; it sees {there} CUDA devices")
+    return torch.cuda.get_device_name(device)
+
+
+def machine(device: str = "cpu") -> dict[str, str]:
+    """The machine in words, without host's or user's name; ``device`` is the one that is used."""
+    kind = device_kind(device)
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(cores()),
+        "accelerator": "none" if kind == "cpu" else kind,
+    }
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def fingerprint(claim: Claim) -> str:
+    """A digest of the code that decides the claim's results.
+
+    It covers the modules of the trial function and of the part, ``claim.sources``, and all modules that these import from
+    polyak (or from the package that they are in), directly or not. Where a package is named, all of its files count; where a
+    name is taken from a package, only the file that defines it does, so that a room's list of re-exports ties no system to
+    another. The lab does not count, except for its data. Comments, docstrings and layout change nothing.
+    """
+    digest = hashlib.sha256()
+    for name, path in sorted(_closure(claim).items()):
+        digest.update(f"{name} {_read(path).digest}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def libraries(claim: Claim) -> tuple[str, ...]:
+    """Which of numpy and torch the claim's code uses."""
+    used = {top for path in _closure(claim).values() for top in _read(path).tops}
+    return tuple(name for name in ("numpy", "torch") if name in used)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a source file says: a digest of its code, what it imports ("a.b" or "a.b" + names), what it defines."""
+
+    digest: str
+    imports: tuple[tuple[int, str, tuple[tuple[str, str], ...]], ...]  # level, module, (name, name here)
+    defines: frozenset[str]
+
+    @property
+    def tops(self) -> set[str]:
+        return {module.partition(".")[0] for level, module, _ in self.imports if not level}
+
+
+def _closure(claim: Claim) -> dict[str, Path]:
+    """Module -> file, of all modules that decide the claim's results."""
+    start = [claim.trial.__module__, claim.part.partition(":")[0], *claim.sources]
+    tops = {"polyak", *(name.partition(".")[0] for name in start)}
+    found: dict[str, Path] = {}
+    waiting = [pair for name in start for pair in _files(name, must=f"claim {claim.slug!r}")]
+    while waiting:
+        name, path = waiting.pop()
+        own = name == _LAB_DATA or not (name == _LAB or name.startswith(_LAB + "."))
+        if own and name not in found:
+            found[name] = path
+            waiting += _imported(name, path, tops)
+    return found
+
+
+def _imported(name: str, path: Path, tops: Iterable[str]) -> list[tuple[str, Path]]:
+    """The modules that a file's imports lead to."""
+    found: list[tuple[str, Path]] = []
+    for level, module, names in _read(path).imports:
+        source = _absolute(name, path, level, module)
+        if source.partition(".")[0] not in tops:
+            continue
+        if not names:
+            # "import polyak" alone names the house, not all that is in it.
+            found += _files(source) if "." in source else []
+        for taken, _ in names:
+            found += _taken(source, taken)
+    return found
+
+
+def _taken(module: str, name: str) -> list[tuple[str, Path]]:
+    """The files that ``from module import name`` leads to."""
+    if submodule := _files(f"{module}.{name}"):
+        return submodule
+    path = _locate(module)
+    if path is None or path.name != "__init__.py" or name == "*":
+        return _files(module)
+    for level, source, names in _read(path).imports:
+        for taken, here in names:
+            if here == name:
+                return _taken(_absolute(module, path, level, source), taken)
+    beside = [
+        (f"{module}.{file.stem}", file)
+        for file in sorted(path.parent.glob("*.py"))
+        if file != path and name in _read(file).defines
+    ]
+    return beside or [(module, path)]
+
+
+def _files(module: str, *, must: str = "") -> list[tuple[str, Path]]:
+    """A module's file, or all files of a package; none where there is no such module, unless it must be there."""
+    path = _locate(module)
+    if path is None:
+        if must:
+            raise ValueError(f"{must}: there is no source file of module {module!r}")
+        return []
+    if path.name != "__init__.py":
+        return [(module, path)]
+    files = sorted(path.parent.rglob("*.py"))
+    return [(".".join([module, *file.relative_to(path.parent).with_suffix("").parts]), file) for file in files]
+
+
+def _locate(module: str) -> Path | None:
+    """A module's source file, found without importing it or the packages it is in."""
+    top, _, rest = module.partition(".")
+    if top == "__main__":
+        origin = getattr(sys.modules[top], "__file__", None)
+        return Path(origin) if origin and not rest else None
+    try:
+        spec = importlib.util.find_spec(top)
+    except ValueError:
+        return None
+    if spec is None:
+        return None
+    if not rest:
+        return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
+    for folder in spec.submodule_search_locations or ():
+        base = Path(folder, *rest.split("."))
+        for path in (base.with_name(base.name + ".py"), base / "__init__.py"):
+            if path.exists():
+                return path
+    return None
+
+
+def _absolute(name: str, path: Path, level: int, module: str) -> str:
+    """The module that an import of file ``name`` refers to; ``level`` counts its leading dots."""
+    if not level:
+        return module
+    package = name.removesuffix(".__init__").split(".")
+    if path.name == "__init__.py":
+        level -= 1
+    return ".".join([*package[: len(package) - level], *([module] if module else [])])
+
+
+def _read(path: Path) -> _Source:
+    stat = path.stat()
+    return _parse(path, stat.st_mtime_ns, stat.st_size)
+
+
+@cache
+def _parse(path: Path, _changed: int, _size: int) -> _Source:
+    tree = ast.parse(path.read_bytes(), filename=str(path))
+    imports: list[tuple[int, str, tuple[tuple[str, str], ...]]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imports += [(0, alias.name, ()) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = tuple((alias.name, alias.asname or alias.name) for alias in node.names)
+            imports.append((node.level, node.module or "", names))
+        elif isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (
+            ast.get_docstring(node, clean=False) is not None
+        ):
+            node.body[0] = ast.Expr(ast.Constant(""))
+    code = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return _Source(code, tuple(imports), frozenset(_defined(tree)))
+
+
+def _defined(tree: ast.Module) -> Iterable[str]:
+    """The names that a module defines itself, at its top level."""
+    for node in tree.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node.name
+        elif isinstance(node, ast.Assign):
+            yield from (t.id for t in node.targets if isinstance(t, ast.Name))
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id

@@ -1,0 +1,129 @@
+"""The words and numbers that the terminal, the report and the scoreboard share, so that all three say the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from polyak.lab.claim import Claim
+from polyak.lab.result import ClaimResult, CriterionResult
+
+GLYPHS = {"holds": "✓", "fails": "✗", "undecided": "?", "not run": "–"}  # never by colour alone
+_STATES = {"fails": "is not met", "undecided": "is undecided"}
+BOUNDS = {"<=": "at most", "<": "below", ">=": "at least", ">": "above"}
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """Three significant digits, as short as they get: 0.312, 1.2e-5, 48,000, ∞. What is no number stays as it is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if math.isnan(value):
+        return "none"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if isinstance(value, int) or (abs(value) >= 10**digits and abs(value) < 1e7):
+        return f"{value:,.0f}".replace("-", "−")
+    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
+    return (mantissa + (f"e{int(exponent)}" if exponent else "")).replace("-", "−")
+
+
+def bound(c: CriterionResult) -> str:
+    """ "at most 0.5"."""
+    return f"{BOUNDS[c.op]} {number(c.bound)}"
+
+
+def interval(c: CriterionResult) -> str:
+    """ "0.25 to 0.38", or "none" where one seed gives no interval."""
+    if math.isnan(c.low) or math.isnan(c.high):
+        return "none"
+    return f"{number(c.low)} to {number(c.high)}"
+
+
+def seeds_passing(c: CriterionResult) -> str:
+    """ "5 of 5"."""
+    return f"{c.seeds_passing} of {len(c.per_seed)}"
+
+
+def count(n: int, noun: str, plural: str = "") -> str:
+    """ "1 seed", "5 seeds"."""
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """ "45 s", "3 min 20 s", "2 h 05 min"."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s" if seconds >= 1 or seconds == 0 else f"{seconds:.1g} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min"
+
+
+def day(iso: str) -> str:
+    """The day of an ISO date."""
+    return iso[:10]
+
+
+def options(point: Mapping[str, Any]) -> str:
+    """ "lr = 0.01, steps = 400"; "none" for an empty one."""
+    return ", ".join(f"{k} = {number(v) if isinstance(v, float) else v}" for k, v in point.items()) or "none"
+
+
+def verdict_of(result: ClaimResult | None) -> str:
+    """The verdict, or "not run"."""
+    return result.verdict if result else "not run"
+
+
+def deciding(result: ClaimResult) -> CriterionResult | None:
+    """The criterion to name first: one that made the verdict what it is, else the first that counts."""
+    gating = [c for c in result.criteria if c.gating]
+    return next((c for c in gating if c.verdict == result.verdict), gating[0] if gating else None)
+
+
+def why_undecided(c: CriterionResult) -> str:
+    """Why a criterion could not be decided, in a clause."""
+    if c.control_verdict == "holds":
+        return "the control, which lacks the method's key ingredient, passes too"
+    if c.note:
+        return c.note.rstrip(".")
+    return f"the interval, {interval(c)}, does not lie on one side of the bound"
+
+
+def where(result: ClaimResult) -> str:
+    """ "at scale small, on 5 seeds"."""
+    return f"at scale {result.scale}, on {count(len(result.seeds), 'seed')}"
+
+
+def measured(c: CriterionResult) -> str:
+    """ "measured 0.214 (interval 0.172 to 0.268), asked at most 0.5"."""
+    within = "" if interval(c) == "none" else f" (interval {interval(c)})"
+    return f"measured {number(c.estimate)}{within}, asked {bound(c)}"
+
+
+def finding(result: ClaimResult | None) -> str:
+    """What was found, in plain sentences."""
+    if result is None:
+        return "Nothing yet: it has not been run."
+    gating = [c for c in result.criteria if c.gating]
+    met = sum(c.verdict == "holds" for c in gating)
+    if len(gating) == 1:
+        text = "The criterion is met." if met else f"The criterion {_STATES[gating[0].verdict]}."
+    elif met == len(gating):
+        text = "Both criteria are met." if met == 2 else f"All {met} criteria are met."
+    else:
+        text = f"Of {len(gating)} criteria, {met or 'none'} {'is' if met < 2 else 'are'} met."
+    c = deciding(result)
+    if c is not None:
+        text += f" {c.says.rstrip('.')}: {measured(c)}"
+        text += f"; {why_undecided(c)}." if c.verdict == "undecided" else "."
+    return text
+
+
+def usage(claim: Claim) -> list[str]:
+    """The lines of code that bring the part into a user's own."""
+    module, _, name = claim.part.partition(":")
+    head = f"from {module} import {name}" if name else f"import {module}"
+    return claim.usage.strip().splitlines() or [head, f"help({name or module})"]

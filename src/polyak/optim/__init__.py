@@ -1,0 +1,10 @@
+"""Optimizers: drop-in ``torch.optim.Optimizer``s, each the rule of its paper run by one engine.
+
+>>> from polyak.optim import Adan
+>>> optimizer = Adan(model.parameters(), lr=1e-2, weight_decay=0.02)
+"""
+
+from polyak.optim.adan import Adan
+from polyak.optim.lion import Lion, LionK
+
+__all__ = ["Adan", "Lion", "LionK"]

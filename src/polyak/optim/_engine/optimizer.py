@@ -1,0 +1,568 @@
+"""The base of the elementwise optimizers: ``torch.optim.Optimizer`` around a rule that is written once.
+
+A subclass holds its rule, the names of its state tensors, and its defaults; this class holds what all of them share: lazily
+made state, shared step counters, complex, sharded and low-precision tensors, the choice of backend, and checkpoints.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from torch.optim import Optimizer
+
+from polyak.core import checks
+from polyak.optim._engine import foreach as foreach_backend
+from polyak.optim._engine import kernel
+from polyak.optim._engine.blocked import Blocked, Layout
+from polyak.optim._engine.rounding import Rounding, store
+from polyak.optim._engine.trace import Hyper, Program, trace
+
+ENGINE_OPTIONS = (
+    "maximize", "foreach", "fused", "capturable", "differentiable", "state_dtype", "rounding", "rounding_seed",
+)  # fmt: skip
+ROUNDINGS = ("nearest", "stochastic", "kahan")
+_LOW = (torch.bfloat16, torch.float16)
+
+_programs: dict[Any, Program] = {}
+
+
+@dataclass(eq=False)
+class Cohort:
+    """The parameters of a plan that are updated together: one step count, one combination of types."""
+
+    members: list[int]  # positions in the plan
+    step: torch.Tensor | None
+    runner: Any = None
+    arrays: list[list[torch.Tensor]] = field(default_factory=list)  # per program input but "g": local tensors
+    strides: list[tuple[int, ...]] = field(default_factory=list)
+    generator: torch.Generator | None = None
+
+
+@dataclass(eq=False)
+class Plan:
+    """How a param group was last updated; good for as long as nothing it depends on has changed."""
+
+    key: Any
+    params: list[torch.Tensor]
+    states: list[dict[str, Any]]
+    tensors: list[list[Any]]  # per state name, as found in `states`
+    pointers: list[int]
+    unwrap: bool  # whether gradients must be made local and real before they are used
+    mode: str
+    cohorts: list[Cohort]
+
+
+class RuleOptimizer(Optimizer):
+    """An optimizer whose update is an elementwise rule ``rule(p, g, state, h) -> (p, {state: value})``.
+
+    Subclasses define ``rule`` (a static method written with ``polyak.core.elementwise`` and arithmetic) and ``state_names``.
+    ``h`` holds the param group's own hyperparameters and ``h.step`` (1 at the first update of a tensor).
+    """
+
+    rule: ClassVar[Callable[..., tuple[Any, dict[str, Any]]]]
+    state_names: ClassVar[tuple[str, ...]]
+    counts_steps: ClassVar[bool] = True
+
+    def __init__(self, params: Any, defaults: dict[str, Any], *, generator: torch.Generator | None = None) -> None:
+        for name in ("maximize", "capturable", "differentiable"):
+            checks.one_of(name, defaults.setdefault(name, False), (False, True))
+        for name in ("foreach", "fused"):
+            checks.one_of(name, defaults.setdefault(name, None), (None, False, True))
+        checks.one_of("rounding", defaults.setdefault("rounding", "nearest"), ROUNDINGS)
+        state_dtype = defaults.setdefault("state_dtype", None)
+        if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
+            raise ValueError(f"state_dtype must be None or a floating-point torch.dtype, got {state_dtype!r}")
+        if generator is not None and defaults["rounding"] != "stochastic":
+            raise ValueError(f"generator is used by rounding='stochastic' only, got rounding={defaults['rounding']!r}")
+        defaults["rounding_seed"] = (
+            int(torch.randint(0, 2**31, (), generator=generator)) if defaults["rounding"] == "stochastic" else 0
+        )
+        self._plans: dict[int, Plan] = {}
+        self._extra_values: list[dict[str, torch.Tensor]] = []
+        super().__init__(params, defaults)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler then hands over its scale and its finding on the device, and does not wait for it.
+        return all(
+            group["capturable"] and bool(group["params"]) and self._mode(group, group["params"]) == "kernel"
+            for group in self.param_groups
+        )
+
+    # What a subclass may say about itself.
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError where a param group's hyperparameters are not allowed. Called for every group added or loaded."""
+
+    def _elementwise(self, group: dict[str, Any]) -> bool:
+        """Whether the rule of this group is elementwise; one that is not runs per tensor in eager PyTorch."""
+        return True
+
+    def _extra(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of further uniform inputs of the rule, which are in `_extra_values` when the group is updated."""
+        return ()
+
+    def _counts(self, group: dict[str, Any]) -> bool:
+        return self.counts_steps or group["rounding"] == "stochastic"
+
+    # Param groups and checkpoints.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        allowed = {*self.defaults, "params", "name", "param_names", "initial_lr"}
+        if isinstance(param_group, dict):
+            for name in param_group:
+                if name not in allowed:
+                    hint = checks.suggestion(name, self.defaults)
+                    raise ValueError(f"{type(self).__name__} has no option {name!r} (param group){hint}")
+        super().add_param_group(param_group)
+        try:
+            self._check_engine(self.param_groups[-1])
+            self._check_group(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_engine(self, group: dict[str, Any]) -> None:
+        if group["fused"] and group["foreach"]:
+            raise ValueError("`fused` and `foreach` cannot be `True` together.")
+        if group["differentiable"] and (group["fused"] or group["foreach"]):
+            raise ValueError("`differentiable` works with neither `foreach` nor `fused`.")
+        for p in group["params"]:
+            if not (p.is_floating_point() or p.is_complex()):
+                raise ValueError(f"{type(self).__name__} needs floating-point or complex parameters, got {p.dtype}")
+            if group["fused"] and not kernel.available(p.device):
+                raise ValueError(
+                    f"fused=True needs parameters on a CUDA device and Triton; got one on {p.device}. "
+                    "On the CPU the default (fused=None) is the fast path."
+                )
+            if group["rounding"] != "nearest" and p.dtype not in _LOW:
+                raise ValueError(
+                    f"rounding={group['rounding']!r} is for bfloat16 and float16 parameters, got {p.dtype}"
+                )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Plans hold compiled functions and device tables; they are made again.
+        return {**super().__getstate__(), "_plans": {}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a checkpoint. One of another optimizer, or for other shapes, raises ValueError and changes nothing."""
+        saved = self._adopt({"state": dict(state_dict["state"]), "param_groups": list(state_dict["param_groups"])})
+        mine = [p for group in self.param_groups for p in group["params"]]
+        ids = [i for group in saved["param_groups"] for i in group["params"]]
+        known = {*self.state_names, "step", "compensation"}
+        if len(mine) == len(ids):
+            for i, p in zip(ids, mine, strict=True):
+                values = saved["state"].get(i, {})
+                if values and (set(values) - known or set(self.state_names) - set(values)):
+                    raise ValueError(
+                        f"this state_dict is not one of {type(self).__name__}: state {sorted(values)} "
+                        f"where {sorted(self.state_names)} is needed"
+                    )
+                for name in self.state_names:
+                    if name in values and values[name].shape != p.shape:
+                        raise ValueError(
+                            f"state_dict: {name} of parameter {i} has shape {tuple(values[name].shape)}, "
+                            f"the parameter {tuple(p.shape)}"
+                        )
+        before = self.__getstate__()
+        super().load_state_dict(saved)
+        try:
+            for group in self.param_groups:
+                self._check_engine(group)
+                self._check_group(group)
+        except Exception:
+            self.__setstate__(before)
+            raise
+        self._plans = {}
+        # torch.optim casts loaded state to the parameter's type, which would round a wider state.
+        saved_ids = iter(ids)
+        for group in self.param_groups:
+            for p in group["params"]:
+                values = saved["state"].get(next(saved_ids), {})
+                for name in self.state_names if group["state_dtype"] is not None else ():
+                    if name in values:
+                        self.state[p][name] = values[name].to(device=p.device, dtype=_state_dtype(p, group), copy=True)
+                if self.state.get(p) and self._counts(group):
+                    step = torch.as_tensor(self.state[p].get("step", 0.0), dtype=torch.float32)
+                    self.state[p]["step"] = step.to(p.device if group["capturable"] else "cpu")
+
+    def _adopt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Translate checkpoints of other implementations; a subclass knows which. Missing options take the defaults."""
+        groups = []
+        for group in state_dict["param_groups"]:
+            kept = {
+                k: v
+                for k, v in group.items()
+                if k in self.defaults or k in ("params", "name", "param_names", "initial_lr")
+            }
+            groups.append({**self.defaults, **kept})
+        return {"state": state_dict["state"], "param_groups": groups}
+
+    # The step.
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: evaluates the model anew and returns the loss, which is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+            self._prepare()
+            for index, group in enumerate(self.param_groups):
+                self._step_group(index, group)  # type: ignore[attr-defined]
+        return loss
+
+    def _prepare(self) -> None:
+        """Called once a step before the groups are updated; fills `_extra_values`: for each group, name -> tensor."""
+
+    @torch.compiler.disable  # type: ignore[misc]
+    def _step_group(self, index: int, group: dict[str, Any]) -> None:
+        # Not traced by torch.compile: the backends are compiled already, and plans are made from addresses.
+        params: list[torch.Tensor] = []
+        grads: list[torch.Tensor] = []
+        self._init_group(group, params, grads)
+        if not params:
+            return
+        plan = self._plans.get(index)
+        if plan is None or not self._valid(plan, group, params):
+            plan = self._plans[index] = self._make_plan(group, params)
+        numbers = self._numbers(group)
+        numbers.update({name: self._extra_values[index][name] for name in self._extra(group)})
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if plan.unwrap:
+            grads = [_plain(_placed_like(g, p)) for g, p in zip(grads, params, strict=True)]
+        for cohort in plan.cohorts:
+            own = grads if len(cohort.members) == len(grads) else [grads[i] for i in cohort.members]
+            self._run(plan.mode, cohort, own, group, numbers, scale, found_inf)
+
+    def _init_group(self, group: dict[str, Any], params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
+        for p in group["params"]:
+            g = p.grad
+            if g is None:
+                continue
+            if g.layout is not torch.strided:
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients, got layout {g.layout}")
+            params.append(p)
+            grads.append(g)
+        fresh = [p for p in params if not self.state.get(p)]
+        if fresh:
+            self._init_state(group, fresh)
+
+    def _init_state(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
+        steps: dict[torch.device, torch.Tensor] = {}
+        for p in params:
+            state = self.state[p]
+            if self._counts(group):
+                # One counter for all that start together: a step increments one tensor, not one per parameter.
+                device = p.device if group["capturable"] else torch.device("cpu")
+                if device not in steps:
+                    steps[device] = torch.zeros((), dtype=torch.float32, device=device)
+                state["step"] = steps[device]
+            for name in self.state_names:
+                state[name] = torch.zeros_like(p, dtype=_state_dtype(p, group), memory_format=torch.preserve_format)
+            if group["rounding"] == "kahan":
+                state["compensation"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+    def _mode(self, group: dict[str, Any], params: Sequence[torch.Tensor]) -> str:
+        loop = group["foreach"] is False and not group["fused"]
+        if group["differentiable"] or loop or not self._elementwise(group):
+            return "eager"
+        device = params[0].device
+        wanted = group["fused"] or (device.type == "cuda" and not group["foreach"] and group["fused"] is None)
+        if wanted and kernel.available(device):
+            return "kernel"
+        return "blocked" if device.type == "cpu" else "foreach"
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The group's numeric hyperparameters, tuples as name.0, name.1, ..."""
+        numbers: dict[str, Any] = {}
+        for name in self.defaults:
+            if name in ENGINE_OPTIONS:
+                continue
+            value = group[name]
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                numbers[name] = float(value)
+            elif isinstance(value, torch.Tensor):
+                if value.device.type != "cpu" and not group["capturable"]:
+                    raise ValueError(f"{name} as a tensor on {value.device} needs capturable=True")
+                numbers[name] = value if group["capturable"] else float(value)
+            elif isinstance(value, tuple):
+                for i, v in enumerate(value):
+                    numbers[f"{name}.{i}"] = float(v)
+        return numbers
+
+    def _static(self, group: dict[str, Any]) -> dict[str, Any]:
+        numeric = (int, float, tuple, torch.Tensor)
+        return {
+            name: group[name]
+            for name in self.defaults
+            if name not in ENGINE_OPTIONS and (isinstance(group[name], bool) or not isinstance(group[name], numeric))
+        }
+
+    def _program(self, group: dict[str, Any]) -> Program:
+        static = self._static(group)
+        lengths = {
+            name: len(group[name]) if isinstance(group[name], tuple) else 0
+            for name in self.defaults
+            if name not in ENGINE_OPTIONS and name not in static
+        }
+        lengths.update(dict.fromkeys((*self._extra(group), *(("step",) if self._counts(group) else ())), 0))
+        key = (type(self).rule, self.state_names, tuple(lengths.items()), tuple(static.items()), group["maximize"])
+        if key not in _programs:
+            _programs[key] = trace(type(self).rule, self.state_names, lengths, static, maximize=group["maximize"])
+        return _programs[key]
+
+    def _plan_key(self, group: dict[str, Any]) -> Any:
+        lr_on_device = isinstance(group.get("lr"), torch.Tensor) and group["capturable"]
+        options = tuple(group[name] for name in ENGINE_OPTIONS)
+        scaled = getattr(self, "found_inf", None) is not None
+        return (options, tuple(self._static(group).values()), lr_on_device, scaled)
+
+    def _valid(self, plan: Plan, group: dict[str, Any], params: list[torch.Tensor]) -> bool:
+        if len(params) != len(plan.params) or not all(map(operator.is_, params, plan.params)):
+            return False
+        if plan.key != self._plan_key(group):
+            return False
+        names = plan.states[0]
+        for column, name in zip(plan.tensors, names, strict=True):
+            if not all(map(operator.is_, column, map(dict.get, plan.states, repeat(name)))):
+                return False
+        return plan.pointers == [p.data_ptr() for p in params]
+
+    def _make_plan(self, group: dict[str, Any], params: list[torch.Tensor]) -> Plan:
+        mode = self._mode(group, params)
+        if mode in ("blocked", "kernel") and not all(self._is_laid_out(group, p) for p in params):
+            mode = "foreach"
+        names = self._stored(group)
+        groups: dict[Any, list[int]] = {}
+        for i, p in enumerate(params):
+            state = self.state[p]
+            step: Any = None
+            if self._counts(group):
+                # Comparing values on the device would mean to wait for it.
+                step = id(state["step"]) if group["capturable"] else float(state["step"])
+            groups.setdefault((step, p.device, p.dtype, *(state[name].dtype for name in names)), []).append(i)
+        cohorts = []
+        for (_, device, dtype, *types), members in groups.items():
+            step = self._own_step([self.state[params[i]] for i in members]) if self._counts(group) else None
+            cohorts.append(self._make_cohort(mode, group, params, members, step, device, dtype, tuple(types)))
+        states = [self.state[p] for p in params]
+        tensors = [[s.get(name) for s in states] for name in states[0]]
+        unwrap = self._elementwise(group) and any(_is_dtensor(p) or p.is_complex() for p in params)
+        pointers = [p.data_ptr() for p in params]
+        return Plan(self._plan_key(group), list(params), states, tensors, pointers, unwrap, mode, cohorts)
+
+    def _is_laid_out(self, group: dict[str, Any], p: torch.Tensor) -> bool:
+        local = _plain(p)
+        same = all(_plain(self.state[p][name]).stride() == local.stride() for name in self._stored(group))
+        return same and _dense(local)
+
+    def _own_step(self, states: list[dict[str, Any]]) -> torch.Tensor:
+        """One counter for a cohort, its own: parameters outside of it that shared the old one keep that."""
+        step = states[0]["step"].clone()
+        for state in states:
+            state["step"] = step
+        return step
+
+    def _make_cohort(
+        self,
+        mode: str,
+        group: dict[str, Any],
+        params: list[torch.Tensor],
+        members: list[int],
+        step: torch.Tensor | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        state_types: tuple[torch.dtype, ...],
+    ) -> Cohort:
+        cohort = Cohort(members, step)
+        owners = [params[i] for i in members]
+        names = self._stored(group)
+        program = self._program(group) if mode != "eager" else None
+        # A rule that is not elementwise needs the whole tensor, and lets DTensor see to its parts.
+        plain = _plain if self._elementwise(group) else (lambda t: t)
+        columns = [[plain(p) for p in owners], *([plain(self.state[p][name]) for p in owners] for name in names)]
+        real, compute = _real_dtype(dtype), _compute_dtype(_real_dtype(dtype))
+        storage = (real, real, *(_real_dtype(t) for t in state_types[: len(self.state_names)]))
+        rounding = Rounding(group["rounding"])
+        if mode in ("blocked", "kernel"):
+            cohort.strides = [p.stride() for p in columns[0]]
+        if rounding.mode == "stochastic" and mode != "kernel":
+            cohort.generator = torch.Generator(device=device)
+        cohort.arrays, cohort.runner = columns, program
+        if mode == "blocked":
+            assert program is not None
+            cohort.runner = Blocked(program, Layout(compute, storage, rounding))
+            cohort.arrays = [[_flat(t) for t in column] for column in columns]
+        elif mode == "kernel":
+            assert program is not None
+            on_device = [*self._extra(group)]
+            if group["capturable"]:
+                on_device += [*(["step"] if self._counts(group) else []), *_tensors(group)]
+            used = tuple(n for n in on_device if n in program.uniforms)
+            scaled = getattr(self, "found_inf", None) is not None
+            signature = kernel.Signature(compute, storage, rounding, used, scaled)
+            cohort.runner = kernel.Launch(program, signature, columns)
+        return cohort
+
+    def _stored(self, group: dict[str, Any]) -> list[str]:
+        return [*self.state_names, *(["compensation"] if group["rounding"] == "kahan" else [])]
+
+    def _run(
+        self,
+        mode: str,
+        cohort: Cohort,
+        grads: list[torch.Tensor],
+        group: dict[str, Any],
+        numbers: dict[str, Any],
+        scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+    ) -> None:
+        step, values, seed = cohort.step, numbers, group["rounding_seed"]
+        if step is not None:
+            if found_inf is None:
+                step += 1
+            else:
+                step += 1 - found_inf.to(step.device, step.dtype).reshape(())
+            values = {
+                **numbers,
+                "step": float(step) if not group["capturable"] else step if mode == "kernel" else _wide(step),
+            }
+        if group["rounding"] == "stochastic":
+            # A new draw for every step and cohort, the same again after a checkpoint.
+            seed = (seed * 1_000_003 + cohort.members[0]) % 2**31
+            if step is not None and step.device.type == "cpu":
+                seed = (seed + int(step) * 7919) % 2**31
+            if cohort.generator is not None:
+                cohort.generator.manual_seed(seed)
+        if mode == "kernel":
+            grads = [_laid_out(g, s) for g, s in zip(grads, cohort.strides, strict=True)]
+            cohort.runner.run(grads, values, (scale, found_inf), seed)
+        elif mode == "blocked":
+            p, *states = cohort.arrays
+            flat = [_flat(_laid_out(g, s)) for g, s in zip(grads, cohort.strides, strict=True)]
+            numbers = {name: float(value) for name, value in values.items()}
+            cohort.runner.run([p, flat, *states], numbers, cohort.generator)
+        elif mode == "foreach":
+            p, *states = cohort.arrays
+            compute, rounding = _compute_dtype(p[0].dtype), Rounding(group["rounding"])
+            foreach_backend.run(cohort.runner, [p, grads, *states], values, compute, rounding, cohort.generator)
+        else:
+            self._run_eager(cohort, grads, group, values)
+
+    def _run_eager(
+        self, cohort: Cohort, grads: list[torch.Tensor], group: dict[str, Any], values: dict[str, Any]
+    ) -> None:
+        """The reference: the rule itself, on one tensor after the other."""
+        h = Hyper(**self._static(group))
+        for name in self.defaults:
+            if name not in ENGINE_OPTIONS and not hasattr(h, name):
+                setattr(h, name, group[name] if isinstance(group[name], tuple) else values[name])
+        for name in (*self._extra(group), *(("step",) if self._counts(group) else ())):
+            setattr(h, name, values[name])
+        rounding = Rounding(group["rounding"])
+        for (p, *stored), g in zip(zip(*cohort.arrays, strict=True), grads, strict=True):
+            state = dict(zip(self.state_names, stored, strict=False))
+            remainder = stored[-1] if rounding.mode == "kahan" else None
+            eager(type(self).rule, p, -g if group["maximize"] else g, state, h, rounding, remainder, cohort.generator)
+
+
+def eager(
+    rule: Callable[..., tuple[Any, dict[str, Any]]],
+    p: torch.Tensor,
+    g: torch.Tensor,
+    state: Mapping[str, torch.Tensor],
+    h: Any,
+    rounding: Rounding,
+    remainder: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """The reference: the rule itself on one tensor, written back in place."""
+    compute = _compute_dtype(p.dtype)
+    value = p.to(compute) if remainder is None else p.to(compute) + remainder.to(compute)
+    inputs = SimpleNamespace(**{name: s.to(compute) for name, s in state.items()})
+    new, new_state = rule(value, g.to(compute), inputs, h)
+    store(p, new, rounding, remainder, generator)
+    for name, s in new_state.items():
+        state[name].copy_(s)
+
+
+def _tensors(group: dict[str, Any]) -> list[str]:
+    return [n for n in ("lr",) if isinstance(group.get(n), torch.Tensor)]
+
+
+def _wide(step: torch.Tensor) -> torch.Tensor:
+    # Powers of a retention factor near one need float64, which not every device has.
+    return step if step.device.type == "mps" else step.double()
+
+
+def _real_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Low-precision tensors are computed with in float32."""
+    return torch.float32 if dtype in _LOW else dtype
+
+
+def _state_dtype(p: torch.Tensor, group: dict[str, Any]) -> torch.dtype:
+    wanted = group["state_dtype"]
+    if wanted is None:
+        return p.dtype
+    return wanted.to_complex() if p.is_complex() else wanted
+
+
+def _is_dtensor(t: torch.Tensor) -> bool:
+    return hasattr(t, "_local_tensor")
+
+
+def _plain(t: torch.Tensor) -> torch.Tensor:
+    """The local, real tensor that holds t's elements."""
+    if _is_dtensor(t):
+        t = t._local_tensor  # type: ignore[attr-defined]
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
+def _placed_like(g: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    if _is_dtensor(p) and g.placements != p.placements:  # type: ignore[attr-defined]
+        return g.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    return g
+
+
+def _dense(t: torch.Tensor) -> bool:
+    """Whether t's elements fill one stretch of memory, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((st, n) for st, n in zip(t.stride(), t.shape, strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _laid_out(t: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """t itself where it has these strides, else a copy that has."""
+    if t.stride() == strides:
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+
+
+def _flat(t: torch.Tensor) -> torch.Tensor:
+    """The elements of a dense tensor in the order of memory, as a view."""
+    return t.detach().as_strided((t.numel(),), (1,))

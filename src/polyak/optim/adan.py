@@ -1,0 +1,238 @@
+"""Adan: adaptive Nesterov momentum (Xie, Zhou, Li, Lin, Yan, arXiv 2208.06677; TPAMI 2024).
+
+Nesterov's look-ahead gradient is estimated from successive gradients, ``g + b2 (g - g_prev)``, and both moments of an
+Adam-like step are built from it:
+
+    m = b1 m + (1 - b1) g              v = b2 v + (1 - b2) (g - g_prev)        n = b3 n + (1 - b3) (g + b2 (g - g_prev))^2
+    p = (p - lr (m^ + b2 v^) / (sqrt(n^) + eps)) / (1 + lr wd)                 ^: divided by 1 - b^t
+
+The betas are retention factors (the official code's convention; the paper's are 1 - b). The paper's Algorithm 1 starts from
+the first gradient and has no bias correction; the code that produced its results starts from zero and corrects, as here.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from polyak.core import checks
+from polyak.core.elementwise import axpy, sqrt, where
+from polyak.core.momentum import bias_correction, ema
+from polyak.optim._engine import RuleOptimizer
+from polyak.optim._engine.functional import apply
+
+STATE = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")
+
+
+def rule(p: Any, g: Any, state: Any, h: Any) -> tuple[Any, dict[str, Any]]:
+    """One step of Adan (the equations above), elementwise."""
+    b1, b2, b3 = h.betas
+    clip = getattr(h, "clip", None)
+    if clip is not None:
+        g = g * clip
+    # The first gradient that a tensor sees is its own predecessor.
+    difference = where(h.step > 1, g + state.neg_pre_grad, 0.0)
+    ahead = axpy(b2, difference, g)
+    m = ema(state.exp_avg, g, b1)
+    v = ema(state.exp_avg_diff, difference, b2)
+    n = ema(state.exp_avg_sq, ahead * ahead, b3)
+    denominator = sqrt(n) / sqrt(bias_correction(b3, h.step)) + h.eps
+    momentum = axpy(b2 / bias_correction(b2, h.step), v, m / bias_correction(b1, h.step))
+    update = momentum / denominator
+    if h.no_prox:
+        p = axpy(-h.lr, update, p * (1 - h.lr * h.weight_decay))
+    else:
+        p = axpy(-h.lr, update, p) / (1 + h.lr * h.weight_decay)
+    return p, {"exp_avg": m, "exp_avg_diff": v, "exp_avg_sq": n, "neg_pre_grad": -g}
+
+
+class Adan(RuleOptimizer):
+    """Adan, a drop-in for AdamW that takes 5 to 10 times its learning rate (arXiv 2208.06677, Algorithm 1).
+
+    Args:
+        params: parameters or param groups; every option below may be given per group.
+        lr: learning rate. A tensor is allowed with ``capturable=True``.
+        betas: retention of the gradient, of the gradient difference, and of the squared estimate.
+        eps: added to the denominator after bias correction.
+        weight_decay: decoupled; 0.02 in all of the paper's experiments.
+        max_grad_norm: clip the global norm over all groups to this; 0 does not. ``p.grad`` is not changed.
+        no_prox: decay as AdamW does, before the step, instead of the proximal form above.
+        restart_radius: restart (see :meth:`restart`) when the steps have travelled further than this in the norm of the
+            paper's restart condition; needs one host-device synchronization a step. None never does.
+        maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.Adam``. By default the fastest is chosen:
+            blocks that stay in the cache on the CPU, one launch per group and type on CUDA.
+        state_dtype: type of the state, None for the parameter's. float32 is advised for bfloat16 parameters: the
+            difference of successive gradients cancels.
+        rounding: how a bfloat16 or float16 parameter is written back: "nearest", "stochastic", or "kahan" (keeps what
+            rounding leaves behind in a tensor of the parameter's type).
+        generator: draws the seed of stochastic rounding.
+
+    State: exp_avg, exp_avg_diff, exp_avg_sq, neg_pre_grad and step, per tensor; official checkpoints load. The official code
+    counts steps per group, so that a tensor whose gradient first appears late is corrected wrongly there. A NaN gradient makes
+    its own elements NaN, and with ``max_grad_norm`` all of them.
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or ``fused=True`` without a CUDA device.
+        RuntimeError: sparse gradients.
+
+    Example:
+        >>> optimizer = Adan(model.parameters(), lr=1e-2, weight_decay=0.02)
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
+
+    rule = staticmethod(rule)
+    state_names = STATE
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        max_grad_norm: float = 0.0,
+        no_prox: bool = False,
+        restart_radius: float | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm, no_prox=no_prox,
+            restart_radius=restart_radius, maximize=maximize, foreach=foreach, capturable=capturable,
+            differentiable=differentiable, fused=fused, state_dtype=state_dtype, rounding=rounding,
+        )  # fmt: skip
+        self._travelled: torch.Tensor | None = None
+        self._since_restart = 0
+        super().__init__(params, defaults, generator=generator)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if not isinstance(group["lr"], torch.Tensor):
+            checks.non_negative("lr", group["lr"])
+        group["betas"] = checks.betas(group["betas"], 3, "Adan")
+        if all(b < 0.5 for b in group["betas"]):
+            warnings.warn(
+                f"betas {group['betas']} look like the paper's convention; polyak uses retention factors (1 - beta)",
+                stacklevel=4,
+            )
+        for name in ("eps", "weight_decay", "max_grad_norm"):
+            checks.non_negative(name, group[name])
+        checks.one_of("no_prox", group["no_prox"], (False, True))
+        if group["restart_radius"] is not None:
+            checks.positive("restart_radius", group["restart_radius"])
+
+    def _extra(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("clip",) if group["max_grad_norm"] > 0 else ()
+
+    def _prepare(self) -> None:
+        if not any(group["max_grad_norm"] > 0 for group in self.param_groups):
+            return
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = global_norm(grads)
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            norm = norm / scale
+        self._extra_values = [
+            {"clip": (group["max_grad_norm"] / (norm + group["eps"])).clamp(max=1.0)} for group in self.param_groups
+        ]
+
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters that have a gradient; returns the closure's loss, where there is a closure."""
+        radius = self.defaults["restart_radius"]
+        if radius is None:
+            return super().step(closure)
+        before = [[p.detach().clone() for p in group["params"]] for group in self.param_groups]
+        loss = super().step(closure)
+        with torch.no_grad():
+            self._travel(before, radius)
+        return loss
+
+    def _travel(self, before: list[list[torch.Tensor]], radius: float) -> None:
+        # (k + 1) sum_t ||theta_{t+1} - theta_t||^2 in the norm of sqrt(n_t) > R^2: the paper's restart condition.
+        moved = [
+            ((p.detach() - old).abs().square() * self.state[p]["exp_avg_sq"].abs().sqrt()).sum()
+            for group, olds in zip(self.param_groups, before, strict=True)
+            for p, old in zip(group["params"], olds, strict=True)
+            if self.state.get(p)
+        ]
+        if not moved:
+            return
+        total = torch.stack([m.to(moved[0].device, torch.float64) for m in moved]).sum()
+        self._travelled = total if self._travelled is None else self._travelled + total
+        self._since_restart += 1
+        if self._since_restart * float(self._travelled) > radius**2:
+            self.restart()
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forget all moments and count steps from zero, so that the next step takes its gradient as the previous one."""
+        self._travelled, self._since_restart = None, 0
+        for state in self.state.values():
+            for name in ("exp_avg", "exp_avg_diff", "exp_avg_sq", "step"):
+                state[name].zero_()
+
+    def _adopt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        # The official code counts steps in the param group.
+        state = dict(state_dict["state"])
+        for group in state_dict["param_groups"]:
+            for i in group["params"] if "step" in group else ():
+                if i in state and "step" not in state[i]:
+                    state[i] = {**state[i], "step": torch.tensor(float(group["step"]))}
+        return super()._adopt({**state_dict, "state": state})
+
+
+def global_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The Euclidean norm of all gradients together, on the device of the first; shards of a DTensor are summed over."""
+    norms = [_whole(n) for n in torch._foreach_norm(list(grads))] if grads else [torch.zeros(())]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, torch.float32) for n in norms]))
+
+
+def _whole(t: torch.Tensor) -> torch.Tensor:
+    return t.full_tensor() if hasattr(t, "full_tensor") else t  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def adan_step(
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    exp_avgs: Sequence[torch.Tensor],
+    exp_avg_diffs: Sequence[torch.Tensor],
+    exp_avg_sqs: Sequence[torch.Tensor],
+    neg_pre_grads: Sequence[torch.Tensor],
+    state_steps: Sequence[torch.Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip: float = 1.0,
+    no_prox: bool = False,
+    maximize: bool = False,
+    foreach: bool = True,
+) -> None:
+    """The functional form of :class:`Adan`: parameters, states and steps are updated in place.
+
+    Args:
+        state_steps: one tensor of one element per parameter, incremented here.
+        clip: factor that the gradients are multiplied by.
+
+    Raises:
+        ValueError: lists of unequal length, or hyperparameters out of range.
+    """
+    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "clip": clip}
+    hyper: dict[str, Any] = {name: checks.non_negative(name, value) for name, value in numbers.items()}
+    hyper |= {"betas": checks.betas(betas, 3, "Adan"), "no_prox": no_prox}
+    states: dict[str, Sequence[torch.Tensor]] = dict(
+        zip(STATE, (exp_avgs, exp_avg_diffs, exp_avg_sqs, neg_pre_grads), strict=True)
+    )
+    apply(rule, params, grads, states, state_steps, hyper, maximize=maximize, foreach=foreach)

@@ -1,0 +1,325 @@
+"""Verdicts against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import claims_for_tests as examples
+import numpy as np
+import pytest
+
+from polyak.lab.claim import Arm, Claim, Criterion, Metric, Scale, Task
+from polyak.lab.result import CriterionResult, TrialResult
+from polyak.lab.statistics import judge, verdict
+
+INF = math.inf
+
+
+def claim_of(*criteria: Criterion, seeds: int = 5, metrics: tuple[Metric, ...] | None = None) -> Claim:
+    return examples.make(
+        arms=(
+            Arm(name="plain", label="Plain", role="baseline"),
+            Arm(name="other", label="Other", role="baseline"),
+            Arm(name="quick", label="Quick", role="method"),
+            Arm(name="hollow", label="Hollow", role="control"),
+        ),
+        tasks=(Task(name="parabola", label="Parabola"),),
+        scales=(Scale(name="small", says="", seeds=seeds),),
+        metrics=metrics or (Metric(name="loss", label="loss"), Metric(name="score", label="", better="higher", worst=0)),
+        criteria=criteria,
+    )
+
+
+def criterion(**changes: Any) -> Criterion:
+    facts = {"name": "c", "says": "", "task": "parabola", "metric": "loss", "arm": "quick", "against": "plain"}
+    return Criterion(**{**facts, **changes})
+
+
+def trials_of(metric: str = "loss", **arms: list[float]) -> list[TrialResult]:
+    """One trial per value; an infinite value or NaN marks a diverged trial, which scores as infinity."""
+    return [
+        TrialResult(
+            task="parabola",
+            arm=arm,
+            seed=seed,
+            purpose="report",
+            point={},
+            values={metric: value},
+            curve=(),
+            seconds=1.0,
+            diverged=math.isinf(value),
+        )
+        for arm, values in arms.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def judged(c: Criterion, metric: str = "loss", *, seeds: int | None = None, **arms: list[float]) -> CriterionResult:
+    count = seeds or len(next(iter(arms.values())))
+    (result,) = judge(claim_of(c), trials_of(metric, **arms), range(count))
+    return result
+
+
+# -- each seed's statistic -------------------------------------------------------------------------------------------------
+
+
+def test_ratio_difference_and_value() -> None:
+    arms = {"quick": [1.0, 2.0, 3.0], "plain": [2.0, 2.0, 4.0]}
+    assert judged(criterion(rule="every"), **arms).per_seed == (0.5, 1.0, 0.75)
+    assert judged(criterion(compare="difference", bound=0.0), **arms).per_seed == (-1.0, 0.0, -1.0)
+    assert judged(criterion(compare="value", against="", bound=3.0), **arms).per_seed == (1.0, 2.0, 3.0)
+
+
+def test_the_best_rival_is_taken_seed_by_seed() -> None:
+    c = criterion(against=("plain", "other"), compare="difference")
+    assert judged(c, quick=[0.0] * 3, plain=[1.0, 5.0, 3.0], other=[4.0, 2.0, 3.0]).per_seed == (-1.0, -2.0, -3.0)
+    c = criterion(against=("plain", "other"), compare="difference", metric="score", op=">=")
+    assert judged(c, "score", quick=[0.0] * 3, plain=[1.0, 5.0, 3.0], other=[4.0, 2.0, 3.0]).per_seed == (-4.0, -5.0, -3.0)
+
+
+def test_another_metric_may_stand_on_the_other_side() -> None:
+    metrics = (Metric(name="half", label=""), Metric(name="full", label=""))
+    c = criterion(metric="half", against_metric="full", rule="every", bound=2.0)
+    trials = trials_of("half", quick=[2.0, 3.0, 4.0]) + trials_of("full", plain=[2.0, 2.0, 2.0])
+    (result,) = judge(claim_of(c, metrics=metrics), trials, range(3))
+    assert result.per_seed == (1.0, 1.5, 2.0)
+    assert result.verdict == "holds"
+    assert result.statistic == "ratio of half, quick / full of plain"
+
+
+def test_zeros_in_ratios() -> None:
+    result = judged(criterion(rule="every"), quick=[0.0, 0.0, 1.0], plain=[0.0, 1.0, 0.0])
+    assert result.per_seed == (1.0, 0.0, INF)
+    assert (result.verdict, result.seeds_passing) == ("fails", 2)
+
+
+def test_negative_values_have_no_ratio() -> None:
+    with pytest.raises(ValueError, match=r"criterion 'c'.*>= 0, got -1.0"):
+        judged(criterion(), quick=[-1.0, 1.0, 1.0], plain=[1.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match=r"criterion 'c'.*bound of a ratio must be > 0, got 0"):
+        judged(criterion(bound=0.0), quick=[1.0], plain=[1.0])
+
+
+# -- divergence ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("compare", "bound"), [("ratio", 1.0), ("difference", 0.0)])
+def test_divergence_on_either_side(compare: Any, bound: float) -> None:
+    c = criterion(compare=compare, bound=bound, rule="every")
+    alone = judged(c, quick=[INF, 1.0, 1.0], plain=[1.0, 1.0, 1.0])
+    assert (alone.per_seed[0], alone.verdict) == (INF, "fails")
+    rival = judged(c, quick=[1.0, 1.0, 1.0], plain=[INF, 1.0, 1.0])
+    assert (rival.per_seed[0], rival.verdict) == (0.0 if compare == "ratio" else -INF, "holds")
+    both = judged(c, quick=[INF, 1.0, 1.0], plain=[INF, 1.0, 1.0])
+    assert (both.per_seed[0], both.verdict, both.seeds_passing) == (INF, "fails", 2)
+    assert both.improvement == pytest.approx(0.5)
+
+
+def test_both_diverged_satisfies_no_criterion_upwards_either() -> None:
+    for compare, least in (("ratio", 0.0), ("difference", -INF)):
+        c = criterion(compare=compare, metric="score", op=">=", bound=0.5, rule="every")
+        trials = [
+            replace(t, diverged=t.seed == 0, values={"score": 0.0 if t.seed == 0 else t.values["score"]})
+            for t in trials_of("score", quick=[0.0, 3.0, 3.0], plain=[0.0, 1.0, 1.0])
+        ]
+        (result,) = judge(claim_of(c), trials, range(3))
+        assert (result.per_seed[0], result.verdict) == (least, "fails")
+
+
+def test_both_diverged_to_a_finite_worst_is_no_tie() -> None:
+    c = criterion(rule="every")
+    metrics = (Metric(name="loss", label="", worst=10.0),)
+    trials = [replace(t, diverged=True) for t in trials_of(quick=[10.0] * 3, plain=[10.0] * 3)]
+    (result,) = judge(claim_of(c, metrics=metrics), trials, range(3))
+    assert (result.verdict, result.seeds_passing) == ("fails", 0)
+
+
+def test_a_rival_that_did_not_diverge_is_met_even_where_worst_is_mild() -> None:
+    c = criterion(against=("plain", "other"), rule="every")
+    trials = [replace(t, diverged=t.arm == "other") for t in trials_of(quick=[6.0] * 3, plain=[12.0] * 3, other=[10.0] * 3)]
+    (result,) = judge(claim_of(c), trials, range(3))
+    assert result.per_seed == (0.5, 0.5, 0.5)
+
+
+def test_worst_of_what_should_be_high_has_a_ratio() -> None:
+    metrics = (Metric(name="score", label="", better="higher"),)
+    c = criterion(metric="score", op=">=", rule="every")
+    trials = trials_of("score", quick=[-INF, 2.0, 2.0], plain=[1.0, -INF, 1.0])
+    (result,) = judge(claim_of(c, metrics=metrics), trials, range(3))
+    assert result.per_seed == (0.0, INF, 2.0)
+
+
+def test_one_divergence_does_not_win_the_mean() -> None:
+    """The rival diverges once and is better otherwise: the mean is at infinity, but the evidence is not enough."""
+    result = judged(criterion(), quick=[2.0] * 8, plain=[INF] + [1.0] * 7)
+    assert result.estimate == 0.0
+    assert result.low == 0.0
+    assert result.high == pytest.approx(2.0)
+    assert result.verdict == "undecided"
+
+
+def test_divergence_of_every_trial_of_the_arm_fails() -> None:
+    result = judged(criterion(), quick=[INF] * 5, plain=[1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (result.estimate, result.low, result.high) == (INF, INF, INF)
+    assert (result.p_value, result.verdict, result.improvement) == (1 / 32, "fails", 0.0)
+
+
+def test_as_many_infinities_on_both_sides_leave_the_finite_ones() -> None:
+    c = criterion(compare="difference", bound=0.0)
+    result = judged(c, quick=[INF, 1.0, 1.0, 1.0, 1.0], plain=[1.0, INF, 2.0, 2.0, 2.0])
+    assert result.estimate == pytest.approx(-0.6)
+    assert (result.low, result.high) == (-INF, INF)
+    assert not math.isnan(result.p_value)
+    assert result.verdict == "undecided"
+
+
+# -- rules -----------------------------------------------------------------------------------------------------------------
+
+
+def test_every_seed_must_satisfy() -> None:
+    c = criterion(rule="every", bound=0.5)
+    assert judged(c, quick=[1.0, 1.0, 1.0], plain=[2.0, 3.0, 4.0]).verdict == "holds"
+    one_bad = judged(c, quick=[1.0, 1.0, 1.0], plain=[2.0, 1.9, 4.0])
+    assert (one_bad.verdict, one_bad.seeds_passing) == ("fails", 2)
+    assert judged(replace(c, op="<"), quick=[1.0] * 3, plain=[2.0, 3.0, 4.0]).verdict == "fails"
+
+
+def test_missing_trials_leave_it_undecided() -> None:
+    result = judged(criterion(rule="every"), seeds=5, quick=[1.0] * 4, plain=[2.0] * 5)
+    assert (result.verdict, result.note) == ("undecided", "trials are missing: 4 of 5 seeds are complete")
+    nothing = judged(criterion(), seeds=5, quick=[])
+    assert (nothing.verdict, nothing.per_seed, nothing.low, nothing.high) == ("undecided", (), 0.0, INF)
+
+
+def test_two_seeds_are_too_few_unless_the_scale_declares_them() -> None:
+    c = criterion(rule="every")
+    trials = trials_of(quick=[1.0, 1.0], plain=[2.0, 2.0])
+    (result,) = judge(claim_of(c), trials, range(2), scale="small")
+    assert (result.verdict, result.note) == ("undecided", "2 seeds cannot decide: at least 3 are needed")
+    (result,) = judge(claim_of(c, seeds=1), trials, range(2), scale="small")
+    assert result.verdict == "holds"
+
+
+def test_sign_flip_p_values_by_hand() -> None:
+    c = criterion(compare="difference", bound=0.0)
+    # 5 seeds on one side: only the observed signs of 2^5 are as extreme.
+    assert judged(c, quick=[1.0, 2.0, 3.0, 4.0, 5.0], plain=[6.0] * 5).p_value == 1 / 32
+    # -1 five times and +0.1: the sum -4.9 is undercut by -5.1 alone, so 2 of 2^6.
+    assert judged(c, quick=[0.0] * 5 + [1.1], plain=[1.0] * 6).p_value == 2 / 64
+    # On the other side the test turns.
+    assert judged(c, quick=[2.0, 2.5, 3.0, 3.5, 4.0], plain=[1.0] * 5).p_value == 1 / 32
+    # All at the bound: every flip is as extreme.
+    assert judged(c, quick=[1.0] * 5, plain=[1.0] * 5).p_value == 1.0
+
+
+def test_the_mean_decides_from_five_seeds_on() -> None:
+    quick, plain = [1.0, 1.1, 0.9, 1.2, 1.0], [2.0, 2.1, 2.2, 1.9, 2.0]
+    better = judged(criterion(), quick=quick, plain=plain)
+    assert (better.verdict, better.p_value, better.improvement) == ("holds", 1 / 32, 1.0)
+    assert better.estimate == pytest.approx(np.exp(np.mean(np.log(np.divide(quick, plain)))))
+    assert min(better.per_seed) <= better.low < better.estimate < better.high <= max(better.per_seed)
+    worse = judged(criterion(), quick=plain, plain=quick)
+    assert (worse.verdict, worse.p_value, worse.improvement) == ("fails", 1 / 32, 0.0)
+    few = judged(criterion(), quick=quick[:4], plain=plain[:4])
+    assert (few.verdict, few.p_value) == ("undecided", 1 / 16)
+    assert few.note == "4 seeds cannot decide: the exact test at 5% needs at least 5"
+
+
+def test_the_interval_must_clear_the_bound() -> None:
+    quick, plain = [1.0, 1.1, 0.9, 1.2, 1.0], [2.0, 2.1, 2.2, 1.9, 2.0]
+    result = judged(criterion(bound=0.5), quick=quick, plain=plain)
+    assert result.verdict == "undecided"
+    assert result.low < 0.5 < result.high
+    assert result.note
+
+
+def test_equal_values_need_no_interval() -> None:
+    result = judged(criterion(), quick=[1.0] * 5, plain=[2.0] * 5)
+    assert (result.estimate, result.low, result.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert result.verdict == "holds"
+    on_the_bound = judged(criterion(), quick=[2.0] * 5, plain=[2.0] * 5)
+    assert (on_the_bound.verdict, on_the_bound.p_value) == ("undecided", 1.0)
+
+
+def test_one_seed_has_no_interval() -> None:
+    result = judged(criterion(), quick=[1.0], plain=[2.0])
+    assert (result.estimate, result.low, result.high) == (0.5, 0.0, INF)
+
+
+def test_upwards() -> None:
+    c = criterion(metric="score", op=">=", compare="difference", bound=0.0)
+    arms = {"quick": [0.8, 0.9, 0.85, 0.9, 0.7], "plain": [0.5, 0.4, 0.6, 0.55, 0.6]}
+    result = judged(c, "score", **arms)
+    assert (result.verdict, result.improvement) == ("holds", 1.0)
+    assert judged(replace(c, op="<="), "score", **arms).verdict == "fails"
+
+
+def test_improvement_counts_ties_half() -> None:
+    result = judged(criterion(), quick=[1.0, 2.0, 3.0, 1.0], plain=[2.0, 2.0, 2.0, 2.0])
+    assert result.improvement == (1 + 0.5 + 0 + 1) / 4
+
+
+def test_many_seeds_use_drawn_flips_and_are_repeatable() -> None:
+    quick, plain = list(np.linspace(1, 2, 20)), list(np.linspace(1.1, 2.5, 20))
+    first, second = (judged(criterion(), quick=quick, plain=plain) for _ in range(2))
+    assert first == second
+    assert first.verdict == "holds"
+
+
+# -- controls and the claim's verdict --------------------------------------------------------------------------------------
+
+
+def test_a_control_that_passes_makes_a_criterion_say_nothing() -> None:
+    c = criterion(control="hollow", rule="every")
+    arms = {"quick": [1.0] * 3, "plain": [2.0] * 3}
+    empty = judged(c, **arms, hollow=[1.5] * 3)
+    assert (empty.verdict, empty.control_verdict) == ("undecided", "holds")
+    assert "says nothing" in empty.note
+    sound = judged(c, **arms, hollow=[3.0] * 3)
+    assert (sound.verdict, sound.control_verdict) == ("holds", "fails")
+
+
+def test_a_control_excuses_no_failure() -> None:
+    result = judged(criterion(control="hollow", rule="every"), quick=[3.0] * 3, plain=[2.0] * 3, hollow=[1.0] * 3)
+    assert (result.verdict, result.control_verdict) == ("fails", "holds")
+
+
+def test_a_control_is_not_its_own_rival() -> None:
+    c = criterion(against=("plain", "hollow"), control="hollow", rule="every")
+    result = judged(c, quick=[1.0] * 3, plain=[2.0] * 3, hollow=[3.0] * 3)
+    assert (result.verdict, result.control_verdict) == ("holds", "fails")
+    with pytest.raises(ValueError, match="its own rival"):
+        judged(criterion(against="hollow", control="hollow"), quick=[1.0], hollow=[1.0])
+
+
+def test_verdict_of_the_claim() -> None:
+    holds = judged(criterion(rule="every"), quick=[1.0] * 3, plain=[2.0] * 3)
+    fails = judged(criterion(rule="every"), quick=[3.0] * 3, plain=[2.0] * 3)
+    open_ = judged(criterion(), quick=[1.0] * 3, plain=[2.0] * 3)
+    assert verdict([holds, holds]) == "holds"
+    assert verdict([holds, open_]) == "undecided"
+    assert verdict([open_, fails, holds]) == "fails"
+    assert verdict([holds, replace(fails, gating=False)]) == "holds"
+    assert verdict([]) == "undecided"
+
+
+def test_only_reported_trials_count() -> None:
+    trials = trials_of(quick=[1.0] * 3, plain=[2.0] * 3)
+    tuning = [replace(t, purpose="tuning", values={"loss": 100.0}) for t in trials]
+    (result,) = judge(claim_of(criterion(rule="every")), trials + tuning, range(3))
+    assert result.per_seed == (0.5, 0.5, 0.5)
+
+
+def test_a_task_that_the_scale_leaves_out_is_reported_and_gates_nothing() -> None:
+    claim = replace(
+        claim_of(),
+        criteria=(criterion(rule="every"), criterion(name="far", task="far", rule="every")),
+        tasks=(Task(name="parabola", label=""), Task(name="far", label="")),
+        scales=(Scale(name="small", says="", seeds=3, tasks=("parabola",)),),
+    )
+    results = judge(claim, trials_of(quick=[1.0] * 3, plain=[2.0] * 3), range(3), scale="small")
+    assert [(r.verdict, r.gating) for r in results] == [("holds", True), ("undecided", False)]
+    assert results[1].note == "scale 'small' leaves out task 'far'"
+    assert verdict(results) == "holds"
