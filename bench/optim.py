@@ -1,0 +1,225 @@
+"""Time of one ``step()`` of polyak's optimizers and of their peers, over the time that its memory traffic must take.
+
+    python bench/optim.py                      # the CPU, and the GPU where there is one
+    python bench/optim.py --device cuda --models resnet50 gpt2 1b
+
+All in one run on one machine: first the machine's own copy bandwidth, then every optimizer on the same parameters. The floor
+is the words that a step must read and write (4 bytes each) over that bandwidth. Steps are timed back to back: on the GPU
+between two events, on the CPU by the clock; the median of the repetitions counts. Peers that are not installed are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import polyak
+from polyak.optim import Adan, Lion
+
+WORDS = {"Adan": 11, "Lion": 5, "AdamW": 7}  # read p, g and the state, write p and the state
+
+
+def resnet50() -> list[tuple[int, ...]]:
+    """The 161 parameters of ResNet-50 (25.6 M)."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    inside = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convs = [(width, inside, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            if block == 0:
+                convs.append((4 * width, inside, 1, 1))
+            for conv in convs:
+                shapes += [conv, (conv[0],), (conv[0],)]
+            inside = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def gpt2() -> list[tuple[int, ...]]:
+    """The 148 parameters of GPT-2 (124 M)."""
+    d = 768
+    layer = [(d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,), (d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
+    return [(50257, d), (1024, d), *(layer * 12), (d,), (d,)]
+
+
+def one_billion() -> list[tuple[int, ...]]:
+    """A language model of 1.1 B parameters in 122 tensors."""
+    d = 2048
+    layer = [(d,), (3 * d, d), (d, d), (d,), (4 * d, d), (d, 4 * d)]
+    return [(50257, d), *(layer * 20), (d,)]
+
+
+MODELS: dict[str, Callable[[], list[tuple[int, ...]]]] = {"resnet50": resnet50, "gpt2": gpt2, "1b": one_billion}
+
+
+@dataclass
+class Row:
+    model: str
+    optimizer: str
+    method: str
+    ms: float
+    floor_ms: float
+    host_ms: float
+    state_bytes: float  # per parameter
+
+    @property
+    def ratio(self) -> float:
+        return self.ms / self.floor_ms
+
+
+def contenders(device: str) -> list[tuple[str, str, Callable[[Any], torch.optim.Optimizer]]]:
+    """(name, method, constructor): ours first, then the peers."""
+    gpu = device == "cuda"
+    found: list[tuple[str, str, Callable[[Any], torch.optim.Optimizer]]] = [
+        ("polyak Adan", "Adan", lambda p: Adan(p, lr=1e-3, weight_decay=0.02)),
+        ("polyak Adan, clipped", "Adan", lambda p: Adan(p, lr=1e-3, weight_decay=0.02, max_grad_norm=1.0)),
+        ("polyak Lion", "Lion", lambda p: Lion(p, lr=1e-4, weight_decay=0.1)),
+        ("torch AdamW foreach", "AdamW", lambda p: torch.optim.AdamW(p, foreach=True)),
+        ("torch AdamW fused", "AdamW", lambda p: torch.optim.AdamW(p, fused=True)),
+    ]
+    if gpu:
+        found.insert(2, ("polyak Adan, capturable", "Adan", lambda p: Adan(p, lr=1e-3, weight_decay=0.02, capturable=True)))
+    peers = [
+        ("pytorch_optimizer", "Adan", {}), ("pytorch_optimizer", "Lion", {}),
+        ("optimi", "Adan", {"foreach": True}), ("optimi", "Adan", {"triton": True}),
+        ("optimi", "Lion", {"foreach": True}), ("optimi", "Lion", {"triton": True}),
+        ("timm.optim", "Adan", {}), ("timm.optim", "Lion", {}),
+    ]  # fmt: skip
+    for module, name, options in peers:
+        try:
+            make = getattr(importlib.import_module(module), name)
+        except Exception:  # a peer that cannot be imported here, for whatever reason of its own
+            continue
+        if options.get("triton") and not gpu:
+            continue
+        label = " ".join([module.removesuffix(".optim"), name, *options])
+        found.append((label, name, lambda p, make=make, options=options: make(p, lr=1e-3, **options)))
+    return found
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def elapsed_ms(run: Callable[[], Any], device: str, times: int, repeats: int) -> float:
+    """Median over ``repeats`` of the mean time of ``times`` calls back to back."""
+    samples = []
+    for _ in range(repeats):
+        if device == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(times):
+                run()
+            end.record()
+            torch.cuda.synchronize()
+            samples.append(start.elapsed_time(end) / times)
+        else:
+            begin = time.perf_counter()
+            for _ in range(times):
+                run()
+            samples.append((time.perf_counter() - begin) / times * 1e3)
+    return statistics.median(samples)
+
+
+def bandwidth(device: str) -> float:
+    """Bytes a second that a large copy reads and writes."""
+    n = 2**29 if device == "cuda" else 2**26
+    a, b = torch.rand(n, device=device), torch.rand(n, device=device)
+    b.copy_(a)
+    return 2 * 4 * n / (elapsed_ms(lambda: b.copy_(a), device, 10, 5) / 1e3)
+
+
+def bench(model: str, device: str, speed: float, label: str, method: str, make: Callable[[Any], Any]) -> Row:
+    generator = torch.Generator(device=device).manual_seed(0)
+    params = [torch.randn(s, device=device, generator=generator).requires_grad_() for s in MODELS[model]()]
+    for p in params:
+        p.grad = torch.randn(p.shape, device=device, generator=generator)
+    count = sum(p.numel() for p in params)
+    optimizer = make(params)
+    for _ in range(4):
+        optimizer.step()
+    synchronize(device)
+    fast = device == "cuda"
+    times = (50 if count < 3e7 else 20 if count < 3e8 else 8) if fast else 3
+    ms = elapsed_ms(optimizer.step, device, times, 5 if fast else 3)
+    begin = time.perf_counter()
+    for _ in range(5 if fast else 0):
+        optimizer.step()
+    host = (time.perf_counter() - begin) / 5 * 1e3
+    synchronize(device)
+    state = sum(
+        t.numel() * t.element_size()
+        for s in optimizer.state.values()
+        for t in s.values()
+        if isinstance(t, torch.Tensor) and t.dim()
+    )
+    return Row(model, label, method, ms, WORDS[method] * 4 * count / speed * 1e3, host, state / count)
+
+
+def graph_replay(model: str, speed: float) -> Row:
+    """Adan in a captured CUDA graph."""
+    params = [torch.randn(s, device="cuda").requires_grad_() for s in MODELS[model]()]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = Adan(params, lr=1e-3, weight_decay=0.02, capturable=True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    ms = elapsed_ms(graph.replay, "cuda", 20, 5)
+    count = sum(p.numel() for p in params)
+    return Row(model, "polyak Adan, graph replay", "Adan", ms, 11 * 4 * count / speed * 1e3, 0.0, 16.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda", "all"), default="all")
+    parser.add_argument("--models", nargs="*", choices=tuple(MODELS), help="default: all on the GPU, resnet50 and gpt2 on the CPU")
+    parser.add_argument("--only", default="", help="only optimizers whose name contains this")
+    parser.add_argument("--json", default="", help="also write the rows to this file")
+    args = parser.parse_args()
+    devices = [d for d in ("cpu", "cuda") if args.device in (d, "all") and (d == "cpu" or torch.cuda.is_available())]
+    rows: list[Row] = []
+    for device in devices:
+        name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        speed = bandwidth(device)
+        print(f"\n{name}; torch {torch.__version__}; polyak {polyak.__version__}; copies at {speed / 1e9:.0f} GB/s", flush=True)
+        for model in args.models or (list(MODELS) if device == "cuda" else ["resnet50", "gpt2"]):
+            print(f"\n| {model} | ms a step | over the floor | host ms | state bytes a parameter |\n| --- | ---: | ---: | ---: | ---: |")
+            for label, method, make in contenders(device):
+                if args.only not in label:
+                    continue
+                try:
+                    row = bench(model, device, speed, label, method, make)
+                except Exception as error:  # a peer's failure is shown, and is no reason to stop
+                    print(f"| {label} | failed: {type(error).__name__}: {str(error)[:80]} | | | |", flush=True)
+                    continue
+                finally:
+                    if device == "cuda":
+                        torch.cuda.empty_cache()
+                rows.append(row)
+                print(f"| {label} | {row.ms:.3f} | {row.ratio:.2f} | {row.host_ms:.3f} | {row.state_bytes:.0f} |", flush=True)
+            if device == "cuda" and args.only in "polyak Adan, graph replay":
+                row = graph_replay(model, speed)
+                rows.append(row)
+                print(f"| {row.optimizer} | {row.ms:.3f} | {row.ratio:.2f} | | {row.state_bytes:.0f} |", flush=True)
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump([asdict(row) for row in rows], file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
