@@ -382,3 +382,13 @@ def test_record_needs_a_checkout(call, tmp_path, monkeypatch):
     code, _, err = call("record", "good")
     assert code == 3
     assert "checkout" in err
+
+
+def test_results_fit_a_narrow_terminal(call, monkeypatch):
+    call("reproduce", "good", "--jobs", "1")
+    for width in ("80", "120"):
+        monkeypatch.setattr("polyak.cli.terminal.PIPE_WIDTH", int(width))
+        lines = call("show", "good")[1].splitlines()
+        assert max(map(len, lines)) <= int(width)
+        row = next(line for line in lines if line.strip().startswith("New halves the loss") and "✓ holds" in line)
+        assert "5 of 5" in row

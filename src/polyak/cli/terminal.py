@@ -24,13 +24,14 @@ if TYPE_CHECKING:
 
 STYLES = {"holds": "green", "fails": "red", "undecided": "yellow", "not run": "dim"}
 REST_S = 30  # where no terminal redraws a line, progress is told this often
+PIPE_WIDTH = 120
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console on stdout or stderr. Into a file or pipe it writes lines of 120 characters."""
+    """A console on stdout or stderr. Into a file or pipe its lines are of one length."""
     made = Console(stderr=stderr, highlight=False)
     if not made.is_terminal:
-        made.width = 120
+        made.width = PIPE_WIDTH
     return made
 
 
@@ -51,20 +52,23 @@ def listing(entries: Sequence[Entry]) -> Table:
     return table
 
 
-def results(result: ClaimResult) -> Table:
-    """A claim's criteria with their numbers."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("criterion", ratio=1)
-    for head in ("estimate", "95 % interval", "asked", "seeds", "verdict"):
-        table.add_column(head, justify="left" if head == "verdict" else "right", no_wrap=True)
+def results(result: ClaimResult, width: int) -> Table:
+    """A claim's criteria with their numbers; in a narrow terminal intervals and bounds take two lines."""
+    gap = " " if width >= 100 else "\n"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("criterion")
+    for head in ("estimate", f"95 %{gap}interval", "asked", "seeds"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     for c in result.criteria:
         says = Text(c.says)
         if not c.gating:
             says.append(" (reported only)", "dim")
         if c.control_verdict == "holds":
             says.append("\nits control passes, too: it says nothing", "yellow")
-        numbers = (words.number(c.estimate), words.interval(c), words.bound(c), words.seeds_passing(c))
-        table.add_row(says, *numbers, verdict(c.verdict))
+        within = words.interval(c).replace(" to ", f"{gap}to ")
+        asked = f"{words.BOUNDS[c.op]}{gap}{words.number(c.bound)}"
+        table.add_row(says, words.number(c.estimate), within, asked, words.seeds_passing(c), verdict(c.verdict))
     return table
 
 
@@ -75,7 +79,7 @@ def outcome(out: Console, claim: Claim, result: ClaimResult, *, published: bool 
     out.print(Text(words.finding(result)))
     if lost := sum(t.diverged for t in result.trials if t.purpose == "report"):
         out.print(Text(f"{words.count(lost, 'reported trial')} diverged, counted at the worst value.", "yellow"))
-    out.print(results(result))
+    out.print(results(result, out.width))
 
 
 def sheet(out: Console, entry: Entry) -> None:

@@ -87,8 +87,7 @@ class Mixture:
             raise ValueError(
                 f"covariances must be positive semidefinite, got an eigenvalue {self.variances.min().item():g}"
             )
-        raw = torch.ones(count) if weights is None else torch.as_tensor(weights)
-        raw = raw.to(device=device, dtype=torch.float64)
+        raw = torch.as_tensor([1.0] * count if weights is None else weights, dtype=torch.float64, device=device)
         if raw.shape != (count,) or not bool((raw > 0).all() & raw.isfinite().all()):
             raise ValueError(f"weights must be {count} positive numbers, got {weights!r}")
         self.weights = raw / raw.sum()

@@ -148,7 +148,7 @@ def _mean_and_std(
     return combine((keep, x), *terms), std
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DPMSolver(Solver):
     """DPM-Solver (``form="eps"``) and DPM-Solver++ (``form="data"``), orders 1 to 3.
 

@@ -12,6 +12,7 @@ double precision.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Generator, Sequence
@@ -96,6 +97,12 @@ class Solver:
     adaptive: bool = False
     reaches_zero: bool = True
 
+    def __repr__(self) -> str:
+        """The options that are not the defaults."""
+        options = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        shown = (f"{f.name}={getattr(self, f.name)!r}" for f in options if getattr(self, f.name) != f.default)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     def times(
         self, process: Process, *, steps: int | None = None, nfe: int | None = None, grid: str | None = None
     ) -> Tensor:
@@ -176,7 +183,7 @@ def noise_step(process: Process, s: float, t: float, eta: float = 1.0) -> float:
     return eta * process.sigma(t) * math.sqrt(-math.expm1(2 * (process.lam(s) - process.lam(t))))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DDIM(Solver):
     """DDIM (Song et al., arXiv 2010.02502, equation 12): ``x_t = alpha_t x0 + sqrt(sigma_t^2 - std^2) eps + std z``.
 
@@ -230,9 +237,6 @@ class RungeKutta(Solver):
     @property
     def stages(self) -> int:
         return len(self.nodes)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
 
     def run(
         self, x: Tensor, times: Sequence[float], process: Process, *, generator: torch.Generator | None = None

@@ -193,8 +193,14 @@ class Adan(RuleOptimizer):
 
 def global_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
     """The Euclidean norm of all gradients together, on the device of the first; shards of a DTensor are summed over."""
-    norms = [_whole(n) for n in torch._foreach_norm(list(grads))] if grads else [torch.zeros(())]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, torch.float32) for n in norms]))
+    if not grads:
+        return torch.zeros(())
+    norms = [_whole(n) for n in torch._foreach_norm(list(grads))]
+    device = norms[0].device
+    if {(n.device, n.dtype) for n in norms} != {(device, torch.float32)}:
+        norms = [n.to(device, torch.float32 if n.dtype != torch.float64 else n.dtype) for n in norms]
+        norms = [n.double() for n in norms] if any(n.dtype == torch.float64 for n in norms) else norms
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _whole(t: torch.Tensor) -> torch.Tensor:

@@ -147,8 +147,9 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
         """From the configuration of any diffusers scheduler: ``PolyakScheduler.from_config(config, solver=...)``."""
-        if isinstance(config, dict) and str(config.get("_class_name", "")).startswith("FlowMatch"):
-            flow = {"prediction_type": "flow", "use_flow_sigmas": True, "flow_shift": config.get("shift", 1.0)}
+        if isinstance(config, dict) and "shift" in config and "beta_start" not in config:  # FlowMatch*Scheduler
+            config = dict(config)
+            flow = {"prediction_type": "flow", "use_flow_sigmas": True, "flow_shift": config.pop("shift")}
             kwargs = {**flow, **kwargs}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
@@ -202,6 +203,8 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         kind = kind or ("logsnr" if config["use_lu_lambdas"] else None)
         if isinstance(self.process, Flow) and kind is None:
             lowest = 1 / config["num_train_timesteps"]
+            if not config["use_dynamic_shifting"]:
+                lowest = self._shifted(lowest, None)  # shifted once more below: as diffusers' pipelines do
             raw = [1 + (lowest - 1) * i / max(n - 1, 1) for i in range(n)]
             return self._ended([self._shifted(t, mu) for t in raw])
         if not isinstance(self.process, Discrete) or kind is not None:

@@ -46,12 +46,13 @@ def run(
     if not tensors[0]:
         return
     count = len(tensors[0])
+    models = [t.to(compute) for t in tensors[0]]
     kahan = rounding.mode == "kahan"
     values: dict[int, Any] = {}
     for node in program.nodes:
         if node.op != "input":
             args = [values[a.index] if isinstance(a, Expr) else a for a in node.args]
-            values[node.index] = _EACH[node.op](*args) if node.uniform else _array(node, args, count)
+            values[node.index] = _EACH[node.op](*args) if node.uniform else _array(node, args, models)
         elif node.uniform:
             values[node.index] = uniforms[node.name]
         else:
@@ -73,7 +74,7 @@ def run(
             torch._foreach_copy_(targets, list(new))
 
 
-def _array(node: Expr, args: list[Any], count: int) -> Any:
+def _array(node: Expr, args: list[Any], models: list[torch.Tensor]) -> Any:
     lists = [isinstance(a, (list, tuple)) for a in args]
     op = node.op
     if op == "axpy" and all(lists[1:]) and not isinstance(args[0], torch.Tensor):
@@ -82,5 +83,7 @@ def _array(node: Expr, args: list[Any], count: int) -> Any:
         return _FOREACH[op](*args)
     if op in ("add", "mul") and lists[1] and not lists[0]:
         return _FOREACH[op](args[1], args[0])
-    columns = [a if many else [a] * count for a, many in zip(args, lists, strict=True)]
-    return [_EACH[op](*row) for row in zip(*columns, strict=True)]
+    columns = [a if many else [a] * len(models) for a, many in zip(args, lists, strict=True)]
+    results = [_EACH[op](*row) for row in zip(*columns, strict=True)]
+    # where() on a uniform condition may have chosen a number.
+    return [r if isinstance(r, torch.Tensor) else torch.full_like(m, r) for r, m in zip(results, models, strict=True)]

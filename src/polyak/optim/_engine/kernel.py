@@ -4,8 +4,8 @@ A table in device memory holds, for every tensor, its first tile, its size and t
 and the states; a second one says which tensor each tile belongs to. The tables are rebuilt only when an address changes, with
 one asynchronous copy. Nothing is read back: a step never waits for the device, and can be captured in a CUDA graph.
 
-Uniform values come from the host as float64 arguments, or are computed in float64 by every program where they live on the
-device (``capturable``'s step and learning rate, a global clipping factor).
+Uniform values are computed on the host in float64 and handed over as arguments, or are computed in float64 by every program
+where they live on the device (``capturable``'s step and learning rate, a global clipping factor).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from polyak.optim._engine.rounding import Rounding
@@ -65,8 +66,14 @@ _EMIT = {
 _BOOLEAN = {"gt", "ge", "lt", "le"}
 
 
+def _is_wide(program: Program, signature: Signature) -> bool:
+    """Whether host values need more than float32, which is what Triton makes of a Python float."""
+    return signature.compute == torch.float64 or bool(program.split(signature.on_device).device)
+
+
 def _source(program: Program, signature: Signature, aligned: bool) -> str:
     split = program.split(signature.on_device)
+    wide = _is_wide(program, signature)
     compute = _TRITON_TYPES[signature.compute]
     loaded = [n for n in program.nodes if n.op == "input" and n.uniform and n.name in signature.on_device]
     rank = {name: i for i, name in enumerate(signature.on_device)}
@@ -76,7 +83,7 @@ def _source(program: Program, signature: Signature, aligned: bool) -> str:
     arguments = [
         "table", "tiles", *(f"uniform{i}" for i in range(len(signature.on_device))),
         *(["grad_scale", "found_inf"] if signature.scaled else []),
-        *(f'v{i}: "fp64"' for i in range(len(split.host))),
+        *(f"v{i}" for i in range(len(split.host))), *(f"w{i}" for i in range(len(split.host) if wide else 0)),
         *(["seed"] if stochastic else []),
     ]  # fmt: skip
     lines = [
@@ -110,7 +117,8 @@ def _source(program: Program, signature: Signature, aligned: bool) -> str:
 
     # Uniform values: float64 throughout, rounded once to the compute type.
     for i, node in enumerate(split.host):
-        lines.append(f"h{i} = tl.full((), v{i}, tl.float64)")
+        rest = f" + tl.full((), w{i}, tl.float64)" if wide else ""
+        lines.append(f"h{i} = tl.full((), v{i}, tl.float64){rest}")
         names[node.index] = f"h{i}"
     for node in loaded:
         lines.append(f"d{node.index} = tl.load(uniform{rank[node.name]}).to(tl.float64)")
@@ -155,7 +163,10 @@ def _source(program: Program, signature: Signature, aligned: bool) -> str:
             value = text(out, compute)
             kind = _TRITON_TYPES[types[i]]
             if name == "p" and stochastic:
-                inner.append(f"r = tl.randint({seed}, pid * {BLOCK} + tl.arange(0, {BLOCK})) & {_noise_mask(types[0])}")
+                inner.append(
+                    f"r = tl.randint({seed}, pid * {BLOCK} + tl.arange(0, {BLOCK})).to(tl.int32, bitcast=True)"
+                )
+                inner.append(f"r = r & {_noise_mask(types[0])}")
                 inner.append(f"bits = ({value}.to(tl.int32, bitcast=True) + r) & {~_noise_mask(types[0])}")
                 inner.append(
                     f"kept = tl.where(tl.abs({value}) < float('inf'), bits.to(tl.float32, bitcast=True), {value})"
@@ -227,6 +238,7 @@ class Launch:
         self.signature = signature
         self.evaluate = program.split(signature.on_device).evaluate
         self._program = program
+        self._wide = _is_wide(program, signature)
         self._device = columns[0][0].device
         self._cuda = self._device.type == "cuda"
         sizes = [t.numel() for t in columns[0]]
@@ -246,6 +258,7 @@ class Launch:
         self._kernel: Any = None
         # A pinned table in reserve: none may be allocated while a graph is captured.
         self._reserve = self._rows.pin_memory() if self._cuda else self._rows
+        self._one = torch.ones((), device=self._device) if signature.scaled else None
         self._captured: list[torch.Tensor] = []  # read by captured graphs whenever they are replayed
 
     def _upload(self, t: torch.Tensor) -> torch.Tensor:
@@ -282,14 +295,22 @@ class Launch:
         """
         if not self._grid[0]:
             return
-        gradients = [g.data_ptr() for g in grads]
+        gradients = list(map(torch.Tensor.data_ptr, grads))
         if gradients != self._gradients:
             self._point(gradients)
         signature = self.signature
         seeds = (seed,) if signature.rounding.mode == "stochastic" else ()
         on_device = [uniforms[name] for name in signature.on_device]
-        found = scaled if signature.scaled else ()
+        found: Sequence[torch.Tensor | None] = ()
+        if signature.scaled:
+            # A scaler that has unscaled the gradients itself hands over no scale.
+            scale, found_inf = scaled
+            found = (self._one if scale is None else scale, found_inf)
         values = self.evaluate(uniforms)
+        if self._wide:
+            # Two float32 hold 48 bits of a float64.
+            high = np.asarray(values).astype(np.float32).astype(np.float64)
+            values = (*high.tolist(), *np.nan_to_num(np.asarray(values) - high, nan=0.0).tolist())
         self._kernel[self._grid](
             self._table, self._tiles, *on_device, *found, *values, *seeds, num_warps=WARPS
         )  # fmt: skip

@@ -28,6 +28,7 @@ ENGINE_OPTIONS = (
 )  # fmt: skip
 ROUNDINGS = ("nearest", "stochastic", "kahan")
 _LOW = (torch.bfloat16, torch.float16)
+_GRAD, _DTYPE = operator.attrgetter("grad"), operator.attrgetter("dtype")  # in map(), no bytecode per tensor
 
 _programs: dict[Any, Program] = {}
 
@@ -36,8 +37,10 @@ _programs: dict[Any, Program] = {}
 class Cohort:
     """The parameters of a plan that are updated together: one step count, one combination of types."""
 
+    mode: str  # "eager", "blocked", "foreach" or "kernel"
     members: list[int]  # positions in the plan
     step: torch.Tensor | None
+    device: torch.device
     runner: Any = None
     arrays: list[list[torch.Tensor]] = field(default_factory=list)  # per program input but "g": local tensors
     strides: list[tuple[int, ...]] = field(default_factory=list)
@@ -54,8 +57,13 @@ class Plan:
     tensors: list[list[Any]]  # per state name, as found in `states`
     pointers: list[int]
     unwrap: bool  # whether gradients must be made local and real before they are used
-    mode: str
+    grad_types: list[torch.dtype]
     cohorts: list[Cohort]
+
+    @property
+    def mode(self) -> str:
+        """The cohorts' backend; that of the first where devices differ."""
+        return self.cohorts[0].mode
 
 
 class RuleOptimizer(Optimizer):
@@ -91,7 +99,7 @@ class RuleOptimizer(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         # GradScaler then hands over its scale and its finding on the device, and does not wait for it.
         return all(
-            group["capturable"] and bool(group["params"]) and self._mode(group, group["params"]) == "kernel"
+            group["capturable"] and all(self._mode(group, p.device) == "kernel" for p in group["params"])
             for group in self.param_groups
         )
 
@@ -189,6 +197,7 @@ class RuleOptimizer(Optimizer):
         self._plans = {}
         # torch.optim casts loaded state to the parameter's type, which would round a wider state.
         saved_ids = iter(ids)
+        counters: dict[Any, torch.Tensor] = {}
         for group in self.param_groups:
             for p in group["params"]:
                 values = saved["state"].get(next(saved_ids), {})
@@ -196,8 +205,13 @@ class RuleOptimizer(Optimizer):
                     if name in values:
                         self.state[p][name] = values[name].to(device=p.device, dtype=_state_dtype(p, group), copy=True)
                 if self.state.get(p) and self._counts(group):
-                    step = torch.as_tensor(self.state[p].get("step", 0.0), dtype=torch.float32)
-                    self.state[p]["step"] = step.to(p.device if group["capturable"] else "cpu")
+                    # Those of one count share a counter again: launches are one per counter.
+                    count = float(self.state[p].get("step", 0.0))
+                    device = p.device if group["capturable"] else torch.device("cpu")
+                    shared = counters.setdefault(
+                        (count, device), torch.tensor(count, dtype=torch.float32, device=device)
+                    )
+                    self.state[p]["step"] = shared
 
     def _adopt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Translate checkpoints of other implementations; a subclass knows which. Missing options take the defaults."""
@@ -235,14 +249,17 @@ class RuleOptimizer(Optimizer):
     @torch.compiler.disable  # type: ignore[misc]
     def _step_group(self, index: int, group: dict[str, Any]) -> None:
         # Not traced by torch.compile: the backends are compiled already, and plans are made from addresses.
-        params: list[torch.Tensor] = []
-        grads: list[torch.Tensor] = []
-        self._init_group(group, params, grads)
+        plan = self._plans.get(index)
+        grads = list(map(_GRAD, group["params"]))
+        params = group["params"]
+        if type(None) in set(map(type, grads)):
+            params = [p for p, g in zip(params, grads, strict=True) if g is not None]
+            grads = [g for g in grads if g is not None]
         if not params:
             return
-        plan = self._plans.get(index)
-        if plan is None or not self._valid(plan, group, params):
-            plan = self._plans[index] = self._make_plan(group, params)
+        if plan is None or not self._valid(plan, group, params, grads):
+            self._init_group(group, params, grads)
+            plan = self._plans[index] = self._make_plan(group, params, grads)
         numbers = self._numbers(group)
         numbers.update({name: self._extra_values[index][name] for name in self._extra(group)})
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -250,17 +267,13 @@ class RuleOptimizer(Optimizer):
             grads = [_plain(_placed_like(g, p)) for g, p in zip(grads, params, strict=True)]
         for cohort in plan.cohorts:
             own = grads if len(cohort.members) == len(grads) else [grads[i] for i in cohort.members]
-            self._run(plan.mode, cohort, own, group, numbers, scale, found_inf)
+            self._run(cohort, own, group, numbers, scale, found_inf)
 
-    def _init_group(self, group: dict[str, Any], params: list[torch.Tensor], grads: list[torch.Tensor]) -> None:
-        for p in group["params"]:
-            g = p.grad
-            if g is None:
-                continue
+    def _init_group(self, group: dict[str, Any], params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
+        """Check the gradients, and make the state of parameters that have none yet."""
+        for g in grads:
             if g.layout is not torch.strided:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients, got layout {g.layout}")
-            params.append(p)
-            grads.append(g)
         fresh = [p for p in params if not self.state.get(p)]
         if fresh:
             self._init_state(group, fresh)
@@ -280,11 +293,10 @@ class RuleOptimizer(Optimizer):
             if group["rounding"] == "kahan":
                 state["compensation"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
-    def _mode(self, group: dict[str, Any], params: Sequence[torch.Tensor]) -> str:
+    def _mode(self, group: dict[str, Any], device: torch.device) -> str:
         loop = group["foreach"] is False and not group["fused"]
         if group["differentiable"] or loop or not self._elementwise(group):
             return "eager"
-        device = params[0].device
         wanted = group["fused"] or (device.type == "cuda" and not group["foreach"] and group["fused"] is None)
         if wanted and kernel.available(device):
             return "kernel"
@@ -302,7 +314,7 @@ class RuleOptimizer(Optimizer):
             elif isinstance(value, torch.Tensor):
                 if value.device.type != "cpu" and not group["capturable"]:
                     raise ValueError(f"{name} as a tensor on {value.device} needs capturable=True")
-                numbers[name] = value if group["capturable"] else float(value)
+                numbers[name] = value if value.device.type != "cpu" else float(value)
             elif isinstance(value, tuple):
                 for i, v in enumerate(value):
                     numbers[f"{name}.{i}"] = float(v)
@@ -330,12 +342,14 @@ class RuleOptimizer(Optimizer):
         return _programs[key]
 
     def _plan_key(self, group: dict[str, Any]) -> Any:
-        lr_on_device = isinstance(group.get("lr"), torch.Tensor) and group["capturable"]
+        lr_on_device = _on_device(group.get("lr"))
         options = tuple(group[name] for name in ENGINE_OPTIONS)
         scaled = getattr(self, "found_inf", None) is not None
         return (options, tuple(self._static(group).values()), lr_on_device, scaled)
 
-    def _valid(self, plan: Plan, group: dict[str, Any], params: list[torch.Tensor]) -> bool:
+    def _valid(
+        self, plan: Plan, group: dict[str, Any], params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]
+    ) -> bool:
         if len(params) != len(plan.params) or not all(map(operator.is_, params, plan.params)):
             return False
         if plan.key != self._plan_key(group):
@@ -344,30 +358,35 @@ class RuleOptimizer(Optimizer):
         for column, name in zip(plan.tensors, names, strict=True):
             if not all(map(operator.is_, column, map(dict.get, plan.states, repeat(name)))):
                 return False
-        return plan.pointers == [p.data_ptr() for p in params]
+        # Lists compare by identity first: no element is looked at while nothing has changed.
+        return plan.grad_types == list(map(_DTYPE, grads)) and plan.pointers == list(map(torch.Tensor.data_ptr, params))
 
-    def _make_plan(self, group: dict[str, Any], params: list[torch.Tensor]) -> Plan:
-        mode = self._mode(group, params)
-        if mode in ("blocked", "kernel") and not all(self._is_laid_out(group, p) for p in params):
-            mode = "foreach"
+    def _make_plan(self, group: dict[str, Any], params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> Plan:
         names = self._stored(group)
         groups: dict[Any, list[int]] = {}
-        for i, p in enumerate(params):
+        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
             state = self.state[p]
             step: Any = None
             if self._counts(group):
                 # Comparing values on the device would mean to wait for it.
                 step = id(state["step"]) if group["capturable"] else float(state["step"])
-            groups.setdefault((step, p.device, p.dtype, *(state[name].dtype for name in names)), []).append(i)
+            mode = self._mode(group, p.device)
+            if mode in ("blocked", "kernel") and not self._is_laid_out(group, p):
+                mode = "foreach"
+            types = tuple(state[name].dtype for name in names)
+            groups.setdefault((mode, step, p.device, p.dtype, g.dtype, types), []).append(i)
         cohorts = []
-        for (_, device, dtype, *types), members in groups.items():
+        for (mode, _, device, dtype, grad_dtype, types), members in groups.items():
             step = self._own_step([self.state[params[i]] for i in members]) if self._counts(group) else None
-            cohorts.append(self._make_cohort(mode, group, params, members, step, device, dtype, tuple(types)))
+            cohort = Cohort(mode, members, step, device)
+            self._fill_cohort(cohort, group, [params[i] for i in members], dtype, grad_dtype, types)
+            cohorts.append(cohort)
         states = [self.state[p] for p in params]
         tensors = [[s.get(name) for s in states] for name in states[0]]
         unwrap = self._elementwise(group) and any(_is_dtensor(p) or p.is_complex() for p in params)
         pointers = [p.data_ptr() for p in params]
-        return Plan(self._plan_key(group), list(params), states, tensors, pointers, unwrap, mode, cohorts)
+        types = [g.dtype for g in grads]
+        return Plan(self._plan_key(group), list(params), states, tensors, pointers, unwrap, types, cohorts)
 
     def _is_laid_out(self, group: dict[str, Any], p: torch.Tensor) -> bool:
         local = _plain(p)
@@ -381,31 +400,32 @@ class RuleOptimizer(Optimizer):
             state["step"] = step
         return step
 
-    def _make_cohort(
+    def _fill_cohort(
         self,
-        mode: str,
+        cohort: Cohort,
         group: dict[str, Any],
-        params: list[torch.Tensor],
-        members: list[int],
-        step: torch.Tensor | None,
-        device: torch.device,
+        owners: list[torch.Tensor],
         dtype: torch.dtype,
+        grad_dtype: torch.dtype,
         state_types: tuple[torch.dtype, ...],
-    ) -> Cohort:
-        cohort = Cohort(members, step)
-        owners = [params[i] for i in members]
-        names = self._stored(group)
+    ) -> None:
+        mode, names = cohort.mode, self._stored(group)
         program = self._program(group) if mode != "eager" else None
         # A rule that is not elementwise needs the whole tensor, and lets DTensor see to its parts.
         plain = _plain if self._elementwise(group) else (lambda t: t)
         columns = [[plain(p) for p in owners], *([plain(self.state[p][name]) for p in owners] for name in names)]
-        real, compute = _real_dtype(dtype), _compute_dtype(_real_dtype(dtype))
-        storage = (real, real, *(_real_dtype(t) for t in state_types[: len(self.state_names)]))
+        real = _real_dtype(dtype)
+        compute = _compute_dtype(real)
+        of_states = [_real_dtype(t) for t in state_types[: len(self.state_names)]]
+        storage = (real, _real_dtype(grad_dtype), *of_states)
         rounding = Rounding(group["rounding"])
         if mode in ("blocked", "kernel"):
             cohort.strides = [p.stride() for p in columns[0]]
         if rounding.mode == "stochastic" and mode != "kernel":
-            cohort.generator = torch.Generator(device=device)
+            cohort.generator = torch.Generator(device=cohort.device)
+            if cohort.step is not None and cohort.step.device.type != "cpu":
+                # The step cannot be read at every update: from here on the generator goes on by itself.
+                cohort.generator.manual_seed(_mixed(group["rounding_seed"], cohort.members[0], int(cohort.step)))
         cohort.arrays, cohort.runner = columns, program
         if mode == "blocked":
             assert program is not None
@@ -415,60 +435,65 @@ class RuleOptimizer(Optimizer):
             assert program is not None
             on_device = [*self._extra(group)]
             if group["capturable"]:
-                on_device += [*(["step"] if self._counts(group) else []), *_tensors(group)]
+                on_device += ["step"] if self._counts(group) else []
+            on_device += ["lr"] if _on_device(group.get("lr")) else []
             used = tuple(n for n in on_device if n in program.uniforms)
             scaled = getattr(self, "found_inf", None) is not None
             signature = kernel.Signature(compute, storage, rounding, used, scaled)
             cohort.runner = kernel.Launch(program, signature, columns)
-        return cohort
 
     def _stored(self, group: dict[str, Any]) -> list[str]:
         return [*self.state_names, *(["compensation"] if group["rounding"] == "kahan" else [])]
 
     def _run(
         self,
-        mode: str,
         cohort: Cohort,
-        grads: list[torch.Tensor],
+        grads: Sequence[torch.Tensor],
         group: dict[str, Any],
         numbers: dict[str, Any],
         scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
     ) -> None:
-        step, values, seed = cohort.step, numbers, group["rounding_seed"]
+        step, values, seed, mode = cohort.step, numbers, group["rounding_seed"], cohort.mode
         if step is not None:
             if found_inf is None:
                 step += 1
             else:
                 step += 1 - found_inf.to(step.device, step.dtype).reshape(())
-            values = {
-                **numbers,
-                "step": float(step) if not group["capturable"] else step if mode == "kernel" else _wide(step),
-            }
+            on_host = not group["capturable"] or (step.device.type == "cpu" and mode != "kernel")
+            values = {**numbers, "step": step if mode == "kernel" and not on_host else _wide(step)}
+            if on_host:
+                values["step"] = float(step)
         if group["rounding"] == "stochastic":
             # A new draw for every step and cohort, the same again after a checkpoint.
-            seed = (seed * 1_000_003 + cohort.members[0]) % 2**31
-            if step is not None and step.device.type == "cpu":
-                seed = (seed + int(step) * 7919) % 2**31
-            if cohort.generator is not None:
+            counted = step is not None and step.device.type == "cpu"
+            seed = _mixed(seed, cohort.members[0], int(step) if counted else 0)  # type: ignore[arg-type]
+            if cohort.generator is not None and counted:
                 cohort.generator.manual_seed(seed)
         if mode == "kernel":
-            grads = [_laid_out(g, s) for g, s in zip(grads, cohort.strides, strict=True)]
+            if list(map(torch.Tensor.stride, grads)) != cohort.strides:
+                grads = [_laid_out(g, s) for g, s in zip(grads, cohort.strides, strict=True)]
+            for name in cohort.runner.signature.on_device:
+                values = _moved(values, name, cohort.device)
             cohort.runner.run(grads, values, (scale, found_inf), seed)
         elif mode == "blocked":
             p, *states = cohort.arrays
             flat = [_flat(_laid_out(g, s)) for g, s in zip(grads, cohort.strides, strict=True)]
-            numbers = {name: float(value) for name, value in values.items()}
-            cohort.runner.run([p, flat, *states], numbers, cohort.generator)
+            hosted = {name: float(value) for name, value in values.items()}
+            cohort.runner.run([p, flat, *states], hosted, cohort.generator)
         elif mode == "foreach":
             p, *states = cohort.arrays
+            for name in self._extra(group):
+                values = _moved(values, name, cohort.device)
             compute, rounding = _compute_dtype(p[0].dtype), Rounding(group["rounding"])
             foreach_backend.run(cohort.runner, [p, grads, *states], values, compute, rounding, cohort.generator)
         else:
+            for name in self._extra(group):
+                values = _moved(values, name, cohort.device)
             self._run_eager(cohort, grads, group, values)
 
     def _run_eager(
-        self, cohort: Cohort, grads: list[torch.Tensor], group: dict[str, Any], values: dict[str, Any]
+        self, cohort: Cohort, grads: Sequence[torch.Tensor], group: dict[str, Any], values: dict[str, Any]
     ) -> None:
         """The reference: the rule itself, on one tensor after the other."""
         h = Hyper(**self._static(group))
@@ -504,8 +529,20 @@ def eager(
         state[name].copy_(s)
 
 
-def _tensors(group: dict[str, Any]) -> list[str]:
-    return [n for n in ("lr",) if isinstance(group.get(n), torch.Tensor)]
+def _on_device(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.device.type != "cpu"
+
+
+def _moved(values: dict[str, Any], name: str, device: torch.device) -> dict[str, Any]:
+    """``values`` with one tensor on ``device``."""
+    value = values[name]
+    if value.device == device:
+        return values
+    return {**values, name: value.to(device, non_blocking=True)}
+
+
+def _mixed(seed: int, cohort: int, step: int) -> int:
+    return (seed * 1_000_003 + cohort + step * 7919) % 2**31
 
 
 def _wide(step: torch.Tensor) -> torch.Tensor:

@@ -137,9 +137,10 @@ class LionK(RuleOptimizer):
             return torch.zeros((), dtype=torch.float64, device=device)
         b1 = group["betas"][0]
         sign = -1.0 if group["maximize"] else 1.0
+        scale = getattr(self, "grad_scale", None)
         parts = []
         for p in owners:
-            g = p.grad * sign
+            g = p.grad * sign if scale is None else p.grad * (sign / scale.to(p.grad.device))
             m = self.state[p]["exp_avg"] if self.state.get(p) else torch.zeros_like(g)
             square = ema(m.to(g.dtype), g, b1).abs().double().square().sum()
             parts.append((square.full_tensor() if hasattr(square, "full_tensor") else square).to(device))

@@ -1,0 +1,116 @@
+"""What must be true of every system in the catalogue, and of the catalogue itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import polyak
+from polyak import claims
+from polyak.lab.claim import Claim
+
+ROOT = Path(polyak.__file__).parent
+FILES = sorted(
+    p.parent if p.name == "__init__.py" else p
+    for pattern in ("*/*.py", "*/*/__init__.py")
+    for p in (ROOT / "claims").glob(pattern)
+    if not p.name.startswith("__init__") or p.parent.parent != ROOT / "claims"
+)
+SYSTEMS = [p for p in FILES if not p.name.startswith("_")]
+HEAVY = ("torch", "numpy", "scipy", "matplotlib", "sklearn", "pandas", "optuna")
+
+
+def test_the_catalogue_is_what_lies_in_the_folders():
+    assert sorted(claims.slugs()) == sorted(p.stem for p in SYSTEMS)
+    assert list(claims.catalogue()) == claims.slugs()
+
+
+@pytest.mark.parametrize("path", SYSTEMS, ids=lambda p: p.stem)
+def test_a_system_is_found_by_its_name(path):
+    claim = claims.load(path.stem)
+    assert isinstance(claim, Claim)
+    assert (claim.slug, claim.room) == (path.stem, path.parent.name)
+    assert claims.verdict_path(claim.slug) == path.parent / f"{claim.slug}.verdict.json"
+
+
+@pytest.mark.parametrize("slug", claims.slugs())
+def test_a_claim_says_what_it_must(slug):
+    claim = claims.load(slug)
+    module, _, name = claim.part.partition(":")
+    assert name.isidentifier()
+    assert module.startswith(f"polyak.{claim.room}.")
+    path = ROOT.joinpath(*module.split(".")[1:])
+    assert path.with_suffix(".py").exists() or (path / "__init__.py").exists(), f"{module} has no file"
+    assert all(find_spec(source) for source in claim.sources)
+    assert "small" in {s.name for s in claim.scales}
+    assert "\n" not in claim.summary
+    assert len(claim.summary) <= 120
+    assert len(claim.usage.splitlines()) in (0, 2, 3, 4)
+    assert any(c.gating for c in claim.criteria)
+    compile(claim.usage, "usage", "exec")
+
+
+@pytest.mark.parametrize("slug", claims.slugs())
+def test_a_published_verdict_is_small_and_of_this_claim(slug):
+    result = claims.published(slug)
+    if result is None:
+        pytest.skip("nothing published")
+    claim = claims.load(slug)
+    assert claims.verdict_path(slug).stat().st_size < 50_000
+    assert (result.slug, result.trials) == (slug, ())
+    assert [c.name for c in result.criteria] == [c.name for c in claim.criteria]
+    assert [c.says for c in result.criteria] == [c.says for c in claim.criteria]
+    assert [(c.op, c.bound) for c in result.criteria] == [(c.op, c.bound) for c in claim.criteria]
+    assert "trials" not in json.loads(claims.verdict_path(slug).read_text(encoding="utf-8"))
+
+
+def test_reading_all_claims_is_light():
+    code = f"import sys; from polyak import claims; claims.catalogue(); print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def made_up(folder: Path, *files: str) -> list[str]:
+    for file in files:
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            "CLAIM = __name__\n" if path.name != "__init__.py" or len(path.relative_to(folder).parts) > 2 else ""
+        )
+    return [str(folder)]
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    def use(*files: str) -> None:
+        monkeypatch.setattr(claims, "__path__", made_up(tmp_path, *files))
+
+    yield use
+    for name in list(sys.modules):
+        if name.startswith(("polyak.claims.aa", "polyak.claims.bb")):
+            del sys.modules[name]
+
+
+def test_shared_helpers_are_no_systems_and_folders_are(elsewhere):
+    elsewhere("bb/__init__.py", "bb/two.py", "bb/_shared.py", "bb/one/__init__.py", "aa/__init__.py", "aa/three.py")
+    assert claims.slugs() == ["three", "one", "two"]
+    assert claims.load("one") == "polyak.claims.bb.one"
+    assert claims.verdict_path("one").parent.name == "bb"
+    assert claims.published("one") is None
+
+
+def test_an_unknown_slug_suggests_a_near_one(elsewhere):
+    elsewhere("aa/__init__.py", "aa/three.py")
+    with pytest.raises(LookupError, match="there is no system 'thre'; did you mean 'three'"):
+        claims.load("thre")
+
+
+def test_two_rooms_cannot_share_a_slug(elsewhere):
+    elsewhere("aa/__init__.py", "aa/same.py", "bb/__init__.py", "bb/same.py")
+    with pytest.raises(ValueError, match="share the slug 'same'"):
+        claims.slugs()

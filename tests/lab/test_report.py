@@ -1,0 +1,407 @@
+"""The report: what its pages say, and how they look in a browser."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from polyak.lab import plots
+from polyak.lab.claim import Plot
+from polyak.lab.report import Entry, claim_page, index_page, write_report
+from polyak.lab.result import ClaimResult
+
+from .results_for_tests import criterion, optimizer_claim, optimizer_result, solver_claim, solver_result
+
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Checker(HTMLParser):
+    """Tags that close in order, identifiers that are unique, and all that a page would load."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.identifiers: list[str] = []
+        self.loads: list[str] = []
+        self.text = ""
+        self.feed(page)
+        assert self.open == []
+        assert len(set(self.identifiers)) == len(self.identifiers)
+
+    def handle_starttag(self, tag, attrs):
+        facts = dict(attrs)
+        if "id" in facts:
+            self.identifiers.append(facts["id"])
+        if "src" in facts or (
+            tag in ("link", "use", "image") and not (facts.get("href") or "").startswith(("#", "data:"))
+        ):
+            self.loads.append(self.get_starttag_text())
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data + " "
+
+
+@pytest.fixture(scope="module")
+def entries() -> list[Entry]:
+    swift, swerve = optimizer_claim(), optimizer_claim("swerve", name="Swerve")
+    sway, leap, idle = optimizer_claim("sway", name="Sway"), solver_claim(), solver_claim("idle", name="Idle")
+    return [
+        Entry(swift, optimizer_result(swift)),
+        Entry(swerve, optimizer_result(swerve, "fails")),
+        Entry(sway, replace(optimizer_result(sway, "undecided"), trials=()), published=True),
+        Entry(leap, solver_result(leap)),
+        Entry(idle, None),
+    ]
+
+
+@pytest.fixture(scope="module")
+def pages(entries, tmp_path_factory) -> dict[str, Path]:
+    out = tmp_path_factory.mktemp("report")
+    write_report(entries, out)
+    return {path.stem: path for path in out.glob("*.html")}
+
+
+def test_every_page_is_well_formed_and_loads_nothing(pages):
+    assert set(pages) == {"index", "swift", "swerve", "sway", "leap", "idle"}
+    for path in pages.values():
+        page = path.read_text(encoding="utf-8")
+        assert Checker(page).loads == []
+        assert not re.search(r"@import|url\((?!#)|xmlns:|https?://www\.w3", page)
+        assert set(re.findall(r'https?://[^"<\s]+', page)) <= {
+            "https://arxiv.org/abs/2201.00001",
+            "https://example.org/swift",
+        }
+
+
+def test_the_first_screen_answers(pages):
+    text = " ".join(Checker(pages["swift"].read_text(encoding="utf-8")).text.split())
+    assert (
+        "✓ Holds at scale small, on 5 seeds Asked Against AdamW, with equal budgets counted in optimizer steps" in text
+    )
+    assert (
+        "Both criteria are met. At an equal budget the training loss is at most half of AdamW's: measured 0.214" in text
+    )
+    assert "2 reported trials diverged, counted at the worst value" in text
+    assert "Transformer-XL reaches a perplexity of 24.2" in text
+    assert text.index("Found") < text.index("The paper says") < text.index("Criteria")
+
+
+def test_a_page_says_all_that_was_run(pages):
+    text = " ".join(Checker(pages["swift"].read_text(encoding="utf-8")).text.split())
+    for fact in (
+        "lr: 0.002, 0.004, 0.008",
+        "lr = 0.004",
+        "fraction = 0.5",
+        "0, 1, 2, 3, 4; the same data order",
+        "1000, never reported",
+        "20 min 34 s for all trials together",
+        "torch 2.13.0",
+        "processor x86_64",
+        "2026-11-20",
+        "The official code clips p.grad in place; ours does not.",
+        "Control: Swift without the gradient difference, put in its place, fails, as it should.",
+        "from polyak.optim.swift import Swift",
+        "42 trials, tuning included",
+        "× loss is nan at step 200",
+        "epochs = 40",
+    ):
+        assert fact in text
+
+
+def test_a_control_that_passes_is_told(pages):
+    text = " ".join(Checker(pages["sway"].read_text(encoding="utf-8")).text.split())
+    assert "? Undecided" in text
+    assert "put in its place, passes, too." in text
+    assert "This verdict was published with polyak" in text
+    assert "Every trial" not in text
+
+
+def test_a_claim_that_was_not_run(pages):
+    text = " ".join(Checker(pages["idle"].read_text(encoding="utf-8")).text.split())
+    assert "– Not run" in text
+    assert "polyak reproduce idle" in text
+    assert "What was planned" in text
+    assert "path RMSE of Leap-3 on Mixture of eight Gaussians, at most 0.25 as a ratio. Every seed must pass." in text
+
+
+def test_a_criterion_whose_task_the_scale_leaves_out_does_not_count():
+    claim = optimizer_claim()
+    result = optimizer_result(claim)
+    absent = replace(result.criteria[1], gating=False, estimate=math.nan, low=math.nan, high=math.nan, per_seed=())
+    page = claim_page(Entry(claim, replace(result, criteria=(result.criteria[0], absent, *result.criteria[2:]))))
+    asked = page[page.index('class="asked"') : page.index("<dt>Found")]
+    assert "At an equal budget" in asked
+    assert "At half the budget" not in asked
+
+
+def test_the_index_lists_everything(pages, entries):
+    page = pages["index"].read_text(encoding="utf-8")
+    text = " ".join(Checker(page).text.split())
+    assert "5 systems: 1 ✓ holds 2 ✗ fails 1 ? undecided 1 – not run" in text
+    assert page.count('<a href="') == 5
+    assert "published with polyak" in text
+    assert 'href="leap.html"' not in index_page(entries, linked={"swift"})
+
+
+def test_only_the_pages_asked_for_are_written_and_linked(entries, tmp_path):
+    index = write_report(entries, tmp_path / "new" / "folder", pages={"leap"})
+    assert sorted(p.name for p in index.parent.iterdir()) == ["index.html", "leap.html"]
+    assert index.read_text(encoding="utf-8").count('<a href="') == 1
+
+
+def test_everything_is_escaped():
+    nasty = "<script>alert('x')</script>\"&</script>$^{a}$"
+    claim = optimizer_claim(name=nasty, summary=nasty, says=nasty, budget=nasty, departures=(nasty,), usage=nasty)
+    claim = replace(
+        claim,
+        arms=tuple(replace(a, label=f"{a.name} {nasty}", says=nasty) for a in claim.arms),
+        tasks=tuple(replace(t, label=f"{t.name} {nasty}", says=nasty) for t in claim.tasks),
+        metrics=tuple(replace(m, label=f"{m.name} {nasty}", unit=nasty) for m in claim.metrics),
+        criteria=tuple(replace(c, says=nasty) for c in claim.criteria),
+        paper=replace(claim.paper, title=nasty, code="javascript:alert(1)"),
+    )
+    result = optimizer_result(claim)
+    result = replace(result, notes=(nasty,), trials=tuple(replace(t, message=nasty) for t in result.trials))
+    page = claim_page(Entry(claim, result))
+    assert "<script>alert" not in page
+    assert "javascript:" not in page
+    assert page.count("</script>") == 2
+    Checker(page)
+    assert "<script>alert" not in index_page([Entry(claim, result)], linked=())
+
+
+def test_the_data_is_all_there(pages, entries):
+    page = pages["swerve"].read_text(encoding="utf-8")
+    [data] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    again = ClaimResult.from_json(json.loads(data))
+    assert again.to_json() == entries[1].result.to_json()
+
+
+# -------------------------------------------------------------------------------------------------------------- the drawings
+
+
+def test_a_plot_takes_its_colours_from_the_page():
+    claim = optimizer_claim()
+    svg = plots.curves(claim, claim.tasks[0], claim.tasks[0].plots[0], optimizer_result(claim))
+    assert "#0101" not in svg
+    assert "#0102" not in svg
+    for variable in ("--neutral", "--series-1", "--series-4", "--muted", "--line"):
+        assert f"var({variable})" in svg
+    assert set(re.findall(r"#[0-9a-f]{6}\b", svg)) <= {"#ffffff", "#000000"}
+    text = html.unescape(svg)
+    for label in ("AdamW", "(2 of 5 diverged)", "optimizer step", "training loss (nats), log scale; lower is better"):
+        assert label in text
+
+
+def test_drawing_twice_gives_the_same():
+    claim = solver_claim()
+    drawn = [plots.curves(claim, claim.tasks[0], claim.tasks[0].plots[0], solver_result(claim)) for _ in range(2)]
+    assert drawn[0] == drawn[1]
+
+
+def shown(plot: Plot, **changes) -> dict[str, plots.Line]:
+    claim = optimizer_claim()
+    result = optimizer_result(claim)
+    result = replace(result, **{k: v(result) for k, v in changes.items()})
+    return {line.arm.name: line for line in plots.lines(claim, claim.tasks[0], plot, result)}
+
+
+def test_the_baseline_is_neutral_and_first():
+    claim = solver_claim()
+    styles = [plots.style(claim, arm) for arm in claim.arms]
+    assert styles == [("neutral", ""), ("neutral", "6 3"), ("series-1", ""), ("series-2", "")]
+
+
+def test_a_median_counts_a_diverged_seed_as_the_worst():
+    accuracy = shown(Plot(x="step", y="accuracy"))["wild"]
+    assert len(accuracy.crosses) == 2
+    assert accuracy.x[-1] == 560
+    assert accuracy.middle[-1] == accuracy.low[-1]  # two at 0, so the median is the lowest that lives
+    loss = shown(Plot(x="step", y="train_loss", log_y=True))["wild"]
+    assert loss.middle[-1] == loss.high[-1]
+
+
+def test_an_arm_that_always_diverges_is_shown():
+    def all_diverge(result):
+        return tuple(
+            replace(t, diverged=True, curve=t.curve[:5]) if t.arm == "swift" else t
+            for t in result.trials
+            if t.arm != "wild"
+        )
+
+    line = shown(Plot(x="step", y="train_loss"), trials=all_diverge)["swift"]
+    assert len(line.crosses) == 5
+    assert "(5 of 5 diverged)" in line.label
+    assert line.end is not None
+    claim = optimizer_claim()
+    result = optimizer_result(claim)
+    assert "5 of 5" in html.unescape(
+        plots.curves(claim, claim.tasks[0], claim.tasks[0].plots[0], replace(result, trials=all_diverge(result)))
+    )
+
+
+def test_seeds_measured_at_different_places_are_drawn_alone():
+    def scattered(result):
+        return tuple(
+            replace(t, curve=tuple(({"step": at["step"] + t.seed / 10}, values) for at, values in t.curve))
+            for t in result.trials
+        )
+
+    lines = shown(Plot(x="step", y="train_loss"), trials=scattered)
+    assert len(lines["swift"].singles) == 5
+    assert lines["swift"].x == []
+
+
+def test_nothing_to_draw():
+    claim = solver_claim()
+    result = replace(solver_result(claim), trials=())
+    assert plots.curves(claim, claim.tasks[0], claim.tasks[0].plots[0], result) == ""
+    assert plots.curves(claim, claim.tasks[0], Plot(x="elsewhere", y="rmse"), solver_result(claim)) == ""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "heights"),
+    [([10, 11, 12], [20, 20, 20]), ([5, 5], [15, 30]), ([0, 299, 150], [20, 40, 20]), ([200], [300])],
+)
+def test_labels_are_pushed_apart(wanted, heights):
+    centres = plots.spread(wanted, heights, low=0, high=300)
+    boxes = sorted((c - h / 2, c + h / 2) for c, h in zip(centres, heights, strict=True))
+    assert all(below[1] <= above[0] + 1e-9 for below, above in pairwise(boxes))
+    assert boxes[0][0] >= -1e-9
+    assert boxes[-1][1] <= 300 + 1e-9
+
+
+@pytest.mark.parametrize("compare", ["ratio", "difference", "value"])
+@pytest.mark.parametrize(
+    ("estimate", "low", "high"),
+    [
+        (0.3, 0.2, 0.4),
+        (math.inf, 0.1, math.inf),
+        (math.nan, math.nan, math.nan),
+        (2.0, 2.0, 2.0),
+        (1e-9, 1e-12, 1e3),
+        (-3.0, -4.0, -2.0),
+        (0.0, 0.0, 0.1),
+    ],
+)
+def test_a_strip_stays_inside_its_box(compare, estimate, low, high):
+    c = criterion(optimizer_claim(), "half", "undecided", estimate, low, high)
+    svg = plots.strip(c, compare)
+    assert "nan" not in svg
+    assert "inf%" not in svg
+    places = [float(p) for p in re.findall(r'(?:x|x1|x2|cx)="([-\d.]+)%"', svg)]
+    assert places
+    assert all(0 <= p <= 100 for p in places)
+    assert "asked: at most 2" in svg
+
+
+# ------------------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    quiet = ["disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync", "no-first-run"]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", *(f"--{q}" for q in quiet)])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.browser
+@pytest.mark.xdist_group("browser")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_in_a_browser(chromium, pages, width, scheme):
+    context = chromium.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme)
+    page = context.new_page()
+    troubles, requests = [], []
+    page.on("console", lambda message: troubles.append(message.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    for name, path in pages.items():
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        assert page.evaluate("document.querySelector('h1').scrollWidth <= innerWidth")
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        light = sum(int(c) for c in re.findall(r"\d+", background)[:3]) / 3 / 255
+        assert light < 0.2 if scheme == "dark" else light > 0.9
+        # No text of a drawing is cut off at the page's edge, none is too small to read.
+        for box in page.evaluate(
+            "[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().toJSON())"
+        ):
+            assert box["left"] >= 0, (name, box)
+            assert box["right"] <= width, (name, box)
+            assert box["height"] >= 9
+    page.goto(pages["swift"].as_uri())
+    assert page.locator(".verdict").inner_text().startswith("✓ Holds")
+    assert page.locator("svg.curves").count() == 3
+    assert page.locator("svg.strip").count() == 4
+    page.goto(pages["index"].as_uri())
+    page.get_by_role("link", name="Swerve").click()
+    assert page.locator(".verdict").inner_text().startswith("✗ Fails")
+    assert troubles == []
+    assert {url.partition(":")[0] for url in requests} == {"file"}
+    context.close()
+
+
+@pytest.mark.browser
+@pytest.mark.xdist_group("browser")
+def test_labels_in_a_browser_do_not_overlap(chromium, pages):
+    page = chromium.new_page(viewport={"width": 1280, "height": 900})
+    for name in ("swift", "swerve", "leap"):
+        page.goto(pages[name].as_uri())
+        for svg in page.locator("svg.curves, svg.strip").all():
+            boxes = svg.evaluate(
+                "e => [...e.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()])"
+            )
+            texts = [(text, b["left"], b["right"], b["top"], b["bottom"]) for text, b in boxes if text != "×"]
+            for i, a in enumerate(texts):
+                for b in texts[i + 1 :]:
+                    apart = a[2] <= b[1] or b[2] <= a[1] or a[4] <= b[3] + 4 or b[4] <= a[3] + 4
+                    assert apart, (name, a, b)
+    page.close()
+
+
+@pytest.mark.browser
+@pytest.mark.xdist_group("browser")
+def test_the_table_sorts_and_the_data_downloads(chromium, pages, entries, tmp_path):
+    page = chromium.new_page()
+    page.goto(pages["swift"].as_uri())
+    page.locator("summary", has_text="42 trials").click()
+    head = page.locator("table.sortable th", has_text="training loss")
+    column = "[...document.querySelectorAll('table.sortable tbody tr')].map(r => r.cells[5].dataset.value)"
+    for direction, back in (("ascending", False), ("descending", True)):
+        head.get_by_role("button").click()
+        assert head.get_attribute("aria-sort") == direction
+        values = [float(v) for v in page.evaluate(column)]
+        assert values == sorted(values, reverse=back)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download").click()
+    assert download.value.suggested_filename == "swift.small.json"
+    download.value.save_as(tmp_path / "data.json")
+    assert json.loads((tmp_path / "data.json").read_text(encoding="utf-8")) == entries[0].result.to_json()
+    page.close()
