@@ -52,7 +52,9 @@ def test_every_quantity_against_torch_distributions(kind: str) -> None:
     c, means = matrices(KINDS[kind]), torch.tensor(MEANS, dtype=torch.float64)
     noised = alpha**2 * c + sigma**2 * torch.eye(2, dtype=torch.float64)
     x = points().requires_grad_()
-    parts = [torch.distributions.MultivariateNormal(alpha * m, s).log_prob(x) for m, s in zip(means, noised, strict=True)]
+    parts = [
+        torch.distributions.MultivariateNormal(alpha * m, s).log_prob(x) for m, s in zip(means, noised, strict=True)
+    ]
     joint = torch.stack(parts, -1) + torch.tensor(WEIGHTS, dtype=torch.float64).log()
     log_prob = joint.logsumexp(-1)
     (score,) = torch.autograd.grad(log_prob.sum(), x, create_graph=True)

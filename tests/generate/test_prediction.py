@@ -93,7 +93,7 @@ def test_short_names_and_bad_ones() -> None:
     x = torch.ones(2, 3)
     assert Prediction(x, x, 0.5, VP(), "eps").kind == "epsilon"
     assert Prediction(x, x, 0.5, VP(), "flow_prediction").kind == "flow"
-    with pytest.raises(ValueError, match="kind must be one of .*did you mean 'epsilon'"):
+    with pytest.raises(ValueError, match=r"kind must be one of .*did you mean 'epsilon'"):
         Prediction(x, x, 0.5, VP(), "epsilo")
     with pytest.raises(ValueError, match=r"output must have x's shape \(2, 3\), got \(3, 2\)"):
         Prediction(x.T, x, 0.5, VP())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_ddim_against_the_papers_formula() -> None:
     denoiser = Denoiser(lambda x, t: torch.sin(x + t[:, None]), process)
     x = start = noise(6, 2)
     g = rng(5)
-    for i, j in zip(index, index[1:], strict=False):
+    for i, j in itertools.pairwise(index):
         eps = torch.sin(x + float(i))
         x0 = (x - (1 - bar[i]).sqrt() * eps) / bar[i].sqrt()
         sigma = eta * ((1 - bar[j]) / (1 - bar[i])).sqrt() * (1 - bar[i] / bar[j]).sqrt()
@@ -64,7 +65,8 @@ def test_ddim_against_the_papers_formula() -> None:
 
 
 @pytest.mark.parametrize(
-    ("solver", "grid", "slope"), [(DDIM(), "time", 1), (Euler(), "quadratic", 1), (Heun(), "time", 2), (RK4(), "quadratic", 4)]
+    ("solver", "grid", "slope"),
+    [(DDIM(), "time", 1), (Euler(), "quadratic", 1), (Heun(), "time", 2), (RK4(), "quadratic", 4)],
 )
 def test_baselines_converge_at_their_order(solver: Any, grid: str, slope: float) -> None:
     denoiser, x = exact(), noise()
@@ -80,7 +82,7 @@ def test_heun_is_edms_sampler() -> None:
     denoiser, x = exact(process), 80 * noise()
     times = process.grid(n, "karras", end=0).tolist()
     want = x
-    for i, (s, t) in enumerate(zip(times, times[1:], strict=False)):
+    for i, (s, t) in enumerate(itertools.pairwise(times)):
         d = (want - MIXTURE.posterior_mean(want, 1.0, s)) / s
         after = want + (t - s) * d
         if i < n - 1:
@@ -107,7 +109,13 @@ def test_the_last_step_may_end_on_clean_data(solver: Any, name: str) -> None:
 def test_stochastic_sampling_has_the_right_law(process: Process) -> None:
     law = Gaussian([0.4], 0.3)
     x = sample(
-        ExactDenoiser(law, process), (4000, 1), solver=DDIM(1.0), steps=150, grid="logsnr", generator=rng(), dtype=torch.float64
+        ExactDenoiser(law, process),
+        (4000, 1),
+        solver=DDIM(1.0),
+        steps=150,
+        grid="logsnr",
+        generator=rng(),
+        dtype=torch.float64,
     )
     assert x.mean().item() == pytest.approx(0.4, abs=0.05)
     assert x.var().item() == pytest.approx(0.3, rel=0.1)
@@ -177,7 +185,9 @@ def test_the_corrector_comes_after_guidance_and_before_the_solver() -> None:
     order: list[str] = []
 
     class Noted(Counting):
-        def __call__(self, cond: Prediction, uncond: Prediction, state: Any = None, *, update: bool = True) -> Prediction:
+        def __call__(
+            self, cond: Prediction, uncond: Prediction, state: Any = None, *, update: bool = True
+        ) -> Prediction:
             order.append("guidance")
             return cond
 
@@ -253,9 +263,7 @@ def test_everything_that_remembers_rows_moves_with_them(solver: Any, monkeypatch
     denoiser = ExactDenoiser(law.of_class(1), VP(), unconditional=law)
     x, guidance, steering = noise(8, 2), Counting(), Shuffle()
     plain = sample(denoiser, x, solver=solver, steps=6)
-    got, info = sample(
-        denoiser, x, solver=solver, steps=6, guidance=guidance, steering=steering, return_info=True
-    )
+    got, info = sample(denoiser, x, solver=solver, steps=6, guidance=guidance, steering=steering, return_info=True)
     assert torch.allclose(got, plain.reshape(2, 4, 2)[:, 0], rtol=1e-13, atol=1e-13)
     assert guidance.seen["moved"].tolist() == [3, 2, 1, 0, 7, 6, 5, 4]
     assert [c["step"] for c in steering.calls] == list(range(6))
@@ -334,7 +342,7 @@ def test_info_and_callback() -> None:
     x, info = sample(exact(), noise(), solver=Heun(), steps=3, callback=recorder, return_info=True)
     times = VP().grid(3, "time").tolist()
     assert info.queries == [times[0], times[1], times[1], times[2], times[2], times[3]]
-    assert info.steps == list(zip(times, times[1:], strict=False))
+    assert info.steps == list(itertools.pairwise(times))
     assert torch.equal(recorder.states[-1], x)
     assert info.steering is None
 
@@ -420,3 +428,26 @@ def test_a_function_will_do_as_denoiser() -> None:
     exact_one = exact(process)
     x = sample(lambda x, t: exact_one(x, t), noise(), process=process, solver=DDIM(), steps=5)
     assert torch.equal(x, sample(exact(process), noise(), solver=DDIM(), steps=5))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("solver", [DDIM(), DDIM(1.0), Heun(), DPMSolver(), TWO_M], ids=repr)
+def test_on_the_gpu_no_step_waits_for_the_device(solver: Any) -> None:
+    denoiser = Denoiser(lambda x, t: torch.tanh(x + t[:, None]), VP(), unconditional=lambda x, t: torch.tanh(x))
+    x = noise(64, 8).float().cuda()
+    g = torch.Generator("cuda").manual_seed(0)
+    kwargs: dict[str, Any] = {"solver": solver, "nfe": 12, "guidance": CFG(2.0)}
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = sample(denoiser, x, generator=g, check_finite=False, **kwargs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert got.is_cuda
+    if not solver.stochastic:
+        assert torch.allclose(got.cpu(), sample(denoiser, x.cpu(), **kwargs), rtol=1e-3, atol=1e-3)
+    broken = Denoiser(lambda x, t: x * float("nan"), VP())
+    with pytest.raises(ValueError, match="the sample is not finite; run with check_finite=True"):
+        sample(broken, x, solver=solver, nfe=4, generator=g)
+    with pytest.raises(ValueError, match="generator must be on x_T's device"):
+        sample(denoiser, x, generator=rng(), **kwargs)

@@ -7,8 +7,10 @@ This module imports torch: a claim imports it inside its trial function.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ class Problem:
         loss: a batch's training loss, of one element.
         results: metrics of the model as it is, each taken over all of its data in evaluation mode.
         watched: those of them that are cheap enough to be taken on the way.
+        accumulate: how many batches make one step.
     """
 
     model: nn.Module
@@ -40,12 +43,13 @@ class Problem:
     loss: Callable[[Any], Tensor]
     results: Callable[[], Mapping[str, float]]
     watched: Callable[[], Mapping[str, float]] = dict
+    accumulate: int = 1
 
 
-def warmup_cosine(steps: int, *, warmup: float = 0.1, end: float = 0.0) -> Schedule:
-    """Factors of the base rate: linear over the first ``warmup`` of all ``steps``, then half a cosine to ``end``."""
+def warmup_cosine(steps: int, *, warmup: float = 0.1, start: float | None = None, end: float = 0.0) -> Schedule:
+    """Factors of the base rate: linear from ``start`` over the first ``warmup`` of all ``steps``, then half a cosine to ``end``."""
     first = round(warmup * steps)
-    return Warmup(Cosine(1.0, end, max(steps - first, 1)), first)
+    return Warmup(Cosine(1.0, end, max(steps - first, 1)), first, start)
 
 
 def decay_matrices(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -59,7 +63,7 @@ def decay_matrices(model: nn.Module, weight_decay: float) -> list[dict[str, Any]
 
 
 def train(
-    problem: Problem, optimizer: torch.optim.Optimizer, *, steps: int, schedule: Schedule, points: int = 40
+    problem: Problem, optimizer: torch.optim.Optimizer, *, steps: int, schedule: Schedule, points: int = 20
 ) -> Iterator[Measurement]:
     """Train, and measure ``train_loss`` on the way (the mean over the steps since the last point) and the results at the end.
 
@@ -76,11 +80,13 @@ def train(
         factor = schedule(step)
         for group, base in zip(optimizer.param_groups, bases, strict=True):
             group["lr"] = base * factor
-        loss = problem.loss(next(problem.batches))
         optimizer.zero_grad()
-        loss.backward()
+        for _ in range(problem.accumulate):
+            loss = problem.loss(next(problem.batches)) / problem.accumulate
+            loss.backward()
+            total += loss.detach()
         optimizer.step()
-        total, count = total + loss.detach(), count + 1
+        count += 1
         if step + 1 in recorded:
             mean = float(total) / count
             if not math.isfinite(mean):
@@ -139,11 +145,11 @@ class ViT(nn.Module):
 class GPT(nn.Module):
     """A language model: token and learned position embeddings, causal blocks, linear head."""
 
-    def __init__(self, vocabulary: int, context: int, *, dim: int, depth: int, heads: int, expansion: int = 4) -> None:
+    def __init__(self, vocabulary: int, context: int, *, dim: int, depth: int, heads: int, expansion: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, dim)
-        nn.init.normal_(self.embed.weight, std=0.02)
-        self.positions = nn.Parameter(0.02 * torch.randn(context, dim))
+        self.positions = nn.Parameter(torch.randn(context, dim) / dim**0.5)
+        nn.init.normal_(self.embed.weight, std=dim**-0.5)
         self.blocks = nn.Sequential(*(Block(dim, heads, expansion, context, causal=True) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocabulary)
 
@@ -186,7 +192,9 @@ def digits_vit(
     x, y = _digits(device)
     x = _standardized(x).view(-1, side, patch, side, patch).transpose(2, 3).reshape(-1, side * side, patch * patch)
     model = seeded(
-        lambda: ViT(patch * patch, side * side, 10, dim=dim, depth=depth, heads=heads, expansion=expansion), seed, device
+        lambda: ViT(patch * patch, side * side, 10, dim=dim, depth=depth, heads=heads, expansion=expansion),
+        seed,
+        device,
     )
     return _classification(model, x, y, batch, seed)
 
@@ -225,9 +233,10 @@ def char_lm(
     dim: int = 48,
     depth: int = 2,
     heads: int = 4,
+    expansion: int = 2,
     context: int = 64,
     batch: int = 16,
-    windows: int = 512,
+    windows: int = 256,
 ) -> Problem:
     """The next character of a text, by a small GPT, from windows drawn at random from its first nine tenths.
 
@@ -236,7 +245,9 @@ def char_lm(
     tokens, vocabulary = _characters()
     tokens = torch.from_numpy(tokens).to(device)
     edge = len(tokens) * 9 // 10
-    model = seeded(lambda: GPT(vocabulary, context, dim=dim, depth=depth, heads=heads), seed, device)
+    model = seeded(
+        lambda: GPT(vocabulary, context, dim=dim, depth=depth, heads=heads, expansion=expansion), seed, device
+    )
     reach = torch.arange(context + 1, device=device)
 
     def drawn() -> Iterator[Tensor]:
@@ -256,6 +267,76 @@ def char_lm(
             return {"train_loss": spaced(0, edge), "test_loss": spaced(edge, len(tokens))}
 
     return Problem(model=model, batches=drawn(), loss=loss, results=results)
+
+
+def imagenet_deit(
+    seed: int, device: str, *, model: str, batch: int, micro_batch: int, workers: int
+) -> tuple[Problem, int]:
+    """ImageNet-1k with DeiT's augmentation (RandAugment, mixup, cutmix, erasing) and smoothing, by timm; steps in an epoch.
+
+    The gradients of ``batch // micro_batch`` of the loader's batches make one step. The set is looked for in the folder
+    ``imagenet/train`` and ``imagenet/validation`` of POLYAK_DATA, then on the hub.
+
+    Raises:
+        DataError: timm is not installed, or the set is not at hand.
+    """
+    try:
+        import timm
+        import timm.data
+        from timm.loss import SoftTargetCrossEntropy
+    except ImportError as error:
+        raise data.DataError("ImageNet at the paper's scale needs timm: pip install timm datasets") from error
+    torch.manual_seed(seed)  # timm's loaders and mixing draw from the global generators
+    np.random.seed(seed)  # noqa: NPY002
+    net = timm.create_model(model, num_classes=1000, drop_path_rate=0.1).to(device)
+    folder = Path(os.environ.get(data.VARIABLE, ""), "imagenet")
+    where = {"name": "", "root": str(folder)} if folder.is_dir() else {"name": "hfds/ILSVRC/imagenet-1k", "root": None}
+    mixed = dict(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=1000)
+    shared = dict(
+        input_size=(3, 224, 224),
+        batch_size=micro_batch,
+        num_workers=workers,
+        device=torch.device(device),
+        interpolation="bicubic",
+    )
+    try:
+        splits = [timm.data.create_dataset(**where, split=split) for split in ("train", "validation")]
+    except Exception as error:  # whatever the network and timm's readers raise
+        raise data.DataError(
+            f"ImageNet-1k is not at hand: put its classes' folders in imagenet/train and imagenet/validation of {data.VARIABLE}, or "
+            f"install datasets and log in to the hub, which asks to accept its terms; timm could not load it ({error})"
+        ) from error
+    augmentation = dict(auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel", color_jitter=0.3)
+    training = timm.data.create_loader(
+        splits[0], is_training=True, collate_fn=timm.data.FastCollateMixup(**mixed), **augmentation, **shared
+    )
+    validation = timm.data.create_loader(splits[1], is_training=False, crop_pct=0.9, **shared)
+    criterion = SoftTargetCrossEntropy()
+
+    def forever() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield from training
+
+    def logits(images: Tensor) -> Tensor:
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            return net(images)
+
+    def loss(pair: tuple[Tensor, Tensor]) -> Tensor:
+        return criterion(logits(pair[0]).float(), pair[1])
+
+    def results() -> dict[str, float]:
+        total, right, count = 0.0, 0, 0
+        with _evaluation(net):
+            for images, labels in validation:
+                scores = logits(images).float()
+                total += F.cross_entropy(scores, labels, reduction="sum").item()
+                right += int((scores.argmax(1) == labels).sum())
+                count += len(labels)
+        return {"test_loss": total / count, "accuracy": right / count}
+
+    accumulate = max(1, batch // micro_batch)
+    problem = Problem(model=net, batches=forever(), loss=loss, results=results, watched=results, accumulate=accumulate)
+    return problem, max(1, len(training) // accumulate)
 
 
 def _digits(device: str) -> tuple[Tensor, Tensor]:

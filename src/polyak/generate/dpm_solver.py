@@ -136,13 +136,12 @@ def _mean_and_std(
     sde: bool,
     parity: str | None,
 ) -> tuple[Tensor, float]:
-    for time in (s, t):
-        if math.isinf(process.lam(time)) and (form == "eps" or r):
-            raise ValueError(
-                f"lam is infinite at t={time:g}: only a first-order step in data form reaches it; "
-                'use form="data" and method="multistep", or end before it'
-            )
     keep, scale, z, std = _transition(process, s, t, form, sde)
+    if math.isinf(z) and (form == "eps" or r):
+        raise ValueError(
+            f"lam is infinite at t={s if math.isinf(process.lam(s)) else t:g}: only a first-order step in data form "
+            'reaches it; use form="data" and method="multistep", or end before it'
+        )
     weights = _node_weights(z, r, kind, parity)
     terms = ((-scale * w, m) for w, m in zip(weights, values, strict=True) if w)
     return combine((keep, x), *terms), std
@@ -255,7 +254,7 @@ class DPMSolver(Solver):
         self, process: Process, *, steps: int | None = None, nfe: int | None = None, grid: str | None = None
     ) -> Tensor:
         """All points of evaluation and the end: n evaluations are n + 1 times; of "adaptive", the two ends."""
-        if self.method == "adaptive":
+        if self.adaptive:
             if steps is not None or nfe is not None or grid is not None:
                 raise ValueError("adaptive finds its own steps; leave out steps, nfe and grid")
             return torch.tensor([process.t_max, process.t_min], dtype=torch.float64)
@@ -277,9 +276,9 @@ class DPMSolver(Solver):
 
     def plan(self, nfe: int, process: Process, grid: str | None = None) -> list[tuple[int, float, float]]:
         """The steps that a budget buys, ``[(order, t_from, t_to), ...]``."""
-        times = self.times(process, nfe=nfe, grid=grid).tolist()
-        if self.method == "adaptive":
+        if self.adaptive:
             raise ValueError("adaptive finds its own steps; there is no plan")
+        times = self.times(process, nfe=nfe, grid=grid).tolist()
         if self.method == "multistep":
             return list(zip(self._multistep_orders(len(times) - 1), times, times[1:], strict=False))
         steps, i = [], 0

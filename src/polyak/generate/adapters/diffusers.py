@@ -81,6 +81,7 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
+        *,
         solver: Solver | dict[str, Any] | None = None,
         process: Process | dict[str, Any] | None = None,
         prediction_type: str = "epsilon",
@@ -128,12 +129,14 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         self.corrector = DynamicThresholding(dynamic_thresholding_ratio) if thresholding else None
         if self.corrector is not None and self.solver.no_corrector:
             raise ValueError(f"thresholding cannot be used: {self.solver.no_corrector}")
-        self.register_to_config(solver=_dump(self.solver))
+        saved: dict[str, Any] = {"solver": _dump(self.solver)}
         if isinstance(self.process, Discrete) and process is not None:
             betas = (1 - torch.exp(2 * torch.diff(self.process._table))).tolist()
-            self.register_to_config(process=None, trained_betas=betas, num_train_timesteps=len(betas))
+            saved |= {"process": None, "trained_betas": betas, "num_train_timesteps": len(betas)}
         elif process is not None:
-            self.register_to_config(process=_dump(self.process))
+            saved["process"] = _dump(self.process)
+        defaults = [k for k in self.config.get("_use_default_values", []) if k not in saved]
+        self.register_to_config(**saved, _use_default_values=defaults)
         self.init_noise_sigma = self.process.prior_std
         self.num_inference_steps: int | None = None
         self._times: list[float] = []
@@ -176,8 +179,7 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
             device: of ``scheduler.timesteps``.
             mu: log of the shift, for flows with dynamic shifting.
         """
-        given = [v for v in (num_inference_steps, timesteps, sigmas) if v is not None]
-        if len(given) != 1 and not (timesteps is None and num_inference_steps is not None and sigmas is not None):
+        if sum(v is not None for v in (num_inference_steps, timesteps, sigmas)) != 1:
             raise ValueError("give one of num_inference_steps, timesteps and sigmas")
         if sigmas is not None:
             times = self._ended([self._time_of_sigma(float(s), mu) for s in sigmas])
@@ -238,15 +240,19 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
     def _time_of_sigma(self, sigma: float, mu: float | None) -> float:
         if isinstance(self.process, Flow):
             return self._shifted(sigma, mu)
-        return self.process.t_of_lam(-math.log(sigma)) if sigma else 0.0
+        return self._snapped(self.process.t_of_lam(-math.log(sigma))) if sigma else 0.0
 
     def _time_of_label(self, label: float) -> float:
-        if self.kind == "edm":
-            return self.process.t_of_lam(-4 * label)
-        t = self.process.t_of_label(label)
-        return (
-            round(t * self.process.n) / self.process.n if isinstance(self.process, Discrete) and label % 1 == 0 else t
+        return self._snapped(
+            self.process.t_of_lam(-4 * label) if self.kind == "edm" else self.process.t_of_label(label)
         )
+
+    def _snapped(self, t: float) -> float:
+        """An end of the range, or a point of the chain, which single precision has missed by a little."""
+        points = [self.process.t_min, self.process.t_max]
+        if isinstance(self.process, Discrete):
+            points.append(round(t * self.process.n) / self.process.n)
+        return next((p for p in points if abs(t - p) <= 1e-6 * p), t)
 
     def _labels(self, times: list[float], device: str | torch.device | None) -> Tensor:
         if self.kind == "edm":

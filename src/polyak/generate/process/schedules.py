@@ -228,6 +228,10 @@ class EDM(_VarianceExploding):
     def t_max(self) -> float:
         return self.sigma_max
 
+    @property
+    def prior_std(self) -> float:
+        return self.sigma_max
+
     def _log_sigma(self, t: Tensor) -> Tensor:
         return t.log()
 

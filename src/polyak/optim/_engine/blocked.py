@@ -36,7 +36,7 @@ _BINARY = {
 _UNARY = {op: f"{op}(a, out=d)" for op in ("neg", "sqrt", "abs", "exp", "tanh")}
 _FUNCTIONS = (
     "add", "sub", "mul", "div", "neg", "reciprocal", "minimum", "maximum", "clamp_max", "clamp_min", "gt", "ge", "lt", "le",
-    "sqrt", "abs", "sign", "exp", "tanh", "where", "isnan", "tensor",
+    "sqrt", "abs", "exp", "tanh", "where", "tensor",
 )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def compile_body(program: Program, layout: Layout) -> Body:
             place[node.index] = f"arrays[{program.inputs.index(target)}]"
         else:
             # A scratch row that held an operand may hold the result, where the operation allows it.
-            early = node.op not in ("sign", "where", *_BOOLEAN)
+            early = node.op not in ("where", *_BOOLEAN)
             if early:
                 release(at, node)
             place[node.index] = take("flag" if node.op in _BOOLEAN else "row")
@@ -143,15 +143,15 @@ def compile_body(program: Program, layout: Layout) -> Body:
             lines.append(f"{target}.copy_({place[out.index]})")
     source = "def run(arrays, rows, flags, values, generator):\n" + "".join(f"    {line}\n" for line in lines)
     scope: dict[str, Any] = {name: getattr(torch, name) for name in _FUNCTIONS}
-    scope["nan"], scope["inf"] = float("nan"), float("inf")
+    scope["nan"], scope["inf"], scope["BIG"] = float("nan"), float("inf"), torch.finfo(layout.compute).max
     scope["store"] = lambda p, value, extra, generator: store(p, value, layout.rounding, extra, generator)
     exec(compile(source, "<polyak rule: block>", "exec"), scope)
     return Body(scope["run"], count["row"], count["flag"])
 
 
 def _may_alias(node: Expr, old: Expr) -> bool:
-    # sign() still reads its operand after the first write; where() may not write over what it selects from.
-    return node.op not in ("sign", "where") or all(a is not old for a in node.args)
+    # where() may not write over what it selects from.
+    return node.op != "where" or all(a is not old for a in node.args)
 
 
 def _statement(node: Expr, text: Callable[[Any], str], d: str) -> str:
@@ -162,7 +162,8 @@ def _statement(node: Expr, text: Callable[[Any], str], d: str) -> str:
     if node.op in _UNARY:
         return _UNARY[node.op].replace("(a", f"({args[0]}").replace("=d", f"={d}")
     if node.op == "sign":
-        return f"sign({args[0]}, out={d}); {d}.masked_fill_(isnan({args[0]}), nan)"
+        # Twice, so that the smallest subnormal number also ends at 1; a NaN stays one, which torch.sign would hide.
+        return f"mul({args[0]}, BIG, out={d}); {d}.clamp_(-1, 1).mul_(BIG).clamp_(-1, 1)"
     if node.op == "axpy":
         a, x, y = args
         if number(node.args[1]) or number(node.args[2]):

@@ -20,6 +20,7 @@ from polyak.core import checks
 from polyak.optim._engine import foreach as foreach_backend
 from polyak.optim._engine import kernel
 from polyak.optim._engine.blocked import Blocked, Layout
+from polyak.optim._engine.compiled import compiled
 from polyak.optim._engine.rounding import Rounding, store
 from polyak.optim._engine.trace import Hyper, Program, trace
 
@@ -37,7 +38,7 @@ _programs: dict[Any, Program] = {}
 class Cohort:
     """The parameters of a plan that are updated together: one step count, one combination of types."""
 
-    mode: str  # "eager", "blocked", "foreach" or "kernel"
+    mode: str  # "eager", "compiled", "blocked", "foreach" or "kernel"
     members: list[int]  # positions in the plan
     step: torch.Tensor | None
     device: torch.device
@@ -429,7 +430,12 @@ class RuleOptimizer(Optimizer):
         cohort.arrays, cohort.runner = columns, program
         if mode == "blocked":
             assert program is not None
-            cohort.runner = Blocked(program, Layout(compute, storage, rounding))
+            layout = Layout(compute, storage, rounding)
+            runner = None if group["foreach"] else compiled(program, layout, columns)
+            if runner is not None:
+                cohort.mode, cohort.runner = "compiled", runner
+                return
+            cohort.runner = Blocked(program, layout)
             cohort.arrays = [[_flat(t) for t in column] for column in columns]
         elif mode == "kernel":
             assert program is not None
@@ -476,6 +482,10 @@ class RuleOptimizer(Optimizer):
             for name in cohort.runner.signature.on_device:
                 values = _moved(values, name, cohort.device)
             cohort.runner.run(grads, values, (scale, found_inf), seed)
+        elif mode == "compiled":
+            if list(map(torch.Tensor.stride, grads)) != cohort.strides:
+                grads = [_laid_out(g, s) for g, s in zip(grads, cohort.strides, strict=True)]
+            cohort.runner.run(grads, {name: float(value) for name, value in values.items()})
         elif mode == "blocked":
             p, *states = cohort.arrays
             flat = [_flat(_laid_out(g, s)) for g, s in zip(grads, cohort.strides, strict=True)]
