@@ -10,6 +10,8 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +95,7 @@ def train(
                 raise Diverged(f"training loss {mean} at step {step + 1}")
             yield measure({"step": step + 1}, train_loss=mean, **problem.watched())
             total, count = 0.0, 0
-    yield measure(**problem.results())
+    yield Measurement(values=dict(problem.results()))
 
 
 # -- models ----------------------------------------------------------------------------------------------------------------
@@ -161,7 +163,7 @@ class GPT(nn.Module):
 def dense(*widths: int, activation: Callable[[], nn.Module]) -> nn.Sequential:
     """Linear layers of these widths, with the activation between them."""
     layers: list[nn.Module] = []
-    for width, following in zip(widths[:-1], widths[1:], strict=True):
+    for width, following in pairwise(widths):
         layers += [nn.Linear(width, following), activation()]
     return nn.Sequential(*layers[:-1])
 
@@ -281,9 +283,8 @@ def imagenet_deit(
         DataError: timm is not installed, or the set is not at hand.
     """
     try:
-        import timm
-        import timm.data
-        from timm.loss import SoftTargetCrossEntropy
+        timm, loaders = import_module("timm"), import_module("timm.data")
+        criterion = import_module("timm.loss").SoftTargetCrossEntropy()
     except ImportError as error:
         raise data.DataError("ImageNet at the paper's scale needs timm: pip install timm datasets") from error
     torch.manual_seed(seed)  # timm's loaders and mixing draw from the global generators
@@ -300,18 +301,17 @@ def imagenet_deit(
         interpolation="bicubic",
     )
     try:
-        splits = [timm.data.create_dataset(**where, split=split) for split in ("train", "validation")]
+        splits = [loaders.create_dataset(**where, split=split) for split in ("train", "validation")]
     except Exception as error:  # whatever the network and timm's readers raise
         raise data.DataError(
-            f"ImageNet-1k is not at hand: put its classes' folders in imagenet/train and imagenet/validation of {data.VARIABLE}, or "
-            f"install datasets and log in to the hub, which asks to accept its terms; timm could not load it ({error})"
+            f"ImageNet-1k is not at hand: put its classes' folders in imagenet/train and imagenet/validation of {data.VARIABLE}, "
+            f"or install datasets and log in to the hub, which asks to accept its terms; timm could not load it ({error})"
         ) from error
     augmentation = dict(auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel", color_jitter=0.3)
-    training = timm.data.create_loader(
-        splits[0], is_training=True, collate_fn=timm.data.FastCollateMixup(**mixed), **augmentation, **shared
+    training = loaders.create_loader(
+        splits[0], is_training=True, collate_fn=loaders.FastCollateMixup(**mixed), **augmentation, **shared
     )
-    validation = timm.data.create_loader(splits[1], is_training=False, crop_pct=0.9, **shared)
-    criterion = SoftTargetCrossEntropy()
+    validation = loaders.create_loader(splits[1], is_training=False, crop_pct=0.9, **shared)
 
     def forever() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
@@ -354,7 +354,7 @@ def _standardized(x: Tensor) -> Tensor:
 def _characters() -> tuple[np.ndarray, int]:
     """The text's characters as numbers, and how many there are. Those that come less than ten times are one and the same."""
     letters = np.array(data.text().text, dtype=np.str_).reshape(1).view(np.int32)
-    codes, inverse, counts = np.unique(letters, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(letters, return_inverse=True, return_counts=True)
     common = counts >= 10
     numbers = np.where(common, np.cumsum(common), 0)
     return numbers[inverse].astype(np.int64), int(common.sum()) + 1
