@@ -85,7 +85,9 @@ def contenders(device: str) -> list[tuple[str, str, Callable[[Any], torch.optim.
         ("torch AdamW fused", "AdamW", lambda p: torch.optim.AdamW(p, fused=True)),
     ]
     if gpu:
-        found.insert(2, ("polyak Adan, capturable", "Adan", lambda p: Adan(p, lr=1e-3, weight_decay=0.02, capturable=True)))
+        found.insert(
+            2, ("polyak Adan, capturable", "Adan", lambda p: Adan(p, lr=1e-3, weight_decay=0.02, capturable=True))
+        )
     peers = [
         ("pytorch_optimizer", "Adan", {}), ("pytorch_optimizer", "Lion", {}),
         ("optimi", "Adan", {"foreach": True}), ("optimi", "Adan", {"triton": True}),
@@ -187,7 +189,9 @@ def graph_replay(model: str, speed: float) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda", "all"), default="all")
-    parser.add_argument("--models", nargs="*", choices=tuple(MODELS), help="default: all on the GPU, resnet50 and gpt2 on the CPU")
+    parser.add_argument(
+        "--models", nargs="*", choices=tuple(MODELS), help="default: all on the GPU, resnet50 and gpt2 on the CPU"
+    )
     parser.add_argument("--only", default="", help="only optimizers whose name contains this")
     parser.add_argument("--json", default="", help="also write the rows to this file")
     args = parser.parse_args()
@@ -196,9 +200,14 @@ def main() -> None:
     for device in devices:
         name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         speed = bandwidth(device)
-        print(f"\n{name}; torch {torch.__version__}; polyak {polyak.__version__}; copies at {speed / 1e9:.0f} GB/s", flush=True)
+        print(
+            f"\n{name}; torch {torch.__version__}; polyak {polyak.__version__}; copies at {speed / 1e9:.0f} GB/s",
+            flush=True,
+        )
         for model in args.models or (list(MODELS) if device == "cuda" else ["resnet50", "gpt2"]):
-            print(f"\n| {model} | ms a step | over the floor | host ms | state bytes a parameter |\n| --- | ---: | ---: | ---: | ---: |")
+            print(
+                f"\n| {model} | ms a step | over the floor | host ms | state bytes a parameter |\n| --- | ---: | ---: | ---: | ---: |"
+            )
             for label, method, make in contenders(device):
                 if args.only not in label:
                     continue
@@ -211,7 +220,10 @@ def main() -> None:
                     if device == "cuda":
                         torch.cuda.empty_cache()
                 rows.append(row)
-                print(f"| {label} | {row.ms:.3f} | {row.ratio:.2f} | {row.host_ms:.3f} | {row.state_bytes:.0f} |", flush=True)
+                print(
+                    f"| {label} | {row.ms:.3f} | {row.ratio:.2f} | {row.host_ms:.3f} | {row.state_bytes:.0f} |",
+                    flush=True,
+                )
             if device == "cuda" and args.only in "polyak Adan, graph replay":
                 row = graph_replay(model, speed)
                 rows.append(row)

@@ -92,12 +92,13 @@ def test_a_sample_changed_between_steps_is_gone_on_from() -> None:
     # As inpainting does it: the solver must not hold on to its own idea of x.
     process = Discrete(BETAS)
     scheduler = as_diffusers(DDIM(), process, "sample")
-    scheduler.set_timesteps(2)
+    scheduler.set_timesteps(3)
     x = noise(3, 2)
     x = scheduler.step(torch.zeros_like(x), scheduler.timesteps[0], x).prev_sample
     changed = torch.ones_like(x)
     out = scheduler.step(torch.zeros_like(x), scheduler.timesteps[1], changed)
-    s, t = scheduler._times[1:]
+    assert not torch.allclose(changed, x)
+    s, t = scheduler._times[1:3]
     assert torch.allclose(out.prev_sample, changed * (process.sigma(t) / process.sigma(s)))
     assert torch.equal(out.pred_original_sample, torch.zeros_like(x))
 

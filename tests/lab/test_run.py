@@ -201,16 +201,6 @@ def test_where_all_diverged_the_first_point_is_taken_and_noted() -> None:
     assert note == "every tuning trial diverged; the grid's first point is used"
 
 
-def test_unequal_budgets_are_refused() -> None:
-    with pytest.raises(ValueError, match="equally many tuning trials"):
-        examples.make(
-            arms=(
-                Arm(name="plain", label="", role="baseline", grid={"lr": [0.1]}),
-                Arm(name="quick", label="", role="method", grid={"lr": [0.1, 0.2]}),
-            )
-        )
-
-
 def test_an_arm_that_diverges_everywhere_is_judged_all_the_same(tmp_path: Path) -> None:
     claim = examples.make(
         arms=(
@@ -290,9 +280,6 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
             run_many([examples.make(), examples.make()], store=store)
         with pytest.raises(ValueError, match="top level of a module"):
             run(examples.make(trial=lambda _: iter(())), store=store)
-        empty = Arm(name="plain", label="", role="baseline", grid={"lr": []})
-        with pytest.raises(ValueError, match="grid"):
-            run(examples.make(arms=(empty,), criteria=()), store=store)
         assert run_many([], store=store) == {}
 
 
@@ -343,14 +330,19 @@ def test_two_processes_share_the_work(tmp_path: Path, journal: Callable[[], Coun
     assert set(journal().values()) == {1}
 
 
-def test_a_trial_whose_process_dies_is_taken_over(tmp_path: Path, journal: Callable[[], Counter[str]]) -> None:
-    with drive(tmp_path, "slow", 2, seeds=1, sleep=1.5) as one:
+def test_a_trial_whose_process_dies_is_taken_over(
+    tmp_path: Path, journal: Callable[[], Counter[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = examples.slow(seeds=1, sleep=0.0)
+    monkeypatch.setenv("POLYAK_TEST_SLEEP", "600")
+    with drive(tmp_path, "slow", 2, seeds=1, sleep=0.0) as one:
+        monkeypatch.delenv("POLYAK_TEST_SLEEP")
         until(lambda: sum(journal().values()) == 2)
         outcome: list[ClaimResult] = []
 
         def wait_for_it() -> None:
             with Store(tmp_path) as store:
-                outcome.append(run(examples.slow(seeds=1, sleep=1.5), jobs=2, store=store))
+                outcome.append(run(claim, jobs=2, store=store))
 
         waiting = threading.Thread(target=wait_for_it)
         waiting.start()

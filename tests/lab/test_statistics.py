@@ -27,7 +27,8 @@ def claim_of(*criteria: Criterion, seeds: int = 5, metrics: tuple[Metric, ...] |
         ),
         tasks=(Task(name="parabola", label="Parabola"),),
         scales=(Scale(name="small", says="", seeds=seeds),),
-        metrics=metrics or (Metric(name="loss", label="loss"), Metric(name="score", label="", better="higher", worst=0)),
+        metrics=metrics
+        or (Metric(name="loss", label="loss"), Metric(name="score", label="", better="higher", worst=0)),
         criteria=criteria,
     )
 
@@ -76,7 +77,11 @@ def test_the_best_rival_is_taken_seed_by_seed() -> None:
     c = criterion(against=("plain", "other"), compare="difference")
     assert judged(c, quick=[0.0] * 3, plain=[1.0, 5.0, 3.0], other=[4.0, 2.0, 3.0]).per_seed == (-1.0, -2.0, -3.0)
     c = criterion(against=("plain", "other"), compare="difference", metric="score", op=">=")
-    assert judged(c, "score", quick=[0.0] * 3, plain=[1.0, 5.0, 3.0], other=[4.0, 2.0, 3.0]).per_seed == (-4.0, -5.0, -3.0)
+    assert judged(c, "score", quick=[0.0] * 3, plain=[1.0, 5.0, 3.0], other=[4.0, 2.0, 3.0]).per_seed == (
+        -4.0,
+        -5.0,
+        -3.0,
+    )
 
 
 def test_another_metric_may_stand_on_the_other_side() -> None:
@@ -138,7 +143,9 @@ def test_both_diverged_to_a_finite_worst_is_no_tie() -> None:
 
 def test_a_rival_that_did_not_diverge_is_met_even_where_worst_is_mild() -> None:
     c = criterion(against=("plain", "other"), rule="every")
-    trials = [replace(t, diverged=t.arm == "other") for t in trials_of(quick=[6.0] * 3, plain=[12.0] * 3, other=[10.0] * 3)]
+    trials = [
+        replace(t, diverged=t.arm == "other") for t in trials_of(quick=[6.0] * 3, plain=[12.0] * 3, other=[10.0] * 3)
+    ]
     (result,) = judge(claim_of(c), trials, range(3))
     assert result.per_seed == (0.5, 0.5, 0.5)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -288,6 +289,7 @@ def imagenet_deit(
     except ImportError as error:
         raise data.DataError("ImageNet at the paper's scale needs timm: pip install timm datasets") from error
     torch.manual_seed(seed)  # timm's loaders and mixing draw from the global generators
+    random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     net = timm.create_model(model, num_classes=1000, drop_path_rate=0.1).to(device)
     folder = Path(os.environ.get(data.VARIABLE, ""), "imagenet")

@@ -283,6 +283,11 @@ def check_claim(claim: Claim) -> None:
     for arm in claim.arms:
         if unknown := set(arm.tasks) - tasks:
             raise ValueError(f"{where}, arm {arm.name!r}: unknown tasks {sorted(unknown)}")
+        if not arm.points:
+            raise ValueError(f"{where}, arm {arm.name!r}: a name in its grid has no values: {dict(arm.grid)}")
+    for scale in claim.scales:
+        if unknown := {*scale.tasks, *scale.task_options} - tasks:
+            raise ValueError(f"{where}, scale {scale.name!r}: unknown tasks {sorted(unknown)}; it has {sorted(tasks)}")
     for c in claim.criteria:
         if c.task not in tasks:
             raise ValueError(f"{where}, criterion {c.name!r}: unknown task {c.task!r}; it has {sorted(tasks)}")

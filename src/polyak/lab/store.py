@@ -386,7 +386,10 @@ def _columns(trial: Planned) -> dict[str, Any]:
     plain = {
         name: getattr(trial, name) for name in ("digest", "claim", "scale", "task", "arm", "seed", "purpose", "device")
     }
-    return {**plain, **{name: _json(getattr(trial, name), sort=name == "versions") for name in ("point", "options", "versions")}}
+    return {
+        **plain,
+        **{name: _json(getattr(trial, name), sort=name == "versions") for name in ("point", "options", "versions")},
+    }
 
 
 def _stored(row: sqlite3.Row) -> Stored:

@@ -46,8 +46,6 @@ class Plan:
         self._arms = {(t.name, a.name): a for t in claim.tasks_at(scale) for a in claim.arms_on(t.name)}
         self._tuning: dict[Key, list[list[Planned]]] = {}
         for (task, name), arm in self._arms.items():
-            if not arm.points:
-                raise ValueError(f"claim {claim.slug!r}, arm {name!r}: a name in its grid has no values")
             if len(arm.points) == 1:
                 self.chosen[task, name] = arm.points[0]  # no choice, no tuning
             else:

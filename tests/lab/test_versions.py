@@ -1,0 +1,168 @@
+"""The fingerprint: what of the source decides results, found without importing it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import claims_for_tests as examples
+import pytest
+import torch_claim_for_tests as torch_example
+
+from polyak.lab import versions
+
+# A house like ours, under another name: two systems in a room, what they share, and a claim for each.
+HOUSE = {
+    "manor/__init__.py": "",
+    "manor/core/__init__.py": "",
+    "manor/core/means.py": "import numpy as np\ndef mean(x):\n    return np.mean(x)\n",
+    "manor/core/unused.py": "x = 1\n",
+    "manor/room/__init__.py": "from manor.room.adan import Adan\nLAZY = {'Lion': 'lion'}\n",
+    "manor/room/_shared.py": "from ..core import means\n",
+    "manor/room/adan.py": "from ._shared import means\nclass Adan:\n    '''A docstring.'''\n    x = 1\n",
+    "manor/room/lion.py": "from manor.room._shared import means\nclass Lion:\n    x = 1\n",
+    "manor/room/big/__init__.py": "from .inner import Big\n",
+    "manor/room/big/inner.py": "class Big:\n    x = 1\n",
+    "manor/claims/__init__.py": "",
+    "manor/claims/adan.py": "def trial(t):\n    from manor.room import Adan\n    yield Adan\n",
+    "manor/claims/both.py": "def trial(t):\n    from manor.room import Adan, Lion\n    yield Adan, Lion\n",
+    "manor/claims/big.py": "def trial(t):\n    yield 1\n",
+    "manor/claims/data.py": "from polyak.lab import claim, data\ndef trial(t):\n    yield 1\n",
+}
+PROBE = """
+import importlib, json, sys
+from polyak.lab import versions
+sys.path.insert(0, sys.argv[2])
+import claims_for_tests
+sys.path.insert(0, sys.argv[1])
+found = {}
+for name, part in json.loads(sys.argv[3]).items():
+    module = importlib.import_module("manor.claims." + name)
+    claim = claims_for_tests.make(trial=module.trial, part=part)
+    found[name] = [versions.fingerprint(claim), versions.libraries(claim), sorted(versions._closure(claim))]
+print(json.dumps({"found": found, "imported": sorted(sys.modules)}))
+"""
+CLAIMS = {
+    "adan": "manor.room.adan:Adan",
+    "both": "manor.room.lion:Lion",
+    "big": "manor.room.big:Big",
+    "data": "manor.room.lion:Lion",
+}
+Probe = Callable[..., dict]
+
+
+@pytest.fixture
+def probe(tmp_path: Path) -> Probe:
+    """Writes the house with some files changed, and looks at it from a process of its own."""
+    for name, text in HOUSE.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    def look(**changes: str) -> dict:
+        for name, text in HOUSE.items():
+            (tmp_path / name).write_text(changes.get(name, text))
+        command = [sys.executable, "-B", "-c", PROBE, str(tmp_path), str(Path(__file__).parent), json.dumps(CLAIMS)]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    return look
+
+
+def test_a_claim_stands_on_its_part_and_what_that_imports(probe: Probe) -> None:
+    seen = probe()
+    closures = {name: closure for name, (_, _, closure) in seen["found"].items()}
+    assert closures["adan"] == ["manor.claims.adan", "manor.core.means", "manor.room._shared", "manor.room.adan"]
+    assert "manor.room.lion" in closures["both"], "a name is found where the package only refers to it"
+    assert closures["big"] == ["manor.claims.big", "manor.room.big.__init__", "manor.room.big.inner"]
+    assert "polyak.lab.data" in closures["data"]
+    assert "polyak.lab.claim" not in closures["data"]
+    assert seen["found"]["adan"][1] == ["numpy"]
+    assert not {"manor.room", "manor.room.adan", "numpy", "torch"} & set(seen["imported"])
+
+
+def test_editing_one_system_leaves_the_others_results_alone(probe: Probe) -> None:
+    def changed(name: str, text: str) -> set[str]:
+        before, after = probe()["found"], probe(**{name: text})["found"]
+        return {claim for claim in CLAIMS if before[claim][0] != after[claim][0]}
+
+    adan = HOUSE["manor/room/adan.py"]
+    assert changed("manor/room/adan.py", adan.replace("x = 1", "x = 2")) == {"adan", "both"}
+    assert changed("manor/room/lion.py", HOUSE["manor/room/lion.py"].replace("x = 1", "x = 2")) == {"both", "data"}
+    assert changed("manor/core/means.py", "def mean(x):\n    return 0\n") == {"adan", "both", "data"}
+    assert changed("manor/room/big/inner.py", "class Big:\n    x = 2\n") == {"big"}
+    assert changed("manor/claims/adan.py", "def trial(t):\n    from manor.room import Adan\n    yield 2\n") == {"adan"}
+    assert changed("manor/core/unused.py", "x = 2\n") == set()
+    assert changed("manor/room/__init__.py", HOUSE["manor/room/__init__.py"] + "more = 1\n") == set()
+    assert changed("manor/room/adan.py", adan.replace("A docstring.", "Another.") + "\n# a comment\n") == set()
+
+
+def test_a_part_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match=r"claim 'parabola': there is no source file of module 'polyak.optim.absent'"):
+        versions.fingerprint(examples.make(part="polyak.optim.absent:Absent"))
+
+
+def test_further_sources_count() -> None:
+    alone = versions.fingerprint(examples.make())
+    assert versions.fingerprint(examples.make(sources=("polyak.core.checks",))) != alone
+    assert versions.fingerprint(examples.make("another name")) == alone
+
+
+def test_libraries_that_workers_load_first() -> None:
+    assert versions.libraries(examples.make()) == ()
+    assert versions.libraries(torch_example.make()) == ("torch",)
+
+
+def test_versions_and_machine_name_no_host() -> None:
+    import platform
+
+    assert set(versions.versions()) == {"python", "torch", "numpy", "polyak"}
+    machine = versions.machine()
+    assert set(machine) == {"system", "processor", "cores", "accelerator"}
+    assert machine["accelerator"] == "none"
+    assert int(machine["cores"]) >= 1
+    assert platform.node() not in machine.values()
+
+
+def test_devices() -> None:
+    assert versions.device_kind("cpu") == "cpu"
+    with pytest.raises(ValueError, match="got 'cuda:99'"):
+        versions.device_kind("cuda:99")
+    with pytest.raises(ValueError, match="must be 'cpu', 'cuda' or 'cuda:N', got 'gpu'"):
+        versions.device_kind("gpu")
+
+
+def test_an_accelerator_goes_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the device {device}")
+    assert versions.device_kind("cuda:1") == "the device cuda:1"
+    assert versions.machine("cuda")["accelerator"] == "the device cuda"
+    with pytest.raises(ValueError, match="got 'cuda:2'; it sees 2 CUDA devices"):
+        versions.device_kind("cuda:2")
+
+
+def test_the_lab_is_light() -> None:
+    code = """
+import sys
+import polyak.lab, polyak.lab.claim, polyak.lab.result, polyak.lab.store, polyak.lab.run, polyak.lab.data
+from polyak.lab import Store, run, run_many, collect
+import polyak.lab.run
+assert callable(polyak.lab.run) and polyak.lab.run is run, polyak.lab.run
+print(sorted({"torch", "numpy", "scipy", "matplotlib", "optuna", "sklearn"} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert result.stdout == "[]\n"
+
+
+def test_the_lab_s_names() -> None:
+    import polyak.lab
+
+    assert set(polyak.lab.__all__) <= set(dir(polyak.lab))
+    for name in polyak.lab.__all__:
+        assert getattr(polyak.lab, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'absent'"):
+        _ = polyak.lab.absent
