@@ -206,7 +206,7 @@ def main() -> None:
         )
         for model in args.models or (list(MODELS) if device == "cuda" else ["resnet50", "gpt2"]):
             print(
-                f"\n| {model} | ms a step | over the floor | host ms | state bytes a parameter |\n| --- | ---: | ---: | ---: | ---: |"
+                f"\n| {model} | ms a step | over the floor | host ms | state bytes a parameter |\n| --- |{' ---: |' * 4}"
             )
             for label, method, make in contenders(device):
                 if args.only not in label:

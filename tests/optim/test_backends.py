@@ -95,7 +95,8 @@ def test_triton_kernels_in_the_interpreter():
         from polyak.optim.lion import kappa
         def train(make, dtype, **o):
             g = torch.Generator().manual_seed(0)
-            ps = [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in [(), (7,), (1024,), (30, 70)]]
+            shapes = [(), (7,), (1024,), (30, 70)]
+            ps = [torch.randn(s, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
             opt = make(ps, **o)
             for t in range(3):
                 for i, p in enumerate(ps):
@@ -118,7 +119,8 @@ def test_triton_kernels_in_the_interpreter():
             qs, ref = train(systems[0], torch.bfloat16, foreach=False, rounding=rounding, state_dtype=torch.float32)
             for p, q in zip(ps, qs):
                 # |p| < 8: an ulp is 2^-5, a remainder is kept to 2^-15; three steps of two runs.
-                kept = opt.state[p].get("compensation", torch.zeros(())).float() - ref.state[q].get("compensation", torch.zeros(())).float()
+                none = torch.zeros(())
+                kept = opt.state[p].get("compensation", none).float() - ref.state[q].get("compensation", none).float()
                 assert (p.float() - q.float() + kept).abs().max() <= (6 * 2**-15 if rounding == "kahan" else 6 * 2**-5)
         print("fine")
     """

@@ -119,11 +119,11 @@ def _entries(chosen: Sequence[Claim], home: Path | None, scale: str = "small", d
 
 
 def _stored(chosen: Sequence[Claim], home: Path | None, scale: str, device: str) -> dict[str, ClaimResult | None]:
-    from polyak.lab.store import FILE, Store, _home
+    from polyak.lab.store import FILE, Store, home_folder
 
     found: dict[str, ClaimResult | None] = dict.fromkeys((c.slug for c in chosen), None)
     # Reading must not make a store where there is none, nor load what judges results where there are none.
-    if (_home(home) / FILE).exists():
+    if (home_folder(home) / FILE).exists():
         with Store(home) as store:
             ran = {(r.claim, r.scale) for r in store.runs() if r.done}
             for claim in chosen:

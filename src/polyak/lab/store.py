@@ -137,7 +137,7 @@ class Store:
     """
 
     def __init__(self, home: Path | str | None = None) -> None:
-        self.home = _home(home)
+        self.home = home_folder(home)
         self.path = self.home / FILE
         self._owner = uuid.uuid4().hex
         self._alive: BaseFileLock | None = None
@@ -355,7 +355,7 @@ _WHAT_HELPS = {
 }
 
 
-def _home(home: Path | str | None) -> Path:
+def home_folder(home: Path | str | None) -> Path:
     if home is None:
         home = os.environ.get("POLYAK_HOME") or None
     if home is None:

@@ -1,80 +1,318 @@
-"""DPM-Solver's claim: the accuracy of earlier training-free samplers at a fraction of their network evaluations."""
+"""DPM-Solver's claim: good samples in 10 to 20 network evaluations, several times fewer than DDIM needs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial, measure
 
 BUDGETS = (10, 12, 20, 40)
-LADDER = (10, 12, 15, 20, 24, 30, 36, 40, 44, 48, 60, 80, 96, 120, 160, 200, 240, 280, 320, 360, 400)
-TARGET = 4e-3
+DDIMS = ("ddim_logsnr", "ddim_time", "ddim_quadratic")
+CLASSICAL = ("heun_time", "rk3_time", "rk3_lambda", "rk4_time", "rk4_quadratic")
 
 
 def trial(t: Trial) -> Iterator[Measurement]:
-    """Sample from the same noise with growing budgets; every error is against the exact trajectory's end."""
-    import torch
-
-    from polyak.generate import DDIM, DPMSolver, Heun, sample
+    """One arm's path RMSE at every budget; where the task has a target, the smallest budget that reaches it, too."""
+    from polyak.generate import sample
     from polyak.generate.problems import path_rmse
 
-    denoiser, x_T, exact = _problem(t.task, t.seed, t["samples"], t["reference"], t.device)
-    solvers = {"ddim": DDIM, "heun": Heun, "fast": DPMSolver}
-    name = t["solver"]
-    solver: Any = solvers[name]() if name in solvers else DPMSolver(order=t["order"], form="data", method="multistep")
-    grid = {"grid": t["grid"]} if t["grid"] else {}
-    budgets = LADDER if t.task == "ring" else BUDGETS
-    errors: dict[int, float] = {}
-    for nfe in budgets:
-        with torch.no_grad():
-            x = sample(denoiser, x_T, solver=solver, nfe=nfe, **grid)
-        errors[nfe] = path_rmse(x, exact)
-        yield measure({"nfe": nfe}, rmse=errors[nfe])
-    reached = [nfe for nfe, error in errors.items() if error <= TARGET]
-    finals = {f"rmse_{nfe}": errors[nfe] for nfe in BUDGETS}
-    if t.task == "ring":
-        finals["nfe_to_target"] = float(min(reached, default=LADDER[-1]))
-    yield measure(**finals)
+    denoiser, x_T, truth = _problem(
+        t.task, t.seed, t.device, t["samples"], t["reference_nfe"], t.options.get("images"), t.options.get("bandwidth")
+    )
+    solver = _solver(t)
+    curve: dict[int, tuple[int, float]] = {}
+
+    def rmse(nfe: int) -> float:
+        x, info = sample(denoiser, x_T, solver=solver, nfe=nfe, grid=t["grid"], return_info=True)
+        curve[nfe] = info.nfe, path_rmse(x, truth)
+        return curve[nfe][1]
+
+    finals = {f"rmse_{nfe}": rmse(nfe) for nfe in BUDGETS}
+    if target := t.options.get("target"):
+        nfe = _least_budget(lambda n: (curve[n][1] if n in curve else rmse(n)) <= target, t["limit"])
+        finals["nfe_to_target"] = curve[nfe][0] if nfe in curve else nfe
+    for _, (spent, error) in sorted(curve.items()):
+        yield measure({"nfe": spent}, rmse=error)
+    yield measure(**finals)  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=4)
-def _problem(task: str, seed: int, samples: int, evaluations: int, device: str) -> tuple[Any, Any, Any]:
-    """The exact denoiser, the noise to start from, and where the exact trajectories end; the same for every arm."""
+@lru_cache(maxsize=16)
+def _problem(
+    task: str, seed: int, device: str, samples: int, reference_nfe: int, images: int | None, bandwidth: float | None
+) -> tuple[Any, Any, Any]:
+    """The exact denoiser, the seed's starting noise, and where the ODE takes it: the same for all arms."""
     import torch
 
     from polyak.generate import VP
     from polyak.generate.problems import ExactDenoiser, kde, reference, ring
-    from polyak.lab.data import digits
 
-    process = VP(0.1, 20.0)
-    generator = torch.Generator().manual_seed(seed)
     if task == "ring":
-        law = ring(8, radius=2.0, variance=0.04)
-        shape = (samples, 2)
+        law, dim = ring(), 2
     else:
-        images = torch.as_tensor(digits()[0], dtype=torch.float64).reshape(-1, 64)
-        picked = torch.randperm(len(images), generator=generator)[:600]
-        law = kde(images[picked] / 8 - 1, 0.15)
-        shape = (samples, 64)
-    denoiser = ExactDenoiser(law, process)
-    x_T = process.prior(shape, generator=generator, dtype=torch.float64).to(device)
-    with torch.no_grad():
-        return denoiser, x_T, reference(denoiser, x_T, nfe=evaluations)
+        from polyak.lab.data import digits
+
+        assert bandwidth is not None
+        points = torch.from_numpy(digits()[0][:images]) / 8 - 1
+        law, dim = kde(points.to(device), bandwidth), points.shape[1]
+    denoiser = ExactDenoiser(law, VP(beta0=0.1, beta1=20.0, t_min=1e-3, t_max=1.0))
+    noise = torch.Generator().manual_seed(seed)
+    x_T = denoiser.process.prior((samples, dim), generator=noise, dtype=torch.float64).to(device)
+    return denoiser, x_T, reference(denoiser, x_T, nfe=reference_nfe)
 
 
-DDIMS = ("ddim_logsnr", "ddim_time", "ddim_quadratic")
-PLOT = Plot(x="nfe", y="rmse", x_label="network evaluations", log_x=True, log_y=True, title="Error against evaluations")
+def _least_budget(reached: Callable[[int], bool], limit: int) -> int:
+    """The smallest budget, to 3%, at which the target is reached; ``limit + 1`` where none up to ``limit`` is.
+
+    Doubling, then bisection: the error is taken to fall with the budget.
+    """
+    low, high = BUDGETS[0] - 1, 0
+    for nfe in BUDGETS:
+        if reached(nfe):
+            high = nfe
+            break
+        low = nfe
+    while not high:
+        if low >= limit:
+            return limit + 1
+        nfe = min(2 * low, limit)
+        low, high = (low, nfe) if reached(nfe) else (nfe, 0)
+    while high - low > max(1, 0.03 * high):
+        middle = (low + high) // 2
+        low, high = (low, middle) if reached(middle) else (middle, high)
+    return high
+
+
+def _solver(t: Trial) -> Any:
+    from polyak.generate import DDIM, RK4, DPMSolver, Heun, Query, RungeKutta, Step
+    from polyak.generate.solver import combine
+
+    class RK3(RungeKutta):
+        """Heun's method of third order, in the process's time; its nodes are DPM-Solver-3's."""
+
+        order = 3
+        nodes = (0.0, 1 / 3, 2 / 3)
+        matrix = ((1 / 3,), (0.0, 2 / 3))
+        weights = (1 / 4, 0.0, 3 / 4)
+
+    class LambdaRK3(RK3):
+        """The same in half log-SNR, in which a VP process's ODE is ``dx/dlam = sigma^2 x - sigma eps``."""
+
+        def run(self, x, times, process, *, generator=None):
+            for i, (s, e) in enumerate(pairwise(times)):
+                lam = process.lam(s)
+                h = process.lam(e) - lam
+                slopes = []
+                for c, row in zip(self.nodes, ((), *self.matrix), strict=True):
+                    inner = combine((1.0, x), *((h * a, k) for a, k in zip(row, slopes, strict=True) if a))
+                    p = yield Query(inner, process.t_of_lam(lam + c * h) if c else s, first=not slopes)
+                    sigma = process.sigma(p.t)
+                    slopes.append(combine((sigma**2, p.x), (-sigma, p.eps)))
+                x = combine((1.0, x), *((h * b, k) for b, k in zip(self.weights, slopes, strict=True) if b))
+                yield Step(x, s, e, i, i == len(times) - 2)
+            return x
+
+    make = {"ddim": DDIM, "heun": Heun, "rk3": RK3, "rk3_lambda": LambdaRK3, "rk4": RK4}
+    if t["solver"] != "dpm":
+        return make[t["solver"]]()
+    return DPMSolver(order=t["order"], form=t["form"], method=t["method"], parity=t.options.get("parity"))
+
+
+FAST = {"solver": "dpm", "order": 3, "form": "eps", "method": "fast", "grid": "logsnr"}
+MULTI = {"solver": "dpm", "form": "data", "method": "multistep", "grid": "logsnr"}
+
+ARMS = (
+    Arm(
+        name="ddim_logsnr", label="DDIM, logSNR grid", role="baseline", options={"solver": "ddim", "grid": "logsnr"},
+    ),
+    Arm(
+        name="ddim_time", label="DDIM, uniform grid", role="baseline", options={"solver": "ddim", "grid": "time"},
+    ),
+    Arm(
+        name="ddim_quadratic", label="DDIM, quadratic grid", role="baseline",
+        options={"solver": "ddim", "grid": "quadratic"},
+    ),
+    Arm(
+        name="fast3", label="DPM-Solver-3 (fast)", role="method", options=FAST,
+        says="eps form, singlestep of order 3 with lower orders at the end, logSNR grid",
+    ),
+    Arm(
+        name="dpmpp_2m", label="DPM-Solver++ 2M", role="method", options={**MULTI, "order": 2},
+        says="data form, multistep, logSNR grid",
+    ),
+    Arm(
+        name="dpmpp_3m", label="DPM-Solver++ 3M", role="method", options={**MULTI, "order": 3},
+        says="data form, multistep, logSNR grid; the third-order formula",
+    ),
+    Arm(
+        name="dpmpp_3m_official", label="DPM-Solver++ 3M, as in the official code", role="method",
+        options={**MULTI, "order": 3, "parity": "official"}, says="its second difference is halved",
+    ),
+    Arm(
+        name="heun_time", label="Heun in t", role="baseline", options={"solver": "heun", "grid": "time"},
+        says="classical, order 2, uniform grid",
+    ),
+    Arm(
+        name="rk3_time", label="RK3 in t", role="control", options={"solver": "rk3", "grid": "time"},
+        says="DPM-Solver-3's order and nodes without the exponential integrator: the paper's RK3 (t); uniform grid",
+    ),
+    Arm(
+        name="rk3_lambda", label="RK3 in half log-SNR", role="ablation",
+        options={"solver": "rk3_lambda", "grid": "logsnr"}, says="the paper's RK3 (lambda); logSNR grid",
+    ),
+    Arm(
+        name="rk4_time", label="RK4 in t", role="baseline", options={"solver": "rk4", "grid": "time"},
+        says="classical, order 4, uniform grid",
+    ),
+    Arm(
+        name="rk4_quadratic", label="RK4 in t, quadratic grid", role="baseline",
+        options={"solver": "rk4", "grid": "quadratic"}, says="on the grid that is DDIM's best here",
+    ),
+)  # fmt: skip
+
+PLOTS = (Plot(x="nfe", y="rmse", x_label="network evaluations", log_x=True, log_y=True, title="Path RMSE"),)
+
+TASKS = (
+    Task(
+        name="ring",
+        label="Ring of 8 Gaussians",
+        says="2-D mixture of 8 modes on radius 2, variance 0.04; exact score; VP(0.1, 20), t from 1 to 1e-3; 2000 paths",
+        options={"samples": 2000, "reference_nfe": 900, "target": 4e-3, "limit": 400},
+        plots=PLOTS,
+    ),
+    Task(
+        name="digits",
+        label="Digits, kernel density estimate",
+        says="600 of scikit-learn's digits in [-1, 1]^64, bandwidth 0.15; exact score; VP(0.1, 20), t from 1 to 1e-3; 300 paths",
+        options={"samples": 300, "reference_nfe": 600, "images": 600, "bandwidth": 0.15},
+        plots=PLOTS,
+    ),
+)
+
+
+def _reported(name: str, says: str, task: str, nfe: int, arm: str, against: str | tuple[str, ...] = DDIMS, **more: Any):
+    """A comparison that is reported whatever it says: by default, that the arm's RMSE is at most the best rival's."""
+    return Criterion(
+        name=name,
+        says=says,
+        task=task,
+        metric=f"rmse_{nfe}",
+        arm=arm,
+        against=against,
+        rule="every",
+        gating=False,
+        **more,
+    )
+
+
+CRITERIA = (
+    Criterion(
+        name="ring_40",
+        says="Ring, 40 evaluations: DPM-Solver-3's RMSE is at most a quarter of DDIM's on its best grid",
+        task="ring",
+        metric="rmse_40",
+        arm="fast3",
+        against=DDIMS,
+        bound=0.25,
+        rule="every",
+        control="rk3_time",
+    ),
+    Criterion(
+        name="ring_target",
+        says="Ring: to reach an RMSE of 0.004, DDIM on its best grid needs at least 4 times DPM-Solver-3's evaluations",
+        task="ring",
+        metric="nfe_to_target",
+        arm="fast3",
+        against=DDIMS,
+        bound=0.25,
+        rule="every",
+        control="rk3_time",
+    ),
+    Criterion(
+        name="digits_20",
+        says="Digits, 20 evaluations: DPM-Solver-3's RMSE is at most 0.75 of DDIM's on its best grid",
+        task="digits",
+        metric="rmse_20",
+        arm="fast3",
+        against=DDIMS,
+        bound=0.75,
+        rule="every",
+        control="rk3_time",
+    ),
+    Criterion(
+        name="digits_12",
+        says="Digits, 12 evaluations: DPM-Solver-3's RMSE is at most 0.9 of DDIM's on its best grid",
+        task="digits",
+        metric="rmse_12",
+        arm="fast3",
+        against=DDIMS,
+        bound=0.9,
+        rule="every",
+        control="rk3_time",
+    ),
+    *(
+        _reported(f"{task}_10_{arm}", f"{label}, 10 evaluations: {who}'s RMSE is at most DDIM's on its best grid", task, 10, arm)
+        for task, label in (("ring", "Ring"), ("digits", "Digits"))
+        for arm, who in (
+            ("fast3", "DPM-Solver-3"),
+            ("dpmpp_2m", "DPM-Solver++ 2M"),
+            ("dpmpp_3m", "DPM-Solver++ 3M"),
+            ("dpmpp_3m_official", "official 3M"),
+        )
+    ),
+    _reported(
+        "digits_20_rk3",
+        "Digits, 20 evaluations: RK3 in t, too, is at most 0.75 of DDIM on its best grid",
+        "digits", 20, "rk3_time", bound=0.75,
+    ),
+    _reported(
+        "digits_12_rk3",
+        "Digits, 12 evaluations: RK3 in t, too, is at most 0.9 of DDIM on its best grid",
+        "digits", 12, "rk3_time", bound=0.9,
+    ),
+    _reported(
+        "ring_40_rk3_lambda",
+        "Ring, 40 evaluations: RK3 in half log-SNR, too, is at most a quarter of DDIM on its best grid",
+        "ring", 40, "rk3_lambda", bound=0.25,
+    ),
+    _reported(
+        "ring_40_rk4",
+        "Ring, 40 evaluations: RK4 in t, too, is at most a quarter of DDIM on its best grid",
+        "ring", 40, "rk4_time", bound=0.25,
+    ),
+    Criterion(
+        name="ring_target_rk3",
+        says="Ring: to reach an RMSE of 0.004, DDIM on its best grid needs at least 4 times RK3's evaluations (in t), too",
+        task="ring",
+        metric="nfe_to_target",
+        arm="rk3_time",
+        against=DDIMS,
+        bound=0.25,
+        rule="every",
+        gating=False,
+    ),
+    *(
+        _reported(
+            f"{task}_{nfe}_classical",
+            f"{label}, {nfe} evaluations: DPM-Solver-3's RMSE is at most that of the best of five classical methods",
+            task, nfe, "fast3", CLASSICAL,
+        )
+        for task, label in (("ring", "Ring"), ("digits", "Digits"))
+        for nfe in (20, 40)
+    ),
+)  # fmt: skip
 
 CLAIM = Claim(
     slug="dpm_solver",
     room="generate",
     name="DPM-Solver",
-    summary="Exponential integrators in log-SNR time: diffusion samples in 10 to 20 network evaluations",
+    summary="Diffusion ODE by exponential integrators in half log-SNR: good samples in 10 to 20 network evaluations",
     says=(
-        "On CIFAR-10 the third-order solver reaches FID 4.70 with 10 evaluations and 2.87 with 20, and needs 4 to 16 times fewer "
-        "evaluations than the best earlier training-free samplers (DDIM among them) for the same quality."
+        "A trained diffusion model is sampled well in 10 to 20 network evaluations, without training: on CIFAR-10, FID 4.70 "
+        "with 10 and 2.87 with 20, which is 4 to 16 times fewer evaluations than the best earlier training-free samplers "
+        "(DDIM, Runge-Kutta, Analytic-DDPM, PNDM) need for the same FID."
     ),
     paper=Paper(
         title="DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps",
@@ -84,120 +322,35 @@ CLAIM = Claim(
         code="https://github.com/LuChengTHU/dpm-solver",
     ),
     part="polyak.generate.dpm_solver:DPMSolver",
-    usage=(
-        "from polyak.generate import VP, Denoiser, DPMSolver, sample\n"
-        "x = sample(Denoiser(network, VP()), (16, 3, 32, 32), solver=DPMSolver(), nfe=12)"
-    ),
     budget="network evaluations",
-    tasks=(
-        Task(
-            name="ring",
-            label="Mixture of 8 modes",
-            says="2-D, modes on a circle of radius 2, variance 0.04; exact denoiser, VP(0.1, 20), t from 1 to 1e-3; 2,000 paths",
-            options={"samples": 2000, "reference": 2000},
-            plots=(PLOT,),
-        ),
-        Task(
-            name="digits",
-            label="Kernel density of digits",
-            says="600 of scikit-learn's digits in [-1, 1], 64-D, bandwidth 0.15; exact denoiser, VP(0.1, 20); 300 paths",
-            options={"samples": 300, "reference": 1500},
-            plots=(PLOT,),
-        ),
-    ),
-    arms=(
-        *(
-            Arm(
-                name=f"ddim_{grid}",
-                label=f"DDIM, {label}",
-                role="baseline",
-                options={"solver": "ddim", "grid": grid, "order": 1},
-            )
-            for grid, label in (("logsnr", "log-SNR grid"), ("time", "time grid"), ("quadratic", "quadratic grid"))
-        ),
-        Arm(
-            name="fast3",
-            label="DPM-Solver-3 fast",
-            role="method",
-            options={"solver": "fast", "grid": "", "order": 3},
-            says="noise form, log-SNR grid: the paper's recommendation for unconditional sampling",
-        ),
-        Arm(
-            name="data_2m",
-            label="DPM-Solver++(2M)",
-            role="method",
-            options={"solver": "multistep", "grid": "", "order": 2},
-        ),
-        Arm(
-            name="data_3m",
-            label="DPM-Solver++(3M)",
-            role="method",
-            options={"solver": "multistep", "grid": "", "order": 3},
-        ),
-        Arm(
-            name="heun_quadratic",
-            label="Heun in t, quadratic grid",
-            role="ablation",
-            options={"solver": "heun", "grid": "quadratic", "order": 2},
-            says="no exponential integrator, but a grid that resembles the log-SNR one",
-        ),
-        Arm(
-            name="heun_time",
-            label="Heun in t, time grid",
-            role="control",
-            options={"solver": "heun", "grid": "time", "order": 2},
-            says="neither the exponential integrator nor log-SNR time",
-        ),
-    ),
-    scales=(Scale(name="small", says="Exactly solvable problems in float64, minutes on two cores", seeds=5),),
+    tasks=TASKS,
+    arms=ARMS,
+    scales=(Scale(name="small", says="two laws whose scores are known, under a minute on two cores", seeds=3),),
     metrics=(
-        Metric(name="rmse", label="path error"),
-        *(Metric(name=f"rmse_{nfe}", label=f"path error at {nfe} evaluations") for nfe in BUDGETS),
-        Metric(name="nfe_to_target", label=f"evaluations to a path error of {TARGET:g}"),
+        Metric(name="rmse", label="Path RMSE"),
+        *(Metric(name=f"rmse_{nfe}", label=f"Path RMSE, {nfe} evaluations") for nfe in BUDGETS),
+        Metric(name="nfe_to_target", label="Evaluations to an RMSE of 0.004 (401: not within 400)"),
     ),
-    criteria=(
-        Criterion(
-            name="ring_40",
-            says="With 40 evaluations the error of DPM-Solver-3 fast is at most a quarter of the best DDIM's",
-            task="ring", metric="rmse_40", arm="fast3", against=DDIMS, bound=0.25, rule="every", control="heun_time",
-        ),
-        Criterion(
-            name="ring_speed",
-            says="DPM-Solver-3 fast reaches an error of 4e-3 with at most a quarter of the best DDIM's evaluations",
-            task="ring", metric="nfe_to_target", arm="fast3", against=DDIMS, bound=0.25, rule="every", control="heun_time",
-        ),
-        Criterion(
-            name="digits_20",
-            says="On digits, with 20 evaluations, the error of DPM-Solver-3 fast is at most 0.75 of the best DDIM's",
-            task="digits", metric="rmse_20", arm="fast3", against=DDIMS, bound=0.75, rule="every", control="heun_time",
-        ),
-        Criterion(
-            name="digits_12",
-            says="On digits, with 12 evaluations, the error of DPM-Solver-3 fast is at most 0.9 of the best DDIM's",
-            task="digits", metric="rmse_12", arm="fast3", against=DDIMS, bound=0.9, rule="every", control="heun_time",
-        ),
-        *(
-            Criterion(
-                name=f"{task}_10_{arm}",
-                says=f"With only 10 evaluations, {label} has a smaller error than the best DDIM",
-                task=task, metric="rmse_10", arm=arm, against=DDIMS, bound=1.0, op="<", rule="every", gating=False,
-            )
-            for task in ("ring", "digits")
-            for arm, label in (("fast3", "DPM-Solver-3 fast"), ("data_2m", "DPM-Solver++(2M)"), ("data_3m", "DPM-Solver++(3M)"))
-        ),
-        Criterion(
-            name="digits_12_heun",
-            says="On digits, with 12 evaluations, DPM-Solver-3 fast has a smaller error than Heun on the quadratic grid",
-            task="digits", metric="rmse_12", arm="fast3", against="heun_quadratic", op="<", rule="every", gating=False,
-        ),
-    ),
+    criteria=CRITERIA,
     trial=trial,
     departures=(
-        "FID of trained networks needs checkpoints and 50,000 samples; here the denoiser is exact and the error is that of the "
-        "solver alone, against the exact trajectory from the same noise. There is no paper scale yet.",
-        "The published third-order multistep formula is second order: it takes half of the second derivative. Ours is third "
-        "order; parity='official' gives the published one.",
-        f"An arm that does not reach the target error by {LADDER[-1]} evaluations counts as reaching it there, in its favour.",
+        "The paper's measure is the FID of a network's samples. Here scores are exact and the measure is the distance between "
+        "solution paths from the same noise (root mean square of its length): it tests the solver, not the pictures.",
+        "There is no paper scale: it would need weights of ScoreSDE's networks in their own layout.",
+        "On these smooth exact problems the gain over DDIM comes mostly from the order: the control fails at the quarter on the "
+        "ring, but RK3 in t passes the other three gating comparisons, RK3 in half log-SNR passes that on the ring and RK4 in t "
+        "comes near to it, and RK4 on the quadratic grid is better than DPM-Solver-3. All of this is reported. The control was "
+        "chosen with these numbers known: it is the paper's own comparison at equal order, RK3 (t).",
+        "At 10 evaluations DPM-Solver-3 in eps form is worse than DDIM on both problems; the paper's FID at 10 does not show it.",
+        "A classical method spends the largest multiple of its stages within a budget: RK3 uses 9 of 10, 18 of 20, 39 of 40.",
+        "Evaluations to the target are found to 3% by bisection. Where 400 do not do, 401 are counted, in a rival's favour.",
+        "References are DPM-Solver-3 with 900 evaluations on the ring, within 1e-6 of 2000, and 600 on the digits, within 1e-4 of "
+        "1200 and of RK4; no gating comparison is of errors below 4e-3 (ring) or 0.3 (digits).",
+        "Multistep of order 3 differs from the official code, which halves the second difference; both are run.",
+        "t_end is 1e-3 for all budgets; the paper uses 1e-4 above 15 evaluations.",
     ),
-    sources=("polyak.generate",),
-)  # fmt: skip
+    usage=(
+        "from polyak.generate import VP, Denoiser, DPMSolver, sample\n\n"
+        "x = sample(Denoiser(network, VP()), (16, 3, 32, 32), solver=DPMSolver(), nfe=12)  # network(x, t) predicts the noise"
+    ),
+)
