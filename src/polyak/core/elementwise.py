@@ -73,12 +73,16 @@ def tanh(x: Operand) -> Any:
 
 def minimum(x: Operand, y: Operand) -> Any:
     """The smaller; NaN if either is."""
-    return _dispatch("min", _extremum(torch.minimum, torch.clamp_max), min, x, y)
+    return _dispatch("min", _extremum(torch.minimum, torch.clamp_max), _of_numbers(min), x, y)
 
 
 def maximum(x: Operand, y: Operand) -> Any:
     """The larger; NaN if either is."""
-    return _dispatch("max", _extremum(torch.maximum, torch.clamp_min), max, x, y)
+    return _dispatch("max", _extremum(torch.maximum, torch.clamp_min), _of_numbers(max), x, y)
+
+
+def _of_numbers(choose: Callable[..., float]) -> Callable[..., float]:
+    return lambda x, y: math.nan if math.isnan(x) or math.isnan(y) else choose(x, y)
 
 
 def _extremum(of_tensors: Callable[..., Any], with_number: Callable[..., Any]) -> Callable[..., Any]:

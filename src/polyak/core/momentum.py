@@ -143,4 +143,4 @@ class Average:
         if self._sum is None:
             raise RuntimeError("Average has no value before the first update")
         scale = bias_correction(self.beta, self.step) if self.correct else 1.0
-        return pytree.tree_map(lambda a: a / scale, self._sum)
+        return pytree.tree_map(lambda a: a / scale if a.is_floating_point() or a.is_complex() else a.clone(), self._sum)

@@ -45,7 +45,8 @@ class Linear(_Between):
     """A straight line from ``start`` at step 0 to ``end`` at step ``steps``, and ``end`` after it."""
 
     def __call__(self, step: float) -> float:
-        return self.start + (self.end - self.start) * self._progress(step)
+        done = self._progress(step)
+        return (1 - done) * self.start + done * self.end  # exact at both ends
 
 
 @dataclass(frozen=True)
