@@ -15,9 +15,13 @@ def real(name: str, value: Any) -> float:
     """A finite real number (a bool is none)."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond the largest float
+        number = math.inf
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value!r}")
-    return float(value)
+    return number
 
 
 def non_negative(name: str, value: Any) -> float:
@@ -57,9 +61,9 @@ def integer(name: str, value: Any, *, least: int | None = None, most: int | None
 
 
 def one_of(name: str, value: T, allowed: Iterable[T]) -> T:
-    """A member of ``allowed``; a near miss is suggested."""
+    """A member of ``allowed`` (1 is not True); a near miss is suggested."""
     options = list(allowed)
-    if value not in options:
+    if not any(isinstance(value, bool) == isinstance(o, bool) and value == o for o in options):
         listed = ", ".join(repr(o) for o in options)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}{suggestion(value, options)}")
     return value

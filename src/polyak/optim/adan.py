@@ -112,8 +112,6 @@ class Adan(RuleOptimizer):
             restart_radius=restart_radius, maximize=maximize, foreach=foreach, capturable=capturable,
             differentiable=differentiable, fused=fused, state_dtype=state_dtype, rounding=rounding,
         )  # fmt: skip
-        self._travelled: torch.Tensor | None = None
-        self._since_restart = 0
         super().__init__(params, defaults, generator=generator)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -123,13 +121,18 @@ class Adan(RuleOptimizer):
         if all(b < 0.5 for b in group["betas"]):
             warnings.warn(
                 f"betas {group['betas']} look like the paper's convention; polyak uses retention factors (1 - beta)",
-                stacklevel=4,
+                stacklevel=6,
             )
         for name in ("eps", "weight_decay", "max_grad_norm"):
             checks.non_negative(name, group[name])
         checks.one_of("no_prox", group["no_prox"], (False, True))
         if group["restart_radius"] is not None:
             checks.positive("restart_radius", group["restart_radius"])
+        if group["restart_radius"] != (radius := self.param_groups[0]["restart_radius"]):
+            raise ValueError(
+                f"restart_radius must be the same in all groups (the condition is over all parameters), "
+                f"got {group['restart_radius']!r} and {radius!r}"
+            )
 
     def _extra(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("clip",) if group["max_grad_norm"] > 0 else ()
@@ -148,7 +151,7 @@ class Adan(RuleOptimizer):
 
     def step(self, closure: Any = None) -> Any:
         """Update all parameters that have a gradient; returns the closure's loss, where there is a closure."""
-        radius = self.defaults["restart_radius"]
+        radius = self.param_groups[0]["restart_radius"]
         if radius is None:
             return super().step(closure)
         before = [[p.detach().clone() for p in group["params"]] for group in self.param_groups]
@@ -168,15 +171,18 @@ class Adan(RuleOptimizer):
         if not moved:
             return
         total = torch.stack([m.to(moved[0].device, torch.float64) for m in moved]).sum()
-        self._travelled = total if self._travelled is None else self._travelled + total
-        self._since_restart += 1
-        if self._since_restart * float(self._travelled) > radius**2:
+        # Kept in a param group, so that checkpoints and copies go on from there.
+        first = self.param_groups[0]
+        first["travelled"] = first.get("travelled", 0.0) + float(total)
+        first["since_restart"] = first.get("since_restart", 0) + 1
+        if first["since_restart"] * first["travelled"] > radius**2:
             self.restart()
 
     @torch.no_grad()
     def restart(self) -> None:
         """Forget all moments and count steps from zero, so that the next step takes its gradient as the previous one."""
-        self._travelled, self._since_restart = None, 0
+        for name in ("travelled", "since_restart"):
+            self.param_groups[0].pop(name, None)
         for state in self.state.values():
             for name in ("exp_avg", "exp_avg_diff", "exp_avg_sq", "step"):
                 state[name].zero_()
@@ -188,14 +194,23 @@ class Adan(RuleOptimizer):
             for i in group["params"] if "step" in group else ():
                 if i in state and "step" not in state[i]:
                     state[i] = {**state[i], "step": torch.tensor(float(group["step"]))}
-        return super()._adopt({**state_dict, "state": state})
+        # It chose its backend with options of other meanings: ours is chosen anew.
+        theirs = {"step": None, "foreach": None, "fused": None}
+        groups = [
+            {k: v for k, v in g.items() if k not in theirs} if "step" in g else g for g in state_dict["param_groups"]
+        ]
+        return super()._adopt({"state": state, "param_groups": groups})
 
 
 def global_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
     """The Euclidean norm of all gradients together, on the device of the first; shards of a DTensor are summed over."""
     if not grads:
         return torch.zeros(())
-    norms = [_whole(n) for n in torch._foreach_norm(list(grads))]
+    # Of low-precision gradients in float32: a sum of squares overflows float16, and has 8 bits in bfloat16.
+    low = [g for g in grads if g.dtype in (torch.bfloat16, torch.float16)]
+    high = [g for g in grads if g.dtype not in (torch.bfloat16, torch.float16)]
+    norms = [*(torch._foreach_norm(high) if high else ()), *(torch._foreach_norm(low, 2, torch.float32) if low else ())]
+    norms = [_whole(n) for n in norms]
     device = norms[0].device
     if {(n.device, n.dtype) for n in norms} != {(device, torch.float32)}:
         norms = [n.to(device, torch.float32 if n.dtype != torch.float64 else n.dtype) for n in norms]

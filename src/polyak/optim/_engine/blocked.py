@@ -104,6 +104,14 @@ def compile_body(program: Program, layout: Layout) -> Body:
         elif node.index in last:
             place[node.index] = take("row")
             lines.append(f"{place[node.index]}.copy_(arrays[{position}])")
+    # Outputs that are an input of another name: what that was before any of them is written.
+    moved: dict[int, str] = {}
+    for name, out in program.outputs.items():
+        other = isinstance(out, Expr) and out.op == "input" and not out.uniform and out.name != name
+        if other and place[out.index].startswith("arrays") and out.index not in moved:
+            moved[out.index] = take("row")
+            lines.append(f"{moved[out.index]}.copy_({place[out.index]})")
+
     if layout.rounding.mode == "kahan":
         # The parameter is the sum of its stored value and of what rounding has left behind.
         row = place[inputs["p"].index]
@@ -121,6 +129,8 @@ def compile_body(program: Program, layout: Layout) -> Body:
             place[node.index] = f"arrays[{program.inputs.index(target)}]"
         else:
             # A scratch row that held an operand may hold the result, where the operation allows it.
+            if target:
+                last[node.index] = end  # it is copied out last
             early = node.op not in ("where", *_BOOLEAN)
             if early:
                 release(at, node)
@@ -136,11 +146,12 @@ def compile_body(program: Program, layout: Layout) -> Body:
         target = f"arrays[{program.inputs.index(name)}]"
         if name == "p" and layout.rounding.mode != "nearest":
             extra = f"arrays[{len(program.inputs)}]" if layout.rounding.mode == "kahan" else "None"
-            lines.append(f"store({target}, {text(out)}, {extra}, generator)")
+            value = moved.get(out.index, text(out)) if isinstance(out, Expr) else text(out)
+            lines.append(f"store({target}, {value}, {extra}, generator)")
         elif not isinstance(out, Expr) or out.uniform:
             lines.append(f"{target}.fill_({text(out)})")
         elif place[out.index] != target:
-            lines.append(f"{target}.copy_({place[out.index]})")
+            lines.append(f"{target}.copy_({moved.get(out.index, place[out.index])})")
     source = "def run(arrays, rows, flags, values, generator):\n" + "".join(f"    {line}\n" for line in lines)
     scope: dict[str, Any] = {name: getattr(torch, name) for name in _FUNCTIONS}
     scope["nan"], scope["inf"], scope["BIG"] = float("nan"), float("inf"), torch.finfo(layout.compute).max

@@ -49,6 +49,7 @@ def run(
     models = [t.to(compute) for t in tensors[0]]
     kahan = rounding.mode == "kahan"
     values: dict[int, Any] = {}
+    arrays = {node.name: node for node in program.nodes if node.op == "input" and not node.uniform}
     for node in program.nodes:
         if node.op != "input":
             args = [values[a.index] if isinstance(a, Expr) else a for a in node.args]
@@ -61,9 +62,14 @@ def run(
             if node.name == "p" and kahan:
                 loaded = torch._foreach_add(loaded, [c.to(compute) for c in tensors[-1]])
             values[node.index] = loaded
+    # Outputs that are an input of another name: what that was before any of them is written.
+    moved = {o.name for n, o in program.outputs.items() if isinstance(o, Expr) and o.op == "input" and o.name != n}
+    before = {n: [t.clone() for t in values[o.index]] for n, o in arrays.items() if n in moved}
     for name, out in program.outputs.items():
         targets = list(tensors[program.inputs.index(name)])
         new = values[out.index] if isinstance(out, Expr) else out
+        if isinstance(out, Expr) and out.op == "input" and not out.uniform and out.name != name:
+            new = before[out.name]
         if not isinstance(new, (list, tuple)):
             new = [torch.as_tensor(new, dtype=compute, device=t.device).expand_as(t) for t in targets]
         if name == "p" and rounding.mode != "nearest":

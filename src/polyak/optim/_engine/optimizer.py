@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
+from numbers import Real
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -28,7 +29,11 @@ ENGINE_OPTIONS = (
     "maximize", "foreach", "fused", "capturable", "differentiable", "state_dtype", "rounding", "rounding_seed",
 )  # fmt: skip
 ROUNDINGS = ("nearest", "stochastic", "kahan")
+_ENGINE_DEFAULTS = dict(
+    maximize=False, foreach=None, fused=None, capturable=False, differentiable=False, state_dtype=None, rounding="nearest"
+)  # fmt: skip
 _LOW = (torch.bfloat16, torch.float16)
+_NUMBER = (int, float, Real)  # the last for NumPy's; the first two are quick to test
 _GRAD, _DTYPE = operator.attrgetter("grad"), operator.attrgetter("dtype")  # in map(), no bytecode per tensor
 
 _programs: dict[Any, Program] = {}
@@ -40,6 +45,7 @@ class Cohort:
 
     mode: str  # "eager", "compiled", "blocked", "foreach" or "kernel"
     members: list[int]  # positions in the plan
+    salt: int  # tells its random numbers from those of other cohorts and groups
     step: torch.Tensor | None
     device: torch.device
     runner: Any = None
@@ -55,8 +61,9 @@ class Plan:
     key: Any
     params: list[torch.Tensor]
     states: list[dict[str, Any]]
-    tensors: list[list[Any]]  # per state name, as found in `states`
-    pointers: list[int]
+    tensors: dict[str, list[Any]]  # per state name, as found in `states`
+    pointers: list[list[int]]  # of the parameters, then per stored state
+    strides: list[tuple[int, ...]]  # of the parameters
     unwrap: bool  # whether gradients must be made local and real before they are used
     grad_types: list[torch.dtype]
     cohorts: list[Cohort]
@@ -79,14 +86,9 @@ class RuleOptimizer(Optimizer):
     counts_steps: ClassVar[bool] = True
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, generator: torch.Generator | None = None) -> None:
-        for name in ("maximize", "capturable", "differentiable"):
-            checks.one_of(name, defaults.setdefault(name, False), (False, True))
-        for name in ("foreach", "fused"):
-            checks.one_of(name, defaults.setdefault(name, None), (None, False, True))
-        checks.one_of("rounding", defaults.setdefault("rounding", "nearest"), ROUNDINGS)
-        state_dtype = defaults.setdefault("state_dtype", None)
-        if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
-            raise ValueError(f"state_dtype must be None or a floating-point torch.dtype, got {state_dtype!r}")
+        for name, value in _ENGINE_DEFAULTS.items():
+            defaults.setdefault(name, value)
+        _check_options(defaults)
         if generator is not None and defaults["rounding"] != "stochastic":
             raise ValueError(f"generator is used by rounding='stochastic' only, got rounding={defaults['rounding']!r}")
         defaults["rounding_seed"] = (
@@ -138,6 +140,7 @@ class RuleOptimizer(Optimizer):
             raise
 
     def _check_engine(self, group: dict[str, Any]) -> None:
+        _check_options(group)
         if group["fused"] and group["foreach"]:
             raise ValueError("`fused` and `foreach` cannot be `True` together.")
         if group["differentiable"] and (group["fused"] or group["foreach"]):
@@ -165,6 +168,18 @@ class RuleOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # Plans hold compiled functions and device tables; they are made again.
         return {**super().__getstate__(), "_plans": {}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch.optim; options that are objects are written as text, which every loader takes."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            self._write_options(group)
+        return saved
+
+    def _write_options(self, group: dict[str, Any]) -> None:
+        """Make a saved param group hold plain values only: ``torch.load`` and distributed checkpoints refuse others."""
+        if group["state_dtype"] is not None:
+            group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint. One of another optimizer, or for other shapes, raises ValueError and changes nothing."""
@@ -202,9 +217,13 @@ class RuleOptimizer(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 values = saved["state"].get(next(saved_ids), {})
-                for name in self.state_names if group["state_dtype"] is not None else ():
+                for name in self._stored(group) if values else ():
                     if name in values:
-                        self.state[p][name] = values[name].to(device=p.device, dtype=_state_dtype(p, group), copy=True)
+                        dtype = _state_dtype(p, group) if name in self.state_names else p.dtype
+                        # A copy: torch.optim would go on in the checkpoint's own tensors.
+                        self.state[p][name] = values[name].to(device=p.device, dtype=dtype, copy=True)
+                    else:
+                        self.state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 if self.state.get(p) and self._counts(group):
                     # Those of one count share a counter again: launches are one per counter.
                     count = float(self.state[p].get("step", 0.0))
@@ -216,14 +235,11 @@ class RuleOptimizer(Optimizer):
 
     def _adopt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Translate checkpoints of other implementations; a subclass knows which. Missing options take the defaults."""
-        groups = []
-        for group in state_dict["param_groups"]:
-            kept = {
-                k: v
-                for k, v in group.items()
-                if k in self.defaults or k in ("params", "name", "param_names", "initial_lr")
-            }
-            groups.append({**self.defaults, **kept})
+        # What else is in a group is kept: schedulers have their own entries there.
+        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
+        for group in groups:
+            if isinstance(group["state_dtype"], str):
+                group["state_dtype"] = getattr(torch, group["state_dtype"], group["state_dtype"])
         return {"state": state_dict["state"], "param_groups": groups}
 
     # The step.
@@ -260,14 +276,21 @@ class RuleOptimizer(Optimizer):
             return
         if plan is None or not self._valid(plan, group, params, grads):
             self._init_group(group, params, grads)
-            plan = self._plans[index] = self._make_plan(group, params, grads)
+            plan = self._plans[index] = self._make_plan(index, group, params, grads)
         numbers = self._numbers(group)
         numbers.update({name: self._extra_values[index][name] for name in self._extra(group)})
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if plan.unwrap:
             grads = [_plain(_placed_like(g, p)) for g, p in zip(grads, params, strict=True)]
+        if found_inf is not None and scale is None:  # as GradScaler has it after unscale_()
+            scale = torch.ones_like(found_inf)
         for cohort in plan.cohorts:
             own = grads if len(cohort.members) == len(grads) else [grads[i] for i in cohort.members]
+            if found_inf is not None and cohort.mode != "kernel":
+                # A parameter that the kernel cannot take (one with gaps in memory): here the host has to look.
+                if bool(found_inf):
+                    continue
+                own = [g / scale.to(g.device, g.dtype) for g in own]  # type: ignore[union-attr]
             self._run(cohort, own, group, numbers, scale, found_inf)
 
     def _init_group(self, group: dict[str, Any], params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
@@ -310,19 +333,19 @@ class RuleOptimizer(Optimizer):
             if name in ENGINE_OPTIONS:
                 continue
             value = group[name]
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if isinstance(value, _NUMBER) and not isinstance(value, bool):
                 numbers[name] = float(value)
             elif isinstance(value, torch.Tensor):
                 if value.device.type != "cpu" and not group["capturable"]:
                     raise ValueError(f"{name} as a tensor on {value.device} needs capturable=True")
                 numbers[name] = value if value.device.type != "cpu" else float(value)
-            elif isinstance(value, tuple):
+            elif isinstance(value, (tuple, list)):
                 for i, v in enumerate(value):
                     numbers[f"{name}.{i}"] = float(v)
         return numbers
 
     def _static(self, group: dict[str, Any]) -> dict[str, Any]:
-        numeric = (int, float, tuple, torch.Tensor)
+        numeric = (*_NUMBER, tuple, list, torch.Tensor)
         return {
             name: group[name]
             for name in self.defaults
@@ -332,7 +355,7 @@ class RuleOptimizer(Optimizer):
     def _program(self, group: dict[str, Any]) -> Program:
         static = self._static(group)
         lengths = {
-            name: len(group[name]) if isinstance(group[name], tuple) else 0
+            name: len(group[name]) if isinstance(group[name], (tuple, list)) else 0
             for name in self.defaults
             if name not in ENGINE_OPTIONS and name not in static
         }
@@ -346,7 +369,7 @@ class RuleOptimizer(Optimizer):
         lr_on_device = _on_device(group.get("lr"))
         options = tuple(group[name] for name in ENGINE_OPTIONS)
         scaled = getattr(self, "found_inf", None) is not None
-        return (options, tuple(self._static(group).values()), lr_on_device, scaled)
+        return (options, tuple(self._static(group).values()), self._extra(group), lr_on_device, scaled)
 
     def _valid(
         self, plan: Plan, group: dict[str, Any], params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]
@@ -355,14 +378,28 @@ class RuleOptimizer(Optimizer):
             return False
         if plan.key != self._plan_key(group):
             return False
-        names = plan.states[0]
-        for column, name in zip(plan.tensors, names, strict=True):
+        if not all(map(operator.is_, plan.states, map(self.state.get, params))):
+            return False
+        for name, column in plan.tensors.items():
             if not all(map(operator.is_, column, map(dict.get, plan.states, repeat(name)))):
                 return False
         # Lists compare by identity first: no element is looked at while nothing has changed.
-        return plan.grad_types == list(map(_DTYPE, grads)) and plan.pointers == list(map(torch.Tensor.data_ptr, params))
+        # The states' memory may move, too (share_memory_(), or .data as offloading assigns it), and runners hold addresses.
+        return (
+            plan.grad_types == list(map(_DTYPE, grads))
+            and plan.strides == list(map(torch.Tensor.stride, params))
+            and plan.pointers == self._pointers(group, params, plan.tensors)
+        )
 
-    def _make_plan(self, group: dict[str, Any], params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> Plan:
+    def _pointers(
+        self, group: dict[str, Any], params: Sequence[torch.Tensor], tensors: Mapping[str, list[Any]]
+    ) -> list[list[int]]:
+        columns = [params, *(tensors[name] for name in self._stored(group))]
+        return [list(map(torch.Tensor.data_ptr, column)) for column in columns]
+
+    def _make_plan(
+        self, index: int, group: dict[str, Any], params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]
+    ) -> Plan:
         names = self._stored(group)
         groups: dict[Any, list[int]] = {}
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
@@ -379,15 +416,16 @@ class RuleOptimizer(Optimizer):
         cohorts = []
         for (mode, _, device, dtype, grad_dtype, types), members in groups.items():
             step = self._own_step([self.state[params[i]] for i in members]) if self._counts(group) else None
-            cohort = Cohort(mode, members, step, device)
+            cohort = Cohort(mode, members, index * 1_000_033 + members[0], step, device)
             self._fill_cohort(cohort, group, [params[i] for i in members], dtype, grad_dtype, types)
             cohorts.append(cohort)
         states = [self.state[p] for p in params]
-        tensors = [[s.get(name) for s in states] for name in states[0]]
+        names = [*(["step"] if self._counts(group) else []), *names]
+        tensors = {name: [s.get(name) for s in states] for name in names}
         unwrap = self._elementwise(group) and any(_is_dtensor(p) or p.is_complex() for p in params)
-        pointers = [p.data_ptr() for p in params]
-        types = [g.dtype for g in grads]
-        return Plan(self._plan_key(group), list(params), states, tensors, pointers, unwrap, types, cohorts)
+        pointers = self._pointers(group, params, tensors)
+        strides, types = [p.stride() for p in params], [g.dtype for g in grads]
+        return Plan(self._plan_key(group), list(params), states, tensors, pointers, strides, unwrap, types, cohorts)
 
     def _is_laid_out(self, group: dict[str, Any], p: torch.Tensor) -> bool:
         local = _plain(p)
@@ -426,7 +464,7 @@ class RuleOptimizer(Optimizer):
             cohort.generator = torch.Generator(device=cohort.device)
             if cohort.step is not None and cohort.step.device.type != "cpu":
                 # The step cannot be read at every update: from here on the generator goes on by itself.
-                cohort.generator.manual_seed(_mixed(group["rounding_seed"], cohort.members[0], int(cohort.step)))
+                cohort.generator.manual_seed(_mixed(group["rounding_seed"], cohort.salt, int(cohort.step)))
         cohort.arrays, cohort.runner = columns, program
         if mode == "blocked":
             assert program is not None
@@ -473,7 +511,7 @@ class RuleOptimizer(Optimizer):
         if group["rounding"] == "stochastic":
             # A new draw for every step and cohort, the same again after a checkpoint.
             counted = step is not None and step.device.type == "cpu"
-            seed = _mixed(seed, cohort.members[0], int(step) if counted else 0)  # type: ignore[arg-type]
+            seed = _mixed(seed, cohort.salt, int(step) if counted else 0)  # type: ignore[arg-type]
             if cohort.generator is not None and counted:
                 cohort.generator.manual_seed(seed)
         if mode == "kernel":
@@ -509,7 +547,8 @@ class RuleOptimizer(Optimizer):
         h = Hyper(**self._static(group))
         for name in self.defaults:
             if name not in ENGINE_OPTIONS and not hasattr(h, name):
-                setattr(h, name, group[name] if isinstance(group[name], tuple) else values[name])
+                listed = isinstance(group[name], (tuple, list))
+                setattr(h, name, tuple(group[name]) if listed else values[name])
         for name in (*self._extra(group), *(("step",) if self._counts(group) else ())):
             setattr(h, name, values[name])
         rounding = Rounding(group["rounding"])
@@ -517,6 +556,17 @@ class RuleOptimizer(Optimizer):
             state = dict(zip(self.state_names, stored, strict=False))
             remainder = stored[-1] if rounding.mode == "kahan" else None
             eager(type(self).rule, p, -g if group["maximize"] else g, state, h, rounding, remainder, cohort.generator)
+
+
+def _check_options(group: Mapping[str, Any]) -> None:
+    for name in ("maximize", "capturable", "differentiable"):
+        checks.one_of(name, group[name], (False, True))
+    for name in ("foreach", "fused"):
+        checks.one_of(name, group[name], (None, False, True))
+    checks.one_of("rounding", group["rounding"], ROUNDINGS)
+    wanted = group["state_dtype"]
+    if wanted is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise ValueError(f"state_dtype must be None or a floating-point torch.dtype, got {wanted!r}")
 
 
 def eager(
@@ -532,10 +582,16 @@ def eager(
     """The reference: the rule itself on one tensor, written back in place."""
     compute = _compute_dtype(p.dtype)
     value = p.to(compute) if remainder is None else p.to(compute) + remainder.to(compute)
-    inputs = SimpleNamespace(**{name: s.to(compute) for name, s in state.items()})
-    new, new_state = rule(value, g.to(compute), inputs, h)
-    store(p, new, rounding, remainder, generator)
-    for name, s in new_state.items():
+    inputs = {"p": value, **{name: s.to(compute) for name, s in state.items()}}
+    new, new_state = rule(value, g.to(compute), SimpleNamespace(**inputs), h)
+    outputs: dict[str, Any] = {"p": new, **new_state}
+    for name, out in outputs.items():
+        if not isinstance(out, torch.Tensor):
+            outputs[name] = torch.as_tensor(out, dtype=compute, device=p.device).expand_as(p)
+        elif any(out is old for other, old in inputs.items() if other != name):
+            outputs[name] = out.clone()  # what it was before any of them is written
+    store(p, outputs.pop("p"), rounding, remainder, generator)
+    for name, s in outputs.items():
         state[name].copy_(s)
 
 
@@ -584,7 +640,7 @@ def _plain(t: torch.Tensor) -> torch.Tensor:
     """The local, real tensor that holds t's elements."""
     if _is_dtensor(t):
         t = t._local_tensor  # type: ignore[attr-defined]
-    return torch.view_as_real(t) if t.is_complex() else t
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
 def _placed_like(g: torch.Tensor, p: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,8 @@ from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
+from polyak.core import elementwise
+
 ARITY = {
     "add": 2, "sub": 2, "mul": 2, "div": 2, "pow": 2, "min": 2, "max": 2, "gt": 2, "ge": 2, "lt": 2, "le": 2,
     "neg": 1, "sqrt": 1, "abs": 1, "sign": 1, "exp": 1, "tanh": 1,
@@ -186,6 +188,9 @@ def _split(program: Program, on_device: frozenset[str]) -> Split:
         for a in node.args:
             if isinstance(a, Expr):
                 need(a)
+    for out in program.outputs.values():
+        if isinstance(out, Expr):
+            need(out)
     roots = tuple(host[i] for i in sorted(host))
     return Split(roots, tuple(device[i] for i in sorted(device)), _compile(roots))
 
@@ -225,8 +230,8 @@ def _compile(roots: tuple[Expr, ...]) -> Callable[[Mapping[str, float]], tuple[f
     results = [emit(r) for r in roots]
     source = "def evaluate(u):\n" + "\n".join(lines) + f"\n    return ({', '.join(results)}{',' if results else ''})\n"
     scope = {
-        "sqrt": math.sqrt, "exp": math.exp, "tanh": math.tanh, "divide": _divide, "min": min, "max": max, "abs": abs,
-        "float": float, "sign": lambda x: float((x > 0) - (x < 0)), "__builtins__": {},
+        "sqrt": math.sqrt, "exp": math.exp, "tanh": math.tanh, "divide": _divide, "min": elementwise.minimum,
+        "max": elementwise.maximum, "abs": abs, "float": float, "sign": elementwise.sign, "__builtins__": {},
     }  # fmt: skip
     exec(compile(source, "<polyak rule: uniform values>", "exec"), scope)
     return scope["evaluate"]  # type: ignore[return-value]

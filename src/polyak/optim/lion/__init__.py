@@ -112,6 +112,10 @@ class LionK(RuleOptimizer):
                 if p.dim() < 2:
                     group["kappa"].value(p)  # raises, naming the shape
 
+    def _write_options(self, group: dict[str, Any]) -> None:
+        super()._write_options(group)
+        group["kappa"] = kappa.text(group["kappa"])
+
     def _elementwise(self, group: dict[str, Any]) -> bool:
         return (group["kappa"].elementwise or bool(self._extra(group))) and not group["cautious"]
 
@@ -132,7 +136,8 @@ class LionK(RuleOptimizer):
     def _squared_norm(self, group: dict[str, Any]) -> torch.Tensor:
         """||c||^2 over a group, of the interpolation that its step will take."""
         owners = [p for p in group["params"] if p.grad is not None]
-        device = group["params"][0].device
+        # An empty group may stand beside others.
+        device = next(p.device for g in [group, *self.param_groups] for p in g["params"])
         if not owners or not (isinstance(group["kappa"], L2) and group["kappa"].scope != "tensor"):
             return torch.zeros((), dtype=torch.float64, device=device)
         b1 = group["betas"][0]
@@ -140,7 +145,8 @@ class LionK(RuleOptimizer):
         scale = getattr(self, "grad_scale", None)
         parts = []
         for p in owners:
-            g = p.grad * sign if scale is None else p.grad * (sign / scale.to(p.grad.device))
+            g = p.grad.float() if p.grad.dtype in (torch.bfloat16, torch.float16) else p.grad
+            g = g * sign if scale is None else g * (sign / scale.to(g.device))
             m = self.state[p]["exp_avg"] if self.state.get(p) else torch.zeros_like(g)
             square = ema(m.to(g.dtype), g, b1).abs().double().square().sum()
             parts.append((square.full_tensor() if hasattr(square, "full_tensor") else square).to(device))

@@ -8,6 +8,7 @@ one element.
 
 from __future__ import annotations
 
+import ast
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -245,7 +246,8 @@ class Lp(_Ball):
         return torch.linalg.vector_norm(u, self.p)
 
     def grad(self, u: Any) -> Any:
-        # The ratio is at most 1, so that no power overflows.
+        # Ratios are at most 1, so that no power overflows, or underflows in all elements.
+        u = unit(u, u.abs().max()) if u.numel() else u
         r = unit(u, torch.linalg.vector_norm(u, self.p))
         return torch.sign(r) * r.abs() ** (self.p - 1)
 
@@ -395,9 +397,28 @@ NAMES: dict[str, Kappa] = {
 
 
 def named(kappa: Kappa | str) -> Kappa:
-    """A kappa by its name ("l1", "l2", "group", "nuclear", "half_square"), or itself."""
+    """A kappa by its name ("l1", "l2", "group", "nuclear", "half_square"), by its text ("Huber(e=0.5)"), or itself."""
+    if isinstance(kappa, str) and kappa.endswith(")"):
+        return _read(kappa)
     if isinstance(kappa, str):
         return NAMES[checks.one_of("kappa", kappa, NAMES)]
     if not isinstance(kappa, Kappa):
         raise TypeError(f"kappa must be a Kappa or one of {', '.join(map(repr, NAMES))}, got {kappa!r}")
     return kappa
+
+
+def text(kappa: Kappa) -> Kappa | str:
+    """A kappa as text that :func:`named` reads, for checkpoints; one that is not of this file stays itself."""
+    try:
+        return repr(kappa) if named(repr(kappa)) == kappa else kappa
+    except (ValueError, TypeError, SyntaxError):
+        return kappa
+
+
+def _read(written: str) -> Kappa:
+    call = ast.parse(written, mode="eval").body
+    family = {c.__name__: c for c in globals().values() if isinstance(c, type) and issubclass(c, Kappa)}
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+        raise ValueError(f"kappa must be one of {', '.join(map(repr, NAMES))}, got {written!r}")
+    made = family[checks.one_of("kappa", call.func.id, family)]
+    return made(*map(ast.literal_eval, call.args), **{k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg})

@@ -1,0 +1,42 @@
+"""Triton's interpreter runs the kernels on the CPU. It has to be chosen before Triton is imported for the first time."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the helpers that the tests share
+if not torch.cuda.is_available() and "triton" not in sys.modules:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def interpreter():
+    """Skips where Triton is absent, or was imported too early for its interpreter."""
+    knobs = pytest.importorskip("triton").knobs
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") != "1" or not knobs.runtime.interpret:
+        pytest.skip("needs Triton's interpreter")
+
+
+BACKENDS = {
+    "eager": dict(foreach=False),
+    "compiled": dict(),
+    "blocked": dict(foreach=True),
+    "foreach": dict(foreach=True),
+    "kernel": dict(fused=True),
+}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """The options that choose a backend on the CPU; "foreach" is never chosen there, so it is forced."""
+    from polyak.optim._engine import RuleOptimizer
+
+    if request.param == "kernel":
+        request.getfixturevalue("interpreter")
+    if request.param == "foreach":
+        choose = RuleOptimizer._mode
+        monkeypatch.setattr(RuleOptimizer, "_mode", lambda *a: "eager" if choose(*a) == "eager" else "foreach")
+    return BACKENDS[request.param]
