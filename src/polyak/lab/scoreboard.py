@@ -29,7 +29,7 @@ def scoreboard(entries: Sequence[Entry]) -> str:
     """The text of SCOREBOARD.md: one row per system, then every criterion with its numbers."""
     parts = [
         "# Scoreboard",
-        "Made by `polyak record` from published verdicts; do not edit. Criteria were set before the runs. "
+        "Made by `polyak record` from published verdicts; do not edit. Bounds were set before the runs. "
         "A claim that fails at a scale is listed as plainly as one that holds.",
         _tally(entries),
         _table(
