@@ -81,7 +81,7 @@ def test_the_reported_loss_of_the_vit_is_over_all_training_digits():
     problem = _problems.digits_vit(0)
     seen: list[torch.Tensor] = [next(problem.batches)[0] for _ in range(11)]
     assert sum(map(len, seen)) == 11 * 128
-    x, y = _problems._digits("cpu")
+    x, y = _problems.digit_images("cpu")
     assert len(x) - _problems.TEST_DIGITS == 1437
     x = _problems._standardized(x)
     tokens = torch.stack(
@@ -98,7 +98,7 @@ def test_the_reported_loss_of_the_vit_is_over_all_training_digits():
 
 def test_no_test_digit_is_trained_on_and_an_epoch_repeats_none():
     problem = _problems.digits_mlp(0, batch=100)
-    x, _ = _problems._digits("cpu")
+    x, _ = _problems.digit_images("cpu")
     rows = {tuple(r) for r in _problems._standardized(x)[:-360].tolist()}
     epoch = torch.cat([next(problem.batches)[0] for _ in range(14)])
     assert {tuple(r) for r in epoch.tolist()} <= rows

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from polyak.claims import _problems
+from polyak.claims import _convex
 from polyak.claims.optim.lion import ACCURACY, CLAIM, CONVEX
 from polyak.lab.claim import Measurement, Trial
 
@@ -39,7 +39,7 @@ def test_the_seed_decides(task, arm):
 
 @pytest.mark.parametrize("task", ["logistic", "least_squares"])
 def test_the_minimum_in_the_box_is_scipys(task):
-    f, options = _problems.convex(task), CLAIM.task(task).options
+    f, options = _convex.convex(task), CLAIM.task(task).options
     decay = options["weight_decay"]
 
     def value_and_slope(x):
@@ -50,15 +50,15 @@ def test_the_minimum_in_the_box_is_scipys(task):
         value_and_slope, np.zeros(f.shape), jac=True, method="L-BFGS-B", bounds=[(-1 / decay, 1 / decay)] * f.shape[0],
         options={"maxiter": 20_000, "ftol": 1e-16, "gtol": 1e-10},
     )  # fmt: skip
-    least = _problems.minimum(task, "sign", decay, options["width"], ACCURACY)
+    least = _convex.minimum(task, "sign", decay, options["width"], ACCURACY)
     assert abs(least - found.fun) < 1e-8
 
 
 @pytest.mark.parametrize(("task", "name"), [(task, name) for task, names in CONVEX.items() for name in names])
 def test_no_feasible_point_is_below_the_minimum(task, name):
-    f, options = _problems.convex(task), CLAIM.task(task).options
-    penalty = _problems.penalty(name, options["weight_decay"], options["width"])
-    least = _problems.minimum(task, name, options["weight_decay"], options["width"], ACCURACY)
+    f, options = _convex.convex(task), CLAIM.task(task).options
+    penalty = _convex.penalty(name, options["weight_decay"], options["width"])
+    least = _convex.minimum(task, name, options["weight_decay"], options["width"], ACCURACY)
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
         x = penalty.project(torch.randn(f.shape, dtype=torch.float64, generator=generator))
@@ -67,7 +67,7 @@ def test_no_feasible_point_is_below_the_minimum(task, name):
 
 @pytest.mark.parametrize("task", CONVEX)
 def test_gradients_are_those_of_the_values(task):
-    f = _problems.convex(task)
+    f = _convex.convex(task)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(f.shape, dtype=torch.float64, generator=generator)
     v = torch.randn(f.shape, dtype=torch.float64, generator=generator)

@@ -630,6 +630,18 @@ def test_gradient_of_a_wider_type():
     assert p.detach().float().unique().tolist() == [1.75]
 
 
+@cases("name", ["adan", "adan-clip", "lion-l2-all"])
+def test_parameters_on_a_device_that_is_not_the_current_one(name):
+    if torch.cuda.device_count() < 2:
+        return
+    expected, actual = parameters(FEW, torch.float64, "cpu"), parameters(FEW, torch.float64, torch.device("cuda:1"))
+    train(lambda p: SYSTEMS[name](p, foreach=False), expected, 4)
+    optimizer = train(SYSTEMS[name], actual, 4)
+    assert mode(optimizer) == "kernel"
+    assert torch.cuda.current_device() == 0
+    assert_close(actual, expected, atol=1e-10)
+
+
 def _main() -> int:
     failed = []
     torch.cuda.init()

@@ -16,10 +16,10 @@ INSIDE = 1e-6  # a point nearer than this to the domain counts as inside; ratios
 
 def trial(t: Trial) -> Iterator[Measurement]:
     """Minimize a convex problem from a random start, under every K in turn; or train the network."""
-    yield from _network(t) if t.task == "network" else _convex(t)
+    yield from _network(t) if t.task == "network" else _minimize(t)
 
 
-def _convex(t: Trial) -> Iterator[Measurement]:
+def _minimize(t: Trial) -> Iterator[Measurement]:
     kappas, final = CONVEX[t.task], {}
     if t["optimizer"] in ("adamw", "sgd"):
         # These know no K: one path is compared with the minimum under each.
@@ -60,10 +60,10 @@ def _start(t: Trial) -> Any:
     """A random point whose largest coordinate is five times 1/wd."""
     import torch
 
-    from polyak.claims import _problems
+    from polyak.claims import _convex
 
     generator = torch.Generator().manual_seed(t.seed)
-    x = 2 * torch.rand(_problems.convex(t.task).shape, generator=generator, dtype=torch.float64) - 1
+    x = 2 * torch.rand(_convex.convex(t.task).shape, generator=generator, dtype=torch.float64) - 1
     return x * (5 / t["weight_decay"] / x.abs().max())
 
 
@@ -78,10 +78,10 @@ def _kappa(t: Trial, name: str) -> Any:
 
 def _gap(t: Trial, name: str, x: Any) -> float:
     """``(F - F*) / (|F*| + 1)``, F = f(x) + K*(wd x) / wd, at the point of F's domain that is nearest to x."""
-    from polyak.claims import _problems
+    from polyak.claims import _convex
 
-    f, penalty = _problems.convex(t.task), _problems.penalty(name, t["weight_decay"], t["width"])
-    least = _problems.minimum(t.task, name, t["weight_decay"], t["width"], ACCURACY)
+    f, penalty = _convex.convex(t.task), _convex.penalty(name, t["weight_decay"], t["width"])
+    least = _convex.minimum(t.task, name, t["weight_decay"], t["width"], ACCURACY)
     inside = penalty.project(x)
     return max(f.value(inside) + penalty.value(inside) - least, ACCURACY) / (abs(least) + 1)
 
@@ -94,11 +94,11 @@ def _path(t: Trial, name: str, feasibility: dict[str, float] | None = None) -> I
     """
     import torch
 
-    from polyak.claims import _problems
+    from polyak.claims import _convex
     from polyak.core.schedules import Cosine
     from polyak.optim.lion import LionK
 
-    f, x, decay, steps = _problems.convex(t.task), _start(t), t["weight_decay"], t["steps"]
+    f, x, decay, steps = _convex.convex(t.task), _start(t), t["weight_decay"], t["steps"]
     coupled = t["optimizer"] == "coupled"
     if t["optimizer"] == "adamw":
         optimizer: Any = torch.optim.AdamW([x], lr=t["lr"], weight_decay=decay, fused=True)
@@ -109,7 +109,7 @@ def _path(t: Trial, name: str, feasibility: dict[str, float] | None = None) -> I
     group, rate = optimizer.param_groups[0], Cosine(t["lr"], t["last_lr"], steps)
 
     def distance() -> float:
-        return decay * (x - _problems.penalty(name, decay, t["width"]).project(x)).norm().item()
+        return decay * (x - _convex.penalty(name, decay, t["width"]).project(x)).norm().item()
 
     far, every = distance() if feasibility else 0.0, max(1, steps // 25)
     for step in range(1, steps + 1):
@@ -133,11 +133,11 @@ def _rises(t: Trial, name: str) -> int:
     """How many of the first steps from a feasible start, at a constant rate, raise H by more than ``Lip |x' - x|^2 / 2``."""
     import warnings
 
-    from polyak.claims import _problems
+    from polyak.claims import _convex
     from polyak.optim.lion import LionK, lyapunov
 
-    f = _problems.convex(t.task)
-    x = _problems.penalty(name, t["weight_decay"], t["width"]).project(_start(t)).clone()
+    f = _convex.convex(t.task)
+    x = _convex.penalty(name, t["weight_decay"], t["width"]).project(_start(t)).clone()
     betas = (0.99, 0.9) if t["optimizer"] == "reversed" else (0.9, 0.99)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # reversed betas are what the control is about

@@ -162,7 +162,8 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="polyak")
 
 
-os.register_at_fork(after_in_child=_threads.cache_clear) if hasattr(os, "register_at_fork") else None
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # a forked child has none of these threads
 
 
 class Compiled:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from polyak.optim._engine import foreach as foreach_backend
-from polyak.optim._engine.optimizer import eager
+from polyak.optim._engine.eager import eager
 from polyak.optim._engine.rounding import Rounding
 from polyak.optim._engine.trace import Hyper, trace
 

@@ -295,6 +295,11 @@ class Launch:
         """
         if not self._grid[0]:
             return
+        if self._cuda and self._device.index != torch.cuda.current_device():
+            # Triton launches on the current device, whatever its arguments are on.
+            with torch.cuda.device(self._device):
+                self.run(grads, uniforms, scaled, seed)
+            return
         gradients = list(map(torch.Tensor.data_ptr, grads))
         if gradients != self._gradients:
             self._point(gradients)

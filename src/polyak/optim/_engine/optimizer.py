@@ -9,9 +9,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import chain
 from numbers import Real
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +21,20 @@ from polyak.optim._engine import foreach as foreach_backend
 from polyak.optim._engine import kernel
 from polyak.optim._engine.blocked import Blocked, Layout
 from polyak.optim._engine.compiled import compiled
-from polyak.optim._engine.rounding import Rounding, store
+from polyak.optim._engine.eager import eager
+from polyak.optim._engine.rounding import Rounding
+from polyak.optim._engine.tensors import (
+    LOW,
+    compute_dtype,
+    dense,
+    flat,
+    is_dtensor,
+    laid_out,
+    placed_like,
+    plain,
+    real_dtype,
+    wide,
+)
 from polyak.optim._engine.trace import Hyper, Program, trace
 
 ENGINE_OPTIONS = (
@@ -32,7 +44,6 @@ ROUNDINGS = ("nearest", "stochastic", "kahan")
 _ENGINE_DEFAULTS = dict(
     maximize=False, foreach=None, fused=None, capturable=False, differentiable=False, state_dtype=None, rounding="nearest"
 )  # fmt: skip
-_LOW = (torch.bfloat16, torch.float16)
 _NUMBER = (int, float, Real)  # the last for NumPy's; the first two are quick to test
 _GRAD, _DTYPE = operator.attrgetter("grad"), operator.attrgetter("dtype")  # in map(), no bytecode per tensor
 
@@ -61,6 +72,8 @@ class Plan:
     key: Any
     params: list[torch.Tensor]
     states: list[dict[str, Any]]
+    all_states: list[dict[str, Any]]  # of the optimizer, in its order
+    contents: list[Any]  # the values of `states`, one after the other
     tensors: dict[str, list[Any]]  # per state name, as found in `states`
     pointers: list[list[int]]  # of the parameters, then per stored state
     strides: list[tuple[int, ...]]  # of the parameters
@@ -153,7 +166,7 @@ class RuleOptimizer(Optimizer):
                     f"fused=True needs parameters on a CUDA device and Triton; got one on {p.device}. "
                     "On the CPU the default (fused=None) is the fast path."
                 )
-            if group["rounding"] != "nearest" and p.dtype not in _LOW:
+            if group["rounding"] != "nearest" and p.dtype not in LOW:
                 raise ValueError(
                     f"rounding={group['rounding']!r} is for bfloat16 and float16 parameters, got {p.dtype}"
                 )
@@ -281,7 +294,7 @@ class RuleOptimizer(Optimizer):
         numbers.update({name: self._extra_values[index][name] for name in self._extra(group)})
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if plan.unwrap:
-            grads = [_plain(_placed_like(g, p)) for g, p in zip(grads, params, strict=True)]
+            grads = [plain(placed_like(g, p)) for g, p in zip(grads, params, strict=True)]
         if found_inf is not None and scale is None:  # as GradScaler has it after unscale_()
             scale = torch.ones_like(found_inf)
         for cohort in plan.cohorts:
@@ -378,11 +391,13 @@ class RuleOptimizer(Optimizer):
             return False
         if plan.key != self._plan_key(group):
             return False
-        if not all(map(operator.is_, plan.states, map(self.state.get, params))):
+        # In the order of the dictionaries: looking a tensor up by its hash costs more than all that is compared here.
+        states = self.state.values()
+        if len(states) != len(plan.all_states) or not all(map(operator.is_, states, plan.all_states)):
             return False
-        for name, column in plan.tensors.items():
-            if not all(map(operator.is_, column, map(dict.get, plan.states, repeat(name)))):
-                return False
+        found = list(chain.from_iterable(map(dict.values, plan.states)))
+        if len(found) != len(plan.contents) or not all(map(operator.is_, found, plan.contents)):
+            return False
         # Lists compare by identity first: no element is looked at while nothing has changed.
         # The states' memory may move, too (share_memory_(), or .data as offloading assigns it), and runners hold addresses.
         return (
@@ -420,17 +435,20 @@ class RuleOptimizer(Optimizer):
             self._fill_cohort(cohort, group, [params[i] for i in members], dtype, grad_dtype, types)
             cohorts.append(cohort)
         states = [self.state[p] for p in params]
-        names = [*(["step"] if self._counts(group) else []), *names]
+        contents = list(chain.from_iterable(s.values() for s in states))
         tensors = {name: [s.get(name) for s in states] for name in names}
-        unwrap = self._elementwise(group) and any(_is_dtensor(p) or p.is_complex() for p in params)
+        unwrap = self._elementwise(group) and any(is_dtensor(p) or p.is_complex() for p in params)
         pointers = self._pointers(group, params, tensors)
         strides, types = [p.stride() for p in params], [g.dtype for g in grads]
-        return Plan(self._plan_key(group), list(params), states, tensors, pointers, strides, unwrap, types, cohorts)
+        return Plan(
+            self._plan_key(group), list(params), states, list(self.state.values()), contents, tensors, pointers, strides, unwrap,
+            types, cohorts,
+        )  # fmt: skip
 
     def _is_laid_out(self, group: dict[str, Any], p: torch.Tensor) -> bool:
-        local = _plain(p)
-        same = all(_plain(self.state[p][name]).stride() == local.stride() for name in self._stored(group))
-        return same and _dense(local)
+        local = plain(p)
+        same = all(plain(self.state[p][name]).stride() == local.stride() for name in self._stored(group))
+        return same and dense(local)
 
     def _own_step(self, states: list[dict[str, Any]]) -> torch.Tensor:
         """One counter for a cohort, its own: parameters outside of it that shared the old one keep that."""
@@ -451,12 +469,12 @@ class RuleOptimizer(Optimizer):
         mode, names = cohort.mode, self._stored(group)
         program = self._program(group) if mode != "eager" else None
         # A rule that is not elementwise needs the whole tensor, and lets DTensor see to its parts.
-        plain = _plain if self._elementwise(group) else (lambda t: t)
-        columns = [[plain(p) for p in owners], *([plain(self.state[p][name]) for p in owners] for name in names)]
-        real = _real_dtype(dtype)
-        compute = _compute_dtype(real)
-        of_states = [_real_dtype(t) for t in state_types[: len(self.state_names)]]
-        storage = (real, _real_dtype(grad_dtype), *of_states)
+        local = plain if self._elementwise(group) else (lambda t: t)
+        columns = [[local(p) for p in owners], *([local(self.state[p][name]) for p in owners] for name in names)]
+        real = real_dtype(dtype)
+        compute = compute_dtype(real)
+        of_states = [real_dtype(t) for t in state_types[: len(self.state_names)]]
+        storage = (real, real_dtype(grad_dtype), *of_states)
         rounding = Rounding(group["rounding"])
         if mode in ("blocked", "kernel"):
             cohort.strides = [p.stride() for p in columns[0]]
@@ -474,7 +492,7 @@ class RuleOptimizer(Optimizer):
                 cohort.mode, cohort.runner = "compiled", runner
                 return
             cohort.runner = Blocked(program, layout)
-            cohort.arrays = [[_flat(t) for t in column] for column in columns]
+            cohort.arrays = [[flat(t) for t in column] for column in columns]
         elif mode == "kernel":
             assert program is not None
             on_device = [*self._extra(group)]
@@ -505,7 +523,7 @@ class RuleOptimizer(Optimizer):
             else:
                 step += 1 - found_inf.to(step.device, step.dtype).reshape(())
             on_host = not group["capturable"] or (step.device.type == "cpu" and mode != "kernel")
-            values = {**numbers, "step": step if mode == "kernel" and not on_host else _wide(step)}
+            values = {**numbers, "step": step if mode == "kernel" and not on_host else wide(step)}
             if on_host:
                 values["step"] = float(step)
         if group["rounding"] == "stochastic":
@@ -516,24 +534,24 @@ class RuleOptimizer(Optimizer):
                 cohort.generator.manual_seed(seed)
         if mode == "kernel":
             if list(map(torch.Tensor.stride, grads)) != cohort.strides:
-                grads = [_laid_out(g, s) for g, s in zip(grads, cohort.strides, strict=True)]
+                grads = [laid_out(g, s) for g, s in zip(grads, cohort.strides, strict=True)]
             for name in cohort.runner.signature.on_device:
                 values = _moved(values, name, cohort.device)
             cohort.runner.run(grads, values, (scale, found_inf), seed)
         elif mode == "compiled":
             if list(map(torch.Tensor.stride, grads)) != cohort.strides:
-                grads = [_laid_out(g, s) for g, s in zip(grads, cohort.strides, strict=True)]
+                grads = [laid_out(g, s) for g, s in zip(grads, cohort.strides, strict=True)]
             cohort.runner.run(grads, {name: float(value) for name, value in values.items()})
         elif mode == "blocked":
             p, *states = cohort.arrays
-            flat = [_flat(_laid_out(g, s)) for g, s in zip(grads, cohort.strides, strict=True)]
+            flattened = [flat(laid_out(g, s)) for g, s in zip(grads, cohort.strides, strict=True)]
             hosted = {name: float(value) for name, value in values.items()}
-            cohort.runner.run([p, flat, *states], hosted, cohort.generator)
+            cohort.runner.run([p, flattened, *states], hosted, cohort.generator)
         elif mode == "foreach":
             p, *states = cohort.arrays
             for name in self._extra(group):
                 values = _moved(values, name, cohort.device)
-            compute, rounding = _compute_dtype(p[0].dtype), Rounding(group["rounding"])
+            compute, rounding = compute_dtype(p[0].dtype), Rounding(group["rounding"])
             foreach_backend.run(cohort.runner, [p, grads, *states], values, compute, rounding, cohort.generator)
         else:
             for name in self._extra(group):
@@ -569,32 +587,6 @@ def _check_options(group: Mapping[str, Any]) -> None:
         raise ValueError(f"state_dtype must be None or a floating-point torch.dtype, got {wanted!r}")
 
 
-def eager(
-    rule: Callable[..., tuple[Any, dict[str, Any]]],
-    p: torch.Tensor,
-    g: torch.Tensor,
-    state: Mapping[str, torch.Tensor],
-    h: Any,
-    rounding: Rounding,
-    remainder: torch.Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> None:
-    """The reference: the rule itself on one tensor, written back in place."""
-    compute = _compute_dtype(p.dtype)
-    value = p.to(compute) if remainder is None else p.to(compute) + remainder.to(compute)
-    inputs = {"p": value, **{name: s.to(compute) for name, s in state.items()}}
-    new, new_state = rule(value, g.to(compute), SimpleNamespace(**inputs), h)
-    outputs: dict[str, Any] = {"p": new, **new_state}
-    for name, out in outputs.items():
-        if not isinstance(out, torch.Tensor):
-            outputs[name] = torch.as_tensor(out, dtype=compute, device=p.device).expand_as(p)
-        elif any(out is old for other, old in inputs.items() if other != name):
-            outputs[name] = out.clone()  # what it was before any of them is written
-    store(p, outputs.pop("p"), rounding, remainder, generator)
-    for name, s in outputs.items():
-        state[name].copy_(s)
-
-
 def _on_device(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type != "cpu"
 
@@ -611,61 +603,8 @@ def _mixed(seed: int, cohort: int, step: int) -> int:
     return (seed * 1_000_003 + cohort + step * 7919) % 2**31
 
 
-def _wide(step: torch.Tensor) -> torch.Tensor:
-    # Powers of a retention factor near one need float64, which not every device has.
-    return step if step.device.type == "mps" else step.double()
-
-
-def _real_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_real() if dtype.is_complex else dtype
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Low-precision tensors are computed with in float32."""
-    return torch.float32 if dtype in _LOW else dtype
-
-
 def _state_dtype(p: torch.Tensor, group: dict[str, Any]) -> torch.dtype:
     wanted = group["state_dtype"]
     if wanted is None:
         return p.dtype
     return wanted.to_complex() if p.is_complex() else wanted
-
-
-def _is_dtensor(t: torch.Tensor) -> bool:
-    return hasattr(t, "_local_tensor")
-
-
-def _plain(t: torch.Tensor) -> torch.Tensor:
-    """The local, real tensor that holds t's elements."""
-    if _is_dtensor(t):
-        t = t._local_tensor  # type: ignore[attr-defined]
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-
-
-def _placed_like(g: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    if _is_dtensor(p) and g.placements != p.placements:  # type: ignore[attr-defined]
-        return g.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
-    return g
-
-
-def _dense(t: torch.Tensor) -> bool:
-    """Whether t's elements fill one stretch of memory, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted((st, n) for st, n in zip(t.stride(), t.shape, strict=True) if n > 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _laid_out(t: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-    """t itself where it has these strides, else a copy that has."""
-    if t.stride() == strides:
-        return t
-    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
-
-
-def _flat(t: torch.Tensor) -> torch.Tensor:
-    """The elements of a dense tensor in the order of memory, as a view."""
-    return t.detach().as_strided((t.numel(),), (1,))
