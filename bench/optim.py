@@ -22,9 +22,10 @@ from typing import Any
 import torch
 
 import polyak
-from polyak.optim import Adan, Lion
+from polyak.optim import SGDP, SPAM, AdamP, Adan, Lion
 
-WORDS = {"Adan": 11, "Lion": 5, "AdamW": 7}  # read p, g and the state, write p and the state
+# Read p, g and the state, write p and the state. The ratio of sparse SPAM is to the dense step's traffic.
+WORDS = {"Adan": 11, "Lion": 5, "AdamW": 7, "AdamP": 7, "SGDP": 5, "SPAM": 7}
 
 
 def resnet50() -> list[tuple[int, ...]]:
@@ -68,41 +69,63 @@ class Row:
     floor_ms: float
     host_ms: float
     state_bytes: float  # per parameter
+    peak_mb: float  # memory beyond parameters, gradients and state while steps run; 0 where it is not known
 
     @property
     def ratio(self) -> float:
         return self.ms / self.floor_ms
 
 
+def ours(capturable: bool) -> dict[str, tuple[str, Callable[[Any], torch.optim.Optimizer]]]:
+    """Name -> (method, constructor) of polyak's optimizers."""
+    more: dict[str, Any] = {"capturable": True} if capturable else {}
+    return {
+        "Adan": ("Adan", lambda p: Adan(p, lr=1e-3, weight_decay=0.02, **more)),
+        "Adan, clipped": ("Adan", lambda p: Adan(p, lr=1e-3, weight_decay=0.02, max_grad_norm=1.0, **more)),
+        "Lion": ("Lion", lambda p: Lion(p, lr=1e-4, weight_decay=0.1, **more)),
+        "AdamP": ("AdamP", lambda p: AdamP(p, lr=1e-3, weight_decay=0.02, **more)),
+        "AdamP, all projected": ("AdamP", lambda p: AdamP(p, lr=1e-3, delta=1e9, weight_decay=0.02, **more)),
+        "SGDP": ("SGDP", lambda p: SGDP(p, lr=1e-2, momentum=0.9, weight_decay=1e-4, **more)),
+        "SPAM": ("SPAM", lambda p: SPAM(p, lr=1e-3, weight_decay=0.02, **more)),
+        "SPAM, a quarter of the moments": ("SPAM", lambda p: SPAM(sparse(p), lr=1e-3, weight_decay=0.02, **more)),
+    }
+
+
+def sparse(params: list[torch.Tensor]) -> list[dict[str, Any]]:
+    """Sparse momentum for all matrices but the first, which is the embedding or a convolution."""
+    matrices = [p for p in params[1:] if p.dim() == 2]
+    rest = [p for p in params if all(p is not m for m in matrices)]
+    return [{"params": matrices, "density": 0.25}, {"params": rest}]
+
+
 def contenders(device: str) -> list[tuple[str, str, Callable[[Any], torch.optim.Optimizer]]]:
     """(name, method, constructor): ours first, then the peers."""
     gpu = device == "cuda"
     found: list[tuple[str, str, Callable[[Any], torch.optim.Optimizer]]] = [
-        ("polyak Adan", "Adan", lambda p: Adan(p, lr=1e-3, weight_decay=0.02)),
-        ("polyak Adan, clipped", "Adan", lambda p: Adan(p, lr=1e-3, weight_decay=0.02, max_grad_norm=1.0)),
-        ("polyak Lion", "Lion", lambda p: Lion(p, lr=1e-4, weight_decay=0.1)),
+        *((f"polyak {name}", method, make) for name, (method, make) in ours(False).items()),
         ("torch AdamW foreach", "AdamW", lambda p: torch.optim.AdamW(p, foreach=True)),
         ("torch AdamW fused", "AdamW", lambda p: torch.optim.AdamW(p, fused=True)),
     ]
-    if gpu:
-        found.insert(
-            2, ("polyak Adan, capturable", "Adan", lambda p: Adan(p, lr=1e-3, weight_decay=0.02, capturable=True))
-        )
     peers = [
-        ("pytorch_optimizer", "Adan", {}), ("pytorch_optimizer", "Lion", {}),
-        ("optimi", "Adan", {"foreach": True}), ("optimi", "Adan", {"triton": True}),
-        ("optimi", "Lion", {"foreach": True}), ("optimi", "Lion", {"triton": True}),
-        ("timm.optim", "Adan", {}), ("timm.optim", "Lion", {}),
+        ("pytorch_optimizer", "Adan", "Adan", {}), ("pytorch_optimizer", "Lion", "Lion", {}),
+        ("pytorch_optimizer", "AdamP", "AdamP", {}), ("pytorch_optimizer", "SGDP", "SGDP", {"momentum": 0.9}),
+        ("pytorch_optimizer", "SPAM", "SPAM", {}),
+        ("optimi", "Adan", "Adan", {"foreach": True}), ("optimi", "Adan", "Adan", {"triton": True}),
+        ("optimi", "Lion", "Lion", {"foreach": True}), ("optimi", "Lion", "Lion", {"triton": True}),
+        ("timm.optim", "Adan", "Adan", {}), ("timm.optim", "Lion", "Lion", {}),
+        ("timm.optim", "AdamP", "AdamP", {}), ("timm.optim", "SGDP", "SGDP", {"momentum": 0.9}),
+        ("adamp", "AdamP", "AdamP", {}), ("adamp", "SGDP", "SGDP", {"momentum": 0.9}),
+        ("heavyball", "AdamW", "AdamW", {}), ("heavyball", "ForeachAdamW", "AdamW", {}),
     ]  # fmt: skip
-    for module, name, options in peers:
+    for module, name, method, options in peers:
         try:
             make = getattr(importlib.import_module(module), name)
         except Exception:  # a peer that cannot be imported here, for whatever reason of its own
             continue
         if options.get("triton") and not gpu:
             continue
-        label = " ".join([module.removesuffix(".optim"), name, *options])
-        found.append((label, name, lambda p, make=make, options=options: make(p, lr=1e-3, **options)))
+        label = " ".join([module.removesuffix(".optim"), name, *(o for o in options if o != "momentum")])
+        found.append((label, method, lambda p, make=make, options=options: make(p, lr=1e-3, **options)))
     return found
 
 
@@ -151,7 +174,11 @@ def bench(model: str, device: str, speed: float, label: str, method: str, make: 
     synchronize(device)
     fast = device == "cuda"
     times = (50 if count < 3e7 else 20 if count < 3e8 else 8) if fast else 3
+    if fast:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     ms = elapsed_ms(optimizer.step, device, times, 5 if fast else 3)
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if fast else 0.0
     begin = time.perf_counter()
     for _ in range(5 if fast else 0):
         optimizer.step()
@@ -163,15 +190,16 @@ def bench(model: str, device: str, speed: float, label: str, method: str, make: 
         for t in s.values()
         if isinstance(t, torch.Tensor) and t.dim()
     )
-    return Row(model, label, method, ms, WORDS[method] * 4 * count / speed * 1e3, host, state / count)
+    return Row(model, label, method, ms, WORDS[method] * 4 * count / speed * 1e3, host, state / count, peak)
 
 
-def graph_replay(model: str, speed: float) -> Row:
-    """Adan in a captured CUDA graph."""
+def graph_replay(model: str, speed: float, name: str) -> Row:
+    """One of polyak's optimizers in a captured CUDA graph."""
+    method, make = ours(True)[name]
     params = [torch.randn(s, device="cuda").requires_grad_() for s in MODELS[model]()]
     for p in params:
         p.grad = torch.randn_like(p)
-    optimizer = Adan(params, lr=1e-3, weight_decay=0.02, capturable=True)
+    optimizer = make(params)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -183,7 +211,9 @@ def graph_replay(model: str, speed: float) -> Row:
         optimizer.step()
     ms = elapsed_ms(graph.replay, "cuda", 20, 5)
     count = sum(p.numel() for p in params)
-    return Row(model, "polyak Adan, graph replay", "Adan", ms, 11 * 4 * count / speed * 1e3, 0.0, 16.0)
+    return Row(
+        model, f"polyak {name}, graph replay", method, ms, WORDS[method] * 4 * count / speed * 1e3, 0.0, 0.0, 0.0
+    )
 
 
 def main() -> None:
@@ -206,7 +236,7 @@ def main() -> None:
         )
         for model in args.models or (list(MODELS) if device == "cuda" else ["resnet50", "gpt2"]):
             print(
-                f"\n| {model} | ms a step | over the floor | host ms | state bytes a parameter |\n| --- |{' ---: |' * 4}"
+                f"\n| {model} | ms a step | over the floor | host ms | state bytes a parameter | peak MB |\n| --- |{' ---: |' * 5}"
             )
             for label, method, make in contenders(device):
                 if args.only not in label:
@@ -214,20 +244,25 @@ def main() -> None:
                 try:
                     row = bench(model, device, speed, label, method, make)
                 except Exception as error:  # a peer's failure is shown, and is no reason to stop
-                    print(f"| {label} | failed: {type(error).__name__}: {str(error)[:80]} | | | |", flush=True)
+                    print(f"| {label} | failed: {type(error).__name__}: {str(error)[:80]} | | | | |", flush=True)
                     continue
                 finally:
                     if device == "cuda":
                         torch.cuda.empty_cache()
                 rows.append(row)
                 print(
-                    f"| {label} | {row.ms:.3f} | {row.ratio:.2f} | {row.host_ms:.3f} | {row.state_bytes:.0f} |",
+                    f"| {label} | {row.ms:.3f} | {row.ratio:.2f} | {row.host_ms:.3f} | {row.state_bytes:.1f} | {row.peak_mb:.0f} |",
                     flush=True,
                 )
-            if device == "cuda" and args.only in "polyak Adan, graph replay":
-                row = graph_replay(model, speed)
+            for name in ours(True) if device == "cuda" else ():
+                if args.only not in f"polyak {name}, graph replay":
+                    continue
+                try:
+                    row = graph_replay(model, speed, name)
+                finally:
+                    torch.cuda.empty_cache()
                 rows.append(row)
-                print(f"| {row.optimizer} | {row.ms:.3f} | {row.ratio:.2f} | | {row.state_bytes:.0f} |", flush=True)
+                print(f"| {row.optimizer} | {row.ms:.3f} | {row.ratio:.2f} | | | |", flush=True)
     if args.json:
         with open(args.json, "w") as file:
             json.dump([asdict(row) for row in rows], file, indent=1)

@@ -57,7 +57,7 @@ def test_the_default_is_the_loop_to_rounding(name, dtype):
 def test_without_a_compiler_the_blocks_run(monkeypatch):
     from polyak.optim._engine import compiled
 
-    monkeypatch.setattr(compiled, "_library", lambda code: None)
+    monkeypatch.setattr(compiled, "library", lambda *code: None)
     _, optimizer = train(SYSTEMS["adan"], [(4,)], torch.float32)
     assert optimizer._plans[0].mode == "blocked"
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from polyak.optim import Adan, Lion, LionK
+from polyak.optim import SGDP, SPAM, AdamP, Adan, Lion, LionK
 from polyak.optim.lion import kappa
 
 try:
@@ -106,6 +106,15 @@ SYSTEMS = {
     "lion-half-square": lambda p, **o: LionK(p, "half_square", lr=1e-2, **o),
     "lion-l2-group": lambda p, **o: LionK(p, kappa.L2("group"), lr=1e-2, weight_decay=0.5, **o),
     "lion-l2-all": lambda p, **o: LionK(p, kappa.L2("all"), lr=1e-2, weight_decay=0.5, **o),
+    "adamp": lambda p, **o: AdamP(p, lr=1e-2, weight_decay=0.1, **o),
+    "adamp-always": lambda p, **o: AdamP(p, lr=1e-2, weight_decay=0.1, delta=1e9, nesterov=True, maximize=True, **o),
+    "sgdp": lambda p, **o: SGDP(p, lr=1e-2, momentum=0.9, weight_decay=0.1, **o),
+    "sgdp-buffer": lambda p, **o: SGDP(
+        p, lr=1e-2, momentum=0.9, dampening=0.1, weight_decay=0.1, delta=1e9, project_buffer=True, **o
+    ),
+    "spam": lambda p, **o: SPAM(
+        p, lr=1e-2, weight_decay=0.1, reset_interval=3, warmup_steps=1, grace=1, threshold=2.0, **o
+    ),
 }
 # Discontinuous updates are compared on numbers for which float32 is exact.
 EXACT = {

@@ -4,7 +4,9 @@
 >>> optimizer = Adan(model.parameters(), lr=1e-2, weight_decay=0.02)
 """
 
+from polyak.optim.adamp import SGDP, AdamP
 from polyak.optim.adan import Adan
 from polyak.optim.lion import Lion, LionK
+from polyak.optim.spam import SPAM
 
-__all__ = ["Adan", "Lion", "LionK"]
+__all__ = ["SGDP", "SPAM", "AdamP", "Adan", "Lion", "LionK"]

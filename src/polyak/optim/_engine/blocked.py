@@ -47,11 +47,12 @@ class Layout:
     compute: torch.dtype
     storage: tuple[torch.dtype, ...]  # of each of the program's inputs
     rounding: Rounding
+    gaps: torch.dtype | None = None  # type of the gaps between the elements that have a state, where not all have
 
 
 @dataclass(frozen=True)
 class Body:
-    """A block's work as one Python function ``run(arrays, rows, flags, values)``."""
+    """A block's work as one Python function ``run(arrays, rows, flags, values, generator, counts)``."""
 
     run: Callable[..., None]
     rows: int  # scratch rows of the compute type
@@ -78,7 +79,9 @@ def compile_body(program: Program, layout: Layout) -> Body:
             in_place[out.index] = name
         elif isinstance(out, Expr):
             last[out.index] = end
-    for out in program.outputs.values():
+    if program.count is not None:
+        last[program.count.index] = end
+    for out in program.results:
         if isinstance(out, Expr):
             last.setdefault(out.index, end)
 
@@ -152,7 +155,9 @@ def compile_body(program: Program, layout: Layout) -> Body:
             lines.append(f"{target}.fill_({text(out)})")
         elif place[out.index] != target:
             lines.append(f"{target}.copy_({moved.get(out.index, place[out.index])})")
-    source = "def run(arrays, rows, flags, values, generator):\n" + "".join(f"    {line}\n" for line in lines)
+    if program.count is not None:
+        lines.append(f"counts.append(({text(program.count)} != 0).sum())")
+    source = "def run(arrays, rows, flags, values, generator, counts):\n" + "".join(f"    {line}\n" for line in lines)
     scope: dict[str, Any] = {name: getattr(torch, name) for name in _FUNCTIONS}
     scope["nan"], scope["inf"], scope["BIG"] = float("nan"), float("inf"), torch.finfo(layout.compute).max
     scope["store"] = lambda p, value, extra, generator: store(p, value, layout.rounding, extra, generator)
@@ -218,8 +223,8 @@ class Blocked:
         tensors: Sequence[Sequence[torch.Tensor]],
         uniforms: Mapping[str, float],
         generator: torch.Generator | None = None,
-    ) -> None:
-        """Apply the rule.
+    ) -> list[torch.Tensor]:
+        """Apply the rule; returns how many elements it counted in each block, where it counts.
 
         Args:
             tensors: for each of the program's inputs (and, last, the compensation where rounding is "kahan") the flat
@@ -227,10 +232,11 @@ class Blocked:
             uniforms: the program's uniform inputs.
         """
         values = self.evaluate(uniforms)
+        counts: list[torch.Tensor] = []
         small: list[int] = []
         for i, p in enumerate(tensors[0]):
             if p.numel() > SMALL:
-                self._large([column[i] for column in tensors], values, generator)
+                self._large([column[i] for column in tensors], values, generator, counts)
             elif p.numel():
                 small.append(i)
         start = 0
@@ -240,19 +246,27 @@ class Blocked:
                 total += tensors[0][small[stop]].numel()
                 stop += 1
             picked = small[start:stop]
-            self._packed([[column[i] for i in picked] for column in tensors], total, values, generator)
+            self._packed([[column[i] for i in picked] for column in tensors], total, values, generator, counts)
             start = stop
+        return counts
 
-    def _large(self, arrays: list[torch.Tensor], values: tuple[float, ...], generator: torch.Generator | None) -> None:
+    def _large(
+        self,
+        arrays: list[torch.Tensor],
+        values: tuple[float, ...],
+        generator: torch.Generator | None,
+        counts: list[torch.Tensor],
+    ) -> None:
         n = arrays[0].numel()
         run, rows, flags = self.body.run, self._rows, self._flags
         full = n - n % BLOCK
         # split() makes all views of a tensor in one call.
         for views in zip(*(a[:full].split(BLOCK) for a in arrays), strict=True) if full else ():
-            run(views, rows, flags, values, generator)
+            run(views, rows, flags, values, generator, counts)
         if full < n:
             rest = n - full
-            run([a[full:] for a in arrays], [r[:rest] for r in rows], [f[:rest] for f in flags], values, generator)
+            scratch = [r[:rest] for r in rows], [f[:rest] for f in flags]
+            run([a[full:] for a in arrays], *scratch, values, generator, counts)
 
     def _packed(
         self,
@@ -260,6 +274,7 @@ class Blocked:
         total: int,
         values: tuple[float, ...],
         generator: torch.Generator | None,
+        counts: list[torch.Tensor],
     ) -> None:
         if not self._packs:
             extra = [columns[0][0].dtype] if len(columns) > len(self.layout.storage) else []
@@ -267,7 +282,8 @@ class Blocked:
         packs = [pack[:total] for pack in self._packs[: len(columns)]]
         for pack, column in zip(packs, columns, strict=True):
             torch.cat(column, out=pack)
-        self.body.run(packs, [r[:total] for r in self._rows], [f[:total] for f in self._flags], values, generator)
+        scratch = [r[:total] for r in self._rows], [f[:total] for f in self._flags]
+        self.body.run(packs, *scratch, values, generator, counts)
         sizes = [t.numel() for t in columns[0]]
         written = self._written + ([len(columns) - 1] if len(columns) > len(self.layout.storage) else [])
         for i in written:

@@ -21,12 +21,13 @@ def eager(
     rounding: Rounding,
     remainder: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
-) -> None:
-    """The reference: the rule itself on one tensor, written back in place."""
+) -> torch.Tensor | None:
+    """The reference: the rule itself on one tensor, written back in place. Returns the number of elements it counted."""
     compute = compute_dtype(p.dtype)
     value = p.to(compute) if remainder is None else p.to(compute) + remainder.to(compute)
     inputs = {"p": value, **{name: s.to(compute) for name, s in state.items()}}
     new, new_state = rule(value, g.to(compute), SimpleNamespace(**inputs), h)
+    count = new_state.pop("count", None)
     outputs: dict[str, Any] = {"p": new, **new_state}
     for name, out in outputs.items():
         if not isinstance(out, torch.Tensor):
@@ -36,3 +37,4 @@ def eager(
     store(p, outputs.pop("p"), rounding, remainder, generator)
     for name, s in outputs.items():
         state[name].copy_(s)
+    return None if count is None else torch.as_tensor(count, device=p.device).sum()

@@ -35,8 +35,8 @@ def run(
     compute: torch.dtype,
     rounding: Rounding,
     generator: torch.Generator | None = None,
-) -> None:
-    """Apply the rule.
+) -> list[torch.Tensor]:
+    """Apply the rule; returns how many elements it counted in each tensor, where it counts.
 
     Args:
         tensors: for each of the program's inputs (and, last, the compensation where rounding is "kahan") a list of tensors,
@@ -44,7 +44,7 @@ def run(
         uniforms: the program's uniform inputs: numbers, or tensors of one element.
     """
     if not tensors[0]:
-        return
+        return []
     count = len(tensors[0])
     models = [t.to(compute) for t in tensors[0]]
     kahan = rounding.mode == "kahan"
@@ -62,6 +62,7 @@ def run(
             if node.name == "p" and kahan:
                 loaded = torch._foreach_add(loaded, [c.to(compute) for c in tensors[-1]])
             values[node.index] = loaded
+    counted = [] if program.count is None else [c.sum() for c in values[program.count.index]]
     # Outputs that are an input of another name: what that was before any of them is written.
     moved = {o.name for n, o in program.outputs.items() if isinstance(o, Expr) and o.op == "input" and o.name != n}
     before = {n: [t.clone() for t in values[o.index]] for n, o in arrays.items() if n in moved}
@@ -78,6 +79,7 @@ def run(
                 store(p, value, rounding, remainder, generator)
         else:
             torch._foreach_copy_(targets, list(new))
+    return counted
 
 
 def _array(node: Expr, args: list[Any], models: list[torch.Tensor]) -> Any:

@@ -22,6 +22,7 @@ from polyak.optim._engine import kernel
 from polyak.optim._engine.blocked import Blocked, Layout
 from polyak.optim._engine.compiled import compiled
 from polyak.optim._engine.eager import eager
+from polyak.optim._engine.places import Places
 from polyak.optim._engine.rounding import Rounding
 from polyak.optim._engine.tensors import (
     LOW,
@@ -63,6 +64,11 @@ class Cohort:
     arrays: list[list[torch.Tensor]] = field(default_factory=list)  # per program input but "g": local tensors
     strides: list[tuple[int, ...]] = field(default_factory=list)
     generator: torch.Generator | None = None
+    notes: list[Any] = field(default_factory=list)  # per parameter, what the rule wants to know of it
+    counts: list[torch.Tensor] = field(
+        default_factory=list
+    )  # of the last step, where the rule counts and has no runner
+    places: list[Places] | None = None  # per parameter the elements that have a state, where not all have
 
 
 @dataclass(eq=False)
@@ -76,7 +82,8 @@ class Plan:
     contents: list[Any]  # the values of `states`, one after the other
     tensors: dict[str, list[Any]]  # per state name, as found in `states`
     pointers: list[list[int]]  # of the parameters, then per stored state
-    strides: list[tuple[int, ...]]  # of the parameters
+    options: list[Any] | None  # of the group, in the order of the defaults; None where they may change unseen
+    numbers: dict[str, Any]  # made of them
     unwrap: bool  # whether gradients must be made local and real before they are used
     grad_types: list[torch.dtype]
     cohorts: list[Cohort]
@@ -97,6 +104,8 @@ class RuleOptimizer(Optimizer):
     rule: ClassVar[Callable[..., tuple[Any, dict[str, Any]]]]
     state_names: ClassVar[tuple[str, ...]]
     counts_steps: ClassVar[bool] = True
+    other_names: ClassVar[tuple[str, ...]] = ()  # state tensors that the rule does not see
+    multi_tensor: ClassVar[bool] = True  # whether the backends of blocks and of _foreach_ calls can run the rule
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, generator: torch.Generator | None = None) -> None:
         for name, value in _ENGINE_DEFAULTS.items():
@@ -131,6 +140,45 @@ class RuleOptimizer(Optimizer):
     def _extra(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of further uniform inputs of the rule, which are in `_extra_values` when the group is updated."""
         return ()
+
+    def _derived(self, group: dict[str, Any]) -> dict[str, float]:
+        """Further uniform inputs of the rule, numbers that change from step to step."""
+        return {}
+
+    def _note(self, p: torch.Tensor) -> Any:
+        """What the eager rule finds as ``h.note`` for this parameter."""
+        return None
+
+    def _places(self, p: torch.Tensor) -> Places | None:
+        """The elements that have a state and are updated; None: all. Their tensors are among ``other_names``."""
+        return None
+
+    def _state_like(self, name: str, p: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """A state tensor as it is before the first step."""
+        return torch.zeros_like(p, dtype=self._state_dtype(name, p, group), memory_format=torch.preserve_format)
+
+    def _state_dtype(self, name: str, p: torch.Tensor, group: dict[str, Any]) -> torch.dtype:
+        wanted = group["state_dtype"]
+        if wanted is None:
+            return p.dtype
+        return wanted.to_complex() if p.is_complex() else wanted
+
+    def _launch(
+        self,
+        program: Program,
+        signature: kernel.Signature,
+        cohort: Cohort,
+        owners: list[torch.Tensor],
+        group: dict[str, Any],
+    ) -> Any:
+        """The GPU's runner of a cohort."""
+        return kernel.Launch(program, signature, cohort.arrays, cohort.places)
+
+    def _compiled(
+        self, program: Program, layout: Layout, cohort: Cohort, owners: list[torch.Tensor], group: dict[str, Any]
+    ) -> Any:
+        """The CPU's compiled runner of a cohort, or None where there cannot be one."""
+        return compiled(program, layout, cohort.arrays, cohort.places)
 
     def _counts(self, group: dict[str, Any]) -> bool:
         return self.counts_steps or group["rounding"] == "stochastic"
@@ -199,7 +247,7 @@ class RuleOptimizer(Optimizer):
         saved = self._adopt({"state": dict(state_dict["state"]), "param_groups": list(state_dict["param_groups"])})
         mine = [p for group in self.param_groups for p in group["params"]]
         ids = [i for group in saved["param_groups"] for i in group["params"]]
-        known = {*self.state_names, "step", "compensation"}
+        known = {*self.state_names, *self.other_names, "step", "compensation"}
         if len(mine) == len(ids):
             for i, p in zip(ids, mine, strict=True):
                 values = saved["state"].get(i, {})
@@ -209,10 +257,10 @@ class RuleOptimizer(Optimizer):
                         f"where {sorted(self.state_names)} is needed"
                     )
                 for name in self.state_names:
-                    if name in values and values[name].shape != p.shape:
+                    if name in values and values[name].shape != (shape := self._shape(p, values)):
                         raise ValueError(
                             f"state_dict: {name} of parameter {i} has shape {tuple(values[name].shape)}, "
-                            f"the parameter {tuple(p.shape)}"
+                            f"where {tuple(shape)} is needed"
                         )
         before = self.__getstate__()
         super().load_state_dict(saved)
@@ -232,11 +280,14 @@ class RuleOptimizer(Optimizer):
                 values = saved["state"].get(next(saved_ids), {})
                 for name in self._stored(group) if values else ():
                     if name in values:
-                        dtype = _state_dtype(p, group) if name in self.state_names else p.dtype
+                        dtype = self._state_dtype(name, p, group) if name in self.state_names else p.dtype
                         # A copy: torch.optim would go on in the checkpoint's own tensors.
                         self.state[p][name] = values[name].to(device=p.device, dtype=dtype, copy=True)
                     else:
                         self.state[p][name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                for name in self.other_names:
+                    if name in values:
+                        self.state[p][name] = values[name].to(device=p.device, copy=True)
                 if self.state.get(p) and self._counts(group):
                     # Those of one count share a counter again: launches are one per counter.
                     count = float(self.state[p].get("step", 0.0))
@@ -245,6 +296,10 @@ class RuleOptimizer(Optimizer):
                         (count, device), torch.tensor(count, dtype=torch.float32, device=device)
                     )
                     self.state[p]["step"] = shared
+
+    def _shape(self, p: torch.Tensor, values: Mapping[str, Any]) -> torch.Size:
+        """The shape that a loaded state tensor of ``p`` must have."""
+        return p.shape
 
     def _adopt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Translate checkpoints of other implementations; a subclass knows which. Missing options take the defaults."""
@@ -290,7 +345,7 @@ class RuleOptimizer(Optimizer):
         if plan is None or not self._valid(plan, group, params, grads):
             self._init_group(group, params, grads)
             plan = self._plans[index] = self._make_plan(index, group, params, grads)
-        numbers = self._numbers(group)
+        numbers = {**plan.numbers, **self._derived(group)}
         numbers.update({name: self._extra_values[index][name] for name in self._extra(group)})
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if plan.unwrap:
@@ -326,7 +381,7 @@ class RuleOptimizer(Optimizer):
                     steps[device] = torch.zeros((), dtype=torch.float32, device=device)
                 state["step"] = steps[device]
             for name in self.state_names:
-                state[name] = torch.zeros_like(p, dtype=_state_dtype(p, group), memory_format=torch.preserve_format)
+                state[name] = self._state_like(name, p, group)
             if group["rounding"] == "kahan":
                 state["compensation"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
@@ -337,7 +392,23 @@ class RuleOptimizer(Optimizer):
         wanted = group["fused"] or (device.type == "cuda" and not group["foreach"] and group["fused"] is None)
         if wanted and kernel.available(device):
             return "kernel"
-        return "blocked" if device.type == "cpu" else "foreach"
+        if device.type == "cpu":
+            return "blocked" if self.multi_tensor or not group["foreach"] else "eager"
+        return "foreach" if self.multi_tensor else "eager"
+
+    def _counted(self) -> torch.Tensor:
+        """How many elements the rule's condition held for at the last step: on the first parameter's device, no waiting."""
+        device = self.param_groups[0]["params"][0].device
+        parts = []
+        for plan in self._plans.values():
+            for cohort in plan.cohorts:
+                counts = getattr(cohort.runner, "counts", None)
+                parts += cohort.counts if counts is None else [counts.sum()]
+        return (
+            torch.stack([c.to(device) for c in parts]).sum()
+            if parts
+            else torch.zeros((), dtype=torch.int64, device=device)
+        )
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         """The group's numeric hyperparameters, tuples as name.0, name.1, ..."""
@@ -372,11 +443,14 @@ class RuleOptimizer(Optimizer):
             for name in self.defaults
             if name not in ENGINE_OPTIONS and name not in static
         }
-        lengths.update(dict.fromkeys((*self._extra(group), *(("step",) if self._counts(group) else ())), 0))
+        lengths.update(dict.fromkeys(self._further(group), 0))
         key = (type(self).rule, self.state_names, tuple(lengths.items()), tuple(static.items()), group["maximize"])
         if key not in _programs:
             _programs[key] = trace(type(self).rule, self.state_names, lengths, static, maximize=group["maximize"])
         return _programs[key]
+
+    def _further(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return (*self._extra(group), *self._derived(group).keys(), *(("step",) if self._counts(group) else ()))
 
     def _plan_key(self, group: dict[str, Any]) -> Any:
         lr_on_device = _on_device(group.get("lr"))
@@ -389,7 +463,13 @@ class RuleOptimizer(Optimizer):
     ) -> bool:
         if len(params) != len(plan.params) or not all(map(operator.is_, params, plan.params)):
             return False
-        if plan.key != self._plan_key(group):
+        options = list(map(group.__getitem__, self.defaults))
+        if plan.options is None or not all(map(operator.is_, options, plan.options)):
+            if plan.key != self._plan_key(group):
+                return False
+            plan.numbers = self._numbers(group)
+            plan.options = None if any(isinstance(value, torch.Tensor) for value in options) else options
+        elif plan.key[-1] != (getattr(self, "found_inf", None) is not None):
             return False
         # In the order of the dictionaries: looking a tensor up by its hash costs more than all that is compared here.
         states = self.state.values()
@@ -400,10 +480,8 @@ class RuleOptimizer(Optimizer):
             return False
         # Lists compare by identity first: no element is looked at while nothing has changed.
         # The states' memory may move, too (share_memory_(), or .data as offloading assigns it), and runners hold addresses.
-        return (
-            plan.grad_types == list(map(_DTYPE, grads))
-            and plan.strides == list(map(torch.Tensor.stride, params))
-            and plan.pointers == self._pointers(group, params, plan.tensors)
+        return plan.grad_types == list(map(_DTYPE, grads)) and plan.pointers == self._pointers(
+            group, params, plan.tensors
         )
 
     def _pointers(
@@ -424,12 +502,16 @@ class RuleOptimizer(Optimizer):
                 # Comparing values on the device would mean to wait for it.
                 step = id(state["step"]) if group["capturable"] else float(state["step"])
             mode = self._mode(group, p.device)
+            places = self._places(p)
             if mode in ("blocked", "kernel") and not self._is_laid_out(group, p):
-                mode = "foreach"
+                mode = "foreach" if places is None and self.multi_tensor else "eager"
+            elif mode == "foreach" and places is not None:
+                mode = "eager"
             types = tuple(state[name].dtype for name in names)
-            groups.setdefault((mode, step, p.device, p.dtype, g.dtype, types), []).append(i)
+            gaps = None if places is None else places.gaps.dtype
+            groups.setdefault((mode, step, p.device, p.dtype, g.dtype, types, gaps), []).append(i)
         cohorts = []
-        for (mode, _, device, dtype, grad_dtype, types), members in groups.items():
+        for (mode, _, device, dtype, grad_dtype, types, _), members in groups.items():
             step = self._own_step([self.state[params[i]] for i in members]) if self._counts(group) else None
             cohort = Cohort(mode, members, index * 1_000_033 + members[0], step, device)
             self._fill_cohort(cohort, group, [params[i] for i in members], dtype, grad_dtype, types)
@@ -439,14 +521,16 @@ class RuleOptimizer(Optimizer):
         tensors = {name: [s.get(name) for s in states] for name in names}
         unwrap = self._elementwise(group) and any(is_dtensor(p) or p.is_complex() for p in params)
         pointers = self._pointers(group, params, tensors)
-        strides, types = [p.stride() for p in params], [g.dtype for g in grads]
+        types = [g.dtype for g in grads]
         return Plan(
-            self._plan_key(group), list(params), states, list(self.state.values()), contents, tensors, pointers, strides, unwrap,
-            types, cohorts,
+            self._plan_key(group), list(params), states, list(self.state.values()), contents, tensors, pointers, None,
+            self._numbers(group), unwrap, types, cohorts,
         )  # fmt: skip
 
     def _is_laid_out(self, group: dict[str, Any], p: torch.Tensor) -> bool:
         local = plain(p)
+        if self._places(p) is not None:
+            return local.is_contiguous()
         same = all(plain(self.state[p][name]).stride() == local.stride() for name in self._stored(group))
         return same and dense(local)
 
@@ -484,12 +568,18 @@ class RuleOptimizer(Optimizer):
                 # The step cannot be read at every update: from here on the generator goes on by itself.
                 cohort.generator.manual_seed(_mixed(group["rounding_seed"], cohort.salt, int(cohort.step)))
         cohort.arrays, cohort.runner = columns, program
+        cohort.notes = [self._note(p) for p in owners]
+        places = [own for own in map(self._places, owners) if own is not None]
+        cohort.places, gaps = places or None, places[0].gaps.dtype if places else None
         if mode == "blocked":
             assert program is not None
-            layout = Layout(compute, storage, rounding)
-            runner = None if group["foreach"] else compiled(program, layout, columns)
+            layout = Layout(compute, storage, rounding, gaps)
+            runner = None if group["foreach"] else self._compiled(program, layout, cohort, owners, group)
             if runner is not None:
                 cohort.mode, cohort.runner = "compiled", runner
+                return
+            if gaps is not None or not self.multi_tensor:
+                cohort.mode = "eager"
                 return
             cohort.runner = Blocked(program, layout)
             cohort.arrays = [[flat(t) for t in column] for column in columns]
@@ -501,8 +591,8 @@ class RuleOptimizer(Optimizer):
             on_device += ["lr"] if _on_device(group.get("lr")) else []
             used = tuple(n for n in on_device if n in program.uniforms)
             scaled = getattr(self, "found_inf", None) is not None
-            signature = kernel.Signature(compute, storage, rounding, used, scaled)
-            cohort.runner = kernel.Launch(program, signature, columns)
+            signature = kernel.Signature(compute, storage, rounding, used, scaled, gaps)
+            cohort.runner = self._launch(program, signature, cohort, owners, group)
 
     def _stored(self, group: dict[str, Any]) -> list[str]:
         return [*self.state_names, *(["compensation"] if group["rounding"] == "kahan" else [])]
@@ -517,6 +607,7 @@ class RuleOptimizer(Optimizer):
         found_inf: torch.Tensor | None,
     ) -> None:
         step, values, seed, mode = cohort.step, numbers, group["rounding_seed"], cohort.mode
+        cohort.counts = []
         if step is not None:
             if found_inf is None:
                 step += 1
@@ -546,13 +637,14 @@ class RuleOptimizer(Optimizer):
             p, *states = cohort.arrays
             flattened = [flat(laid_out(g, s)) for g, s in zip(grads, cohort.strides, strict=True)]
             hosted = {name: float(value) for name, value in values.items()}
-            cohort.runner.run([p, flattened, *states], hosted, cohort.generator)
+            cohort.counts = cohort.runner.run([p, flattened, *states], hosted, cohort.generator)
         elif mode == "foreach":
             p, *states = cohort.arrays
             for name in self._extra(group):
                 values = _moved(values, name, cohort.device)
             compute, rounding = compute_dtype(p[0].dtype), Rounding(group["rounding"])
-            foreach_backend.run(cohort.runner, [p, grads, *states], values, compute, rounding, cohort.generator)
+            columns = [p, grads, *states]
+            cohort.counts = foreach_backend.run(cohort.runner, columns, values, compute, rounding, cohort.generator)
         else:
             for name in self._extra(group):
                 values = _moved(values, name, cohort.device)
@@ -567,13 +659,23 @@ class RuleOptimizer(Optimizer):
             if name not in ENGINE_OPTIONS and not hasattr(h, name):
                 listed = isinstance(group[name], (tuple, list))
                 setattr(h, name, tuple(group[name]) if listed else values[name])
-        for name in (*self._extra(group), *(("step",) if self._counts(group) else ())):
+        for name in self._further(group):
             setattr(h, name, values[name])
         rounding = Rounding(group["rounding"])
-        for (p, *stored), g in zip(zip(*cohort.arrays, strict=True), grads, strict=True):
+        for k, ((p, *stored), g) in enumerate(zip(zip(*cohort.arrays, strict=True), grads, strict=True)):
             state = dict(zip(self.state_names, stored, strict=False))
             remainder = stored[-1] if rounding.mode == "kahan" else None
-            eager(type(self).rule, p, -g if group["maximize"] else g, state, h, rounding, remainder, cohort.generator)
+            h.note = cohort.notes[k]
+            places = None if cohort.places is None else cohort.places[k].indices()
+            own = p if places is None else p.flatten()[places]
+            g = g if places is None else g.flatten()[places]
+            count = eager(
+                type(self).rule, own, -g if group["maximize"] else g, state, h, rounding, remainder, cohort.generator
+            )
+            if places is not None:
+                p.copy_(p.flatten().index_copy(0, places, own).view_as(p))
+            if count is not None:
+                cohort.counts.append(count)
 
 
 def _check_options(group: Mapping[str, Any]) -> None:
@@ -601,10 +703,3 @@ def _moved(values: dict[str, Any], name: str, device: torch.device) -> dict[str,
 
 def _mixed(seed: int, cohort: int, step: int) -> int:
     return (seed * 1_000_003 + cohort + step * 7919) % 2**31
-
-
-def _state_dtype(p: torch.Tensor, group: dict[str, Any]) -> torch.dtype:
-    wanted = group["state_dtype"]
-    if wanted is None:
-        return p.dtype
-    return wanted.to_complex() if p.is_complex() else wanted

@@ -94,9 +94,11 @@ class Tracer:
 
     def __init__(self) -> None:
         self.nodes: list[Expr] = []
+        self.marks: dict[str, Expr] = {}  # values that a backend needs by name before the outputs
         self._seen: dict[tuple[Any, ...], Expr] = {}
 
     def input(self, name: str, *, uniform: bool) -> Expr:
+        """An input. One that is made while a rule runs is an array which the backend itself computes from the marks."""
         node = Expr(self, "input", (), name, uniform)
         self.nodes.append(node)
         return node
@@ -127,23 +129,40 @@ class Program:
     inputs: names of its array inputs in order: "p", "g", then state names.
     uniforms: names of its uniform inputs.
     outputs: name of what is written ("p" or a state) -> the value.
+    count: a condition whose true elements are counted, or None.
+    marks: values that a backend needs before the outputs.
     """
 
     nodes: tuple[Expr, ...]
     inputs: tuple[str, ...]
     uniforms: tuple[str, ...]
     outputs: Mapping[str, Expr]
+    count: Expr | None = None
+    marks: Mapping[str, Expr] = field(default_factory=dict)
     _splits: dict[frozenset[str], Split] = field(default_factory=dict)
 
     @cached_property
     def body(self) -> tuple[Expr, ...]:
         """The array operations that the outputs need, in order."""
-        needed: set[int] = set()
-        for node in reversed(self.nodes):
-            if node.index in needed or any(node is out for out in self.outputs.values()):
-                needed.add(node.index)
-                needed.update(a.index for a in node.args if isinstance(a, Expr))
+        return self.operations(self.results)
+
+    @property
+    def results(self) -> tuple[Any, ...]:
+        """All that is computed: the outputs, and the condition that is counted."""
+        return (*self.outputs.values(), *(() if self.count is None else (self.count,)))
+
+    def operations(self, results: Iterable[Any]) -> tuple[Expr, ...]:
+        """The array operations that some of the program's values need, in order."""
+        needed = self.needed(results)
         return tuple(n for n in self.nodes if n.index in needed and n.op != "input" and not n.uniform)
+
+    def needed(self, results: Iterable[Any]) -> set[int]:
+        """The indices of all nodes that some of the program's values are made of, themselves included."""
+        needed = {r.index for r in results if isinstance(r, Expr)}
+        for node in reversed(self.nodes):
+            if node.index in needed:
+                needed.update(a.index for a in node.args if isinstance(a, Expr))
+        return needed
 
     def split(self, on_device: Iterable[str] = ()) -> Split:
         """Which uniform values the host computes, given those of the uniform inputs that are only known on the device."""
@@ -188,7 +207,7 @@ def _split(program: Program, on_device: frozenset[str]) -> Split:
         for a in node.args:
             if isinstance(a, Expr):
                 need(a)
-    for out in program.outputs.values():
+    for out in program.results:
         if isinstance(out, Expr):
             need(out)
     roots = tuple(host[i] for i in sorted(host))
@@ -249,7 +268,7 @@ def trace(
     *,
     maximize: bool = False,
 ) -> Program:
-    """Record ``rule(p, g, state, h) -> (p, {state: value})``.
+    """Record ``rule(p, g, state, h) -> (p, {state: value})``; an entry "count" there is the condition to be counted.
 
     Args:
         state: names of the state tensors.
@@ -269,8 +288,9 @@ def trace(
         else:
             values[name] = tracer.input(name, uniform=True)
     new_p, new_state = rule(p, -g if maximize else g, SimpleNamespace(**states), Hyper(**values, **static))
+    count = new_state.pop("count", None)
     if unknown := set(new_state) - set(states):
         raise ValueError(f"rule writes unknown state {sorted(unknown)}; it has {sorted(states)}")
     outputs = {"p": new_p, **new_state}
     uniforms = tuple(n.name for n in tracer.nodes if n.op == "input" and n.uniform)
-    return Program(tuple(tracer.nodes), ("p", "g", *states), uniforms, outputs)
+    return Program(tuple(tracer.nodes), ("p", "g", *states), uniforms, outputs, count, dict(tracer.marks))

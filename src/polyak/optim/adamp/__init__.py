@@ -1,0 +1,316 @@
+"""AdamP and SGDP: momentum without its slowdown on scale-invariant weights (Heo et al., arXiv 2006.08217; ICLR 2021).
+
+Where the loss does not depend on a weight's norm (before a normalization), the gradient is orthogonal to the weight, but
+momentum is not: its radial part makes the weight grow and the effective step shrink. These optimizers take it out of the step,
+
+    u <- u - n (n . u),   n = w / (||w|| + eps),        for each row of a weight ("channel"), or for the weight as one ("layer"),
+
+wherever the weight behaves as scale-invariant: every row's ``|cos(w, g)|`` is below ``delta / sqrt(row length)``, tested with
+the raw gradient, rows first. There, weight decay is multiplied by ``wd_ratio``. Tensors of one dimension are never projected.
+
+The paper's equation 11 has no absolute value in the test; the code has, and its authors say that it is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from polyak.core import checks
+from polyak.core.projection import radial, row_norms, rows
+from polyak.optim._engine import RuleOptimizer
+from polyak.optim._engine.tensors import dense, is_dtensor, plain
+from polyak.optim.adamp import compiled, kernel
+from polyak.optim.adamp.rules import CHANNEL, LAYER, adamp_rule, sgdp_rule
+
+PROJECTIONS = ("auto", "channel", "layer", "never")
+_FORCED = {"auto": 0, "channel": CHANNEL, "layer": LAYER}
+_NAMES = {0: None, CHANNEL: "channel", LAYER: "layer"}
+
+__all__ = ["SGDP", "AdamP", "effective_step", "radial_fraction"]
+
+
+class _Projected(RuleOptimizer):
+    """What both optimizers share: the options of the projection, and its backends."""
+
+    multi_tensor = False
+
+    def __init__(self, params: Any, defaults: dict[str, Any], record: bool, generator: torch.Generator | None) -> None:
+        checks.one_of("record", record, (False, True))
+        self._record = record
+        self._recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
+        super().__init__(params, {**defaults, "projection": "auto"}, generator=generator)
+
+    @property
+    def last_projection(self) -> dict[torch.Tensor, str | None]:
+        """For every tensor of the last step None, "channel" or "layer"; needs ``record=True``. Waits for the device."""
+        if not self._record:
+            raise RuntimeError(f"last_projection is kept by {type(self).__name__}(..., record=True) only")
+        found: dict[torch.Tensor, str | None] = {}
+        for plan in self._plans.values():
+            found |= dict.fromkeys(plan.params)
+            for cohort in plan.cohorts:
+                if hasattr(cohort.runner, "modes"):
+                    for i, mode in zip(cohort.members, cohort.runner.modes(), strict=True):
+                        found[plan.params[i]] = None if mode is None else _NAMES[mode]
+        found |= {p: _NAMES[int(mode)] for p, mode in self._recorded}
+        return found
+
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters that have a gradient; returns the closure's loss, where there is a closure."""
+        self._recorded.clear()
+        return super().step(closure)
+
+    def _check_projection(self, group: dict[str, Any]) -> None:
+        if not isinstance(group["lr"], torch.Tensor):
+            checks.non_negative("lr", group["lr"])
+        checks.positive("eps", group["eps"])
+        checks.non_negative("weight_decay", group["weight_decay"])
+        if not (isinstance(group["delta"], (int, float)) and group["delta"] == float("inf")):
+            checks.non_negative("delta", group["delta"])
+        checks.between("wd_ratio", group["wd_ratio"], 0.0, 1.0)
+        checks.one_of("nesterov", group["nesterov"], (False, True))
+        checks.one_of("projection", group["projection"], PROJECTIONS)
+
+    def _note(self, p: torch.Tensor) -> Any:
+        return _Note(p, self._recorded if self._record else None)
+
+    def _elementwise(self, group: dict[str, Any]) -> bool:
+        # Of a sharded tensor no part can be updated alone; DTensor sums over all of them.
+        return not any(is_dtensor(p) for p in group["params"])
+
+    def _is_laid_out(self, group: dict[str, Any], p: torch.Tensor) -> bool:
+        rows_apart = p.dim() < 2 or p.numel() == 0 or (dense(p) and p.stride(0) == p.numel() // len(p))
+        return (rows_apart or group["projection"] == "never") and super()._is_laid_out(group, p)
+
+    def _launch(
+        self, program: Any, signature: Any, cohort: Any, owners: list[torch.Tensor], group: dict[str, Any]
+    ) -> Any:
+        if group["projection"] == "never":
+            return super()._launch(program, signature, cohort, owners, group)
+        return kernel.Launch(program, signature, cohort.arrays, _matrices(owners), _FORCED[group["projection"]])
+
+    def _compiled(
+        self, program: Any, layout: Any, cohort: Any, owners: list[torch.Tensor], group: dict[str, Any]
+    ) -> Any:
+        if group["projection"] == "never":
+            return super()._compiled(program, layout, cohort, owners, group)
+        return compiled.make(program, layout, cohort.arrays, _matrices(owners), _FORCED[group["projection"]])
+
+
+class _Note:
+    """What the eager rule is told of a tensor: whether it may be projected, and where to leave its decision."""
+
+    def __init__(self, p: torch.Tensor, recorded: list[tuple[torch.Tensor, torch.Tensor]] | None) -> None:
+        self.matrix = p.dim() > 1 and p.numel() > 0
+        self._p = p
+        self._recorded = recorded
+
+    def decided(self, mode: torch.Tensor) -> None:
+        if self._recorded is not None:
+            self._recorded.append((self._p, mode))
+
+
+def _matrices(owners: Iterable[torch.Tensor]) -> list[int]:
+    return [len(p) if p.dim() > 1 and p.numel() else 0 for p in owners]
+
+
+class AdamP(_Projected):
+    """AdamP, a drop-in for AdamW (arXiv 2006.08217, Algorithm 3).
+
+    Args:
+        params: parameters or param groups; every option may be given per group, and ``projection`` beside them: "auto" (the
+            test decides), "channel" or "layer" (always projected so) or "never". Depthwise kernels have short rows, which
+            pass the test often: "never" keeps them out.
+        lr: learning rate. A tensor is allowed with ``capturable=True``.
+        betas: retention of the first and of the second moment.
+        eps: added to the denominator after bias correction, and to norms.
+        weight_decay: decoupled, ``w *= 1 - lr weight_decay``.
+        delta: a weight counts as scale-invariant below ``delta / sqrt(row length)``; 0 makes this AdamW, inf always projects.
+        wd_ratio: factor of the weight decay where the step is projected.
+        nesterov: Nesterov's momentum.
+        maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.Adam``. By default the fastest is chosen: one
+        compiled pass after the test on the CPU, five launches for all tensors of a group and type on CUDA. Nothing is read
+        back from the device. ``foreach`` runs tensor by tensor.
+    record: keep how each tensor was projected, for ``last_projection``.
+    state_dtype, rounding, generator: as in :class:`polyak.optim.Adan`.
+    State: exp_avg, exp_avg_sq and step, per tensor; checkpoints of the official code and of timm load. A zero gradient counts
+    as orthogonal, as in the official code. A NaN gradient makes its own elements NaN, and its row's where that is projected.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        RuntimeError: sparse gradients.
+
+    Example:
+        >>> optimizer = AdamP(model.parameters(), lr=1e-3, weight_decay=1e-2)
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
+
+    rule = staticmethod(adamp_rule)
+    state_names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        nesterov: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        record: bool = False,
+        state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, delta=delta, wd_ratio=wd_ratio, nesterov=nesterov,
+            maximize=maximize, foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused,
+            state_dtype=state_dtype, rounding=rounding,
+        )  # fmt: skip
+        super().__init__(params, defaults, record, generator)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        self._check_projection(group)
+        group["betas"] = checks.betas(group["betas"], 2, "AdamP")
+
+
+class SGDP(_Projected):
+    """SGDP, SGD with momentum whose step loses its radial part (arXiv 2006.08217, Algorithm 2).
+
+    Args:
+        params: parameters or param groups, as in :class:`AdamP`.
+        lr: learning rate.
+        momentum: retention of the buffer, which starts at zero: ``dampening`` also acts on the first gradient, unlike in
+            ``torch.optim.SGD``.
+        dampening: the gradient enters the buffer with weight ``1 - dampening``.
+        weight_decay: decoupled, ``w *= 1 - lr weight_decay / (1 - momentum)``: as strong as SGD's L2 penalty of that size.
+        nesterov: Nesterov's momentum.
+        eps: added to norms.
+        delta, wd_ratio: as in :class:`AdamP`.
+        project_buffer: also project the momentum buffer, as the official code does (without nesterov its step is the buffer,
+            projected in place). The paper projects the step alone.
+        maximize, foreach, capturable, differentiable, fused, record, state_dtype, rounding, generator: as in :class:`AdamP`.
+
+    State: momentum_buffer and step, per tensor; checkpoints of the official code and of timm load.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        RuntimeError: sparse gradients.
+    """
+
+    rule = staticmethod(sgdp_rule)
+    state_names = ("momentum_buffer",)
+    counts_steps = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        *,
+        nesterov: bool = False,
+        eps: float = 1e-8,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        project_buffer: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        record: bool = False,
+        state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        defaults = dict(
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov, eps=eps,
+            delta=delta, wd_ratio=wd_ratio, project_buffer=project_buffer, maximize=maximize, foreach=foreach,
+            capturable=capturable, differentiable=differentiable, fused=fused, state_dtype=state_dtype, rounding=rounding,
+        )  # fmt: skip
+        super().__init__(params, defaults, record, generator)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        self._check_projection(group)
+        checks.one_of("project_buffer", group["project_buffer"], (False, True))
+        momentum = checks.between(
+            "momentum", group["momentum"], 0.0, 1.0, ends="[)"
+        )  # decay is divided by 1 - momentum
+        dampening = checks.non_negative("dampening", group["dampening"])
+        if group["nesterov"] and (momentum == 0 or dampening != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+
+    def _adopt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        # The official code's name for the buffer.
+        state = {
+            i: {("momentum_buffer" if name == "momentum" else name): value for name, value in values.items()}
+            for i, values in state_dict["state"].items()
+        }
+        return super()._adopt({"state": state, "param_groups": state_dict["param_groups"]})
+
+
+def _momentum(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.Tensor) -> torch.Tensor | None:
+    """The direction that the present momentum of an Adam- or SGD-like optimizer gives, or None before the first step."""
+    state = optimizer.state.get(p, {})
+    if "exp_avg" in state:
+        b1, b2 = group["betas"]
+        step = torch.as_tensor(state["step"], dtype=torch.float64, device=p.device)
+        denominator = (plain(state["exp_avg_sq"]) / (1 - b2**step)).sqrt() + group["eps"]
+        return plain(state["exp_avg"]) / (1 - b1**step) / denominator
+    buffer = state.get("momentum_buffer")
+    return None if buffer is None else plain(buffer)
+
+
+def _matrices_of(optimizer: torch.optim.Optimizer) -> Iterable[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            u = _momentum(optimizer, group, p)
+            if p.dim() > 1 and p.numel() and not p.is_complex() and u is not None:
+                yield group, plain(p.detach()), u
+
+
+@torch.no_grad()
+def radial_fraction(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, torch.Tensor]:
+    """How much of the present momentum's direction is radial: ``||(n_r . u_r)_r|| / ||u||`` over the rows r, in [0, 1].
+
+    Args:
+        optimizer: AdamP, SGDP, or one of ``torch.optim``'s with the same state (Adam, AdamW, SGD with momentum).
+
+    Returns:
+        For each tensor of two and more dimensions that has a state: a tensor of no dimension, on its device.
+    """
+    found = {}
+    originals = {plain(p.detach()).data_ptr(): p for group in optimizer.param_groups for p in group["params"]}
+    for _, p, u in _matrices_of(optimizer):
+        total = torch.linalg.vector_norm(u).clamp(min=torch.finfo(u.dtype).tiny)
+        found[originals[p.data_ptr()]] = torch.linalg.vector_norm(radial(u, p, "channel", 0.0).nan_to_num()) / total
+    return found
+
+
+@torch.no_grad()
+def effective_step(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, torch.Tensor]:
+    """How far the present momentum turns each weight: the mean over rows of ``lr ||u_r without its radial part|| / ||w_r||``.
+
+    Arguments and result as in :func:`radial_fraction`; radians, to first order.
+    """
+    found = {}
+    originals = {plain(p.detach()).data_ptr(): p for group in optimizer.param_groups for p in group["params"]}
+    for group, p, u in _matrices_of(optimizer):
+        matrix = rows(p, "channel")
+        norms = row_norms(matrix)
+        along = rows(u, "channel") - matrix * (radial(u, p, "channel", 0.0) / norms).nan_to_num()
+        found[originals[p.data_ptr()]] = group["lr"] * (row_norms(along) / norms).nan_to_num(posinf=0.0).mean()
+    return found

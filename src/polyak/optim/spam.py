@@ -1,0 +1,471 @@
+"""SPAM: spike-aware Adam with momentum reset (Huang et al., arXiv 2501.06842; ICLR 2025).
+
+Adam with three changes: every ``reset_interval`` steps both moments are set to zero and the step is warmed up again; entries of
+the gradient with ``g^2 > threshold v`` are shrunk to ``sign(g) sqrt(threshold v)``; and for matrices, moments (and updates) may
+be kept for a random part of the entries only, drawn anew at every reset. With t the number of the step, N = warmup_steps and
+k = t mod reset_interval:
+
+    m = b1 m + (1 - b1) g       v = b2 v + (1 - b2) g^2       p -= lr s sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)
+    s = 1 - 0.99 (1 + cos(pi k / (N + 1))) / 2    for k < N after the first reset, else 1
+    p -= lr weight_decay p
+
+The bias correction's t is not reset, as in the official code: after a reset the first steps are up to
+``(1 - b1) / sqrt(1 - b2)`` = 3.16 times larger than Adam's, which the warmup hides.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from polyak.core import checks
+from polyak.core.elementwise import axpy, minimum, sign, sqrt, where
+from polyak.core.momentum import bias_correction, ema
+from polyak.optim._engine import RuleOptimizer
+from polyak.optim._engine.places import Places
+from polyak.optim._engine.tensors import LOW, is_dtensor, plain
+
+__all__ = ["SPAM", "SpikeMonitor", "clip_spikes_", "spam_param_groups"]
+
+
+def rule(p: Any, g: Any, state: Any, h: Any) -> tuple[Any, dict[str, Any]]:
+    """One step of SPAM (the equations above), elementwise."""
+    b1, b2 = h.betas
+    m, v = state.exp_avg, state.exp_avg_sq
+    if (keep := getattr(h, "keep", None)) is not None:
+        # Where only the device knows the step; elsewhere the moments have been set to zero before.
+        m, v = where(keep > 0, m, 0.0), where(keep > 0, v, 0.0)
+    bound = h.threshold * v
+    # An entry without a second moment would be clipped to zero for ever, as in the official code.
+    spike = where(g * g > bound, where(v > 0, h.clipping, 0.0), 0.0) > 0
+    g = where(spike, sign(g) * sqrt(bound), g)
+    m = ema(m, g, b1)
+    v = ema(v, g * g, b2)
+    step = minimum(h.step, h.since) if h.reset_bias_correction else h.step
+    size = h.lr * h.scale * sqrt(bias_correction(b2, step)) / bias_correction(b1, step)
+    p = axpy(-size, m / (sqrt(v) + h.eps), p)
+    return p * (1 - h.lr * h.weight_decay * h.decay), {"exp_avg": m, "exp_avg_sq": v, "count": spike}
+
+
+def warmup_scale(k: int, warmup_steps: int) -> float:
+    """The step's factor ``k`` steps after a reset: from 0.01 along half a cosine, 1 from ``warmup_steps`` on."""
+    return 1 - 0.99 * (1 + math.cos(math.pi * k / (warmup_steps + 1))) / 2 if k < warmup_steps else 1.0
+
+
+class SPAM(RuleOptimizer):
+    """SPAM, a drop-in for Adam that spikes of the gradient do not derail (arXiv 2501.06842, Algorithm 1).
+
+    Args:
+        params: parameters or param groups; every option may be given per group. :func:`spam_param_groups` makes groups with
+            sparse momentum.
+        lr: learning rate. A tensor is allowed with ``capturable=True``.
+        betas: retention of the first and of the second moment.
+        eps: added to ``sqrt(v)``, before bias correction.
+        weight_decay: decoupled, applied after the step.
+        reset_interval: steps between two resets; larger than the run for none.
+        warmup_steps: steps of the warmup after each reset; there is none at the start of training.
+        threshold: entries with ``g^2`` above this multiple of the second moment (before this step, not corrected) are clipped;
+            0 clips none.
+        grace: no clipping in the first steps up to this one, nor in as many steps from a reset on.
+        density: part of a matrix's entries that have moments and are updated, in (0, 1]; below 1 for matrices only.
+        decay_masked: weight decay of matrices with ``density < 1``: "masked" entries alone, or "all". (In the official code
+            it has no effect on them.)
+        nonfinite: what to do with infinite and NaN entries of the gradient: "clip" (an infinite one is a spike, and counted;
+            a NaN makes its own entry NaN), or "raise" before anything is changed, which waits for the device.
+        reset_bias_correction: count the bias correction's steps from the last reset.
+        generator: draws the seed of the masks (None: torch's own seed, without drawing from it) and of stochastic rounding.
+        maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.Adam``; by default the fastest is chosen.
+            In a captured CUDA graph masks stay as they are until :meth:`redraw_masks` is called between replays.
+        state_dtype: type of the moments, None for the parameter's (the second moment of low-precision ones: float32).
+        rounding: as in :class:`polyak.optim.Adan`; "kahan" needs ``density=1``.
+
+    State: exp_avg, exp_avg_sq and step, per tensor; with ``density < 1`` the moments of the ``int(density * numel)`` entries
+    alone, and ``mask``, ``mask_bases`` which say where they are: a byte an entry. The official code draws later masks entry by
+    entry; here all have the same size. Masks depend on the seed, the reset's number and the parameter's name (its position,
+    where parameters come without names), on nothing else. The number of steps is ``param_groups[i]["total_step"]``.
+
+    Raises:
+        ValueError: a hyperparameter is out of range.
+        RuntimeError: sparse gradients; with ``nonfinite="raise"`` gradients that are not finite.
+
+    Example:
+        >>> optimizer = SPAM(model.parameters(), lr=1e-3)
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
+
+    rule = staticmethod(rule)
+    state_names = ("exp_avg", "exp_avg_sq")
+    other_names = ("mask", "mask_bases")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        reset_interval: int = 500,
+        warmup_steps: int = 150,
+        threshold: float = 5000.0,
+        grace: int = 20,
+        density: float = 1.0,
+        decay_masked: str = "masked",
+        nonfinite: str = "clip",
+        reset_bias_correction: bool = False,
+        generator: torch.Generator | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+    ) -> None:
+        defaults = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, reset_interval=reset_interval, warmup_steps=warmup_steps,
+            threshold=threshold, grace=grace, density=density, decay_masked=decay_masked, nonfinite=nonfinite,
+            reset_bias_correction=reset_bias_correction, maximize=maximize, foreach=foreach, capturable=capturable,
+            differentiable=differentiable, fused=fused, state_dtype=state_dtype, rounding=rounding,
+        )  # fmt: skip
+        given = generator is not None
+        self._mask_seed = int(torch.randint(2**62, (), generator=generator)) if given else torch.initial_seed() % 2**62
+        super().__init__(params, defaults, generator=generator if rounding == "stochastic" else None)
+
+    # Options.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._begin(self.param_groups[-1])
+
+    def _begin(self, group: dict[str, Any]) -> None:
+        """A group's own counter and the seed of its masks; both are saved with it."""
+        first = self.param_groups[0]
+        group.setdefault("mask_seed", first.get("mask_seed", self._mask_seed))
+        total = group.setdefault("total_step", first.get("total_step", 0))
+        if group["capturable"]:
+            device = group["params"][0].device if group["params"] else None
+            group["total_step"] = torch.as_tensor(total, dtype=torch.int64).to(device, copy=True)
+        else:
+            group["total_step"] = int(total)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        if not isinstance(group["lr"], torch.Tensor):
+            checks.non_negative("lr", group["lr"])
+        group["betas"] = checks.betas(group["betas"], 2, "SPAM")
+        for name in ("eps", "weight_decay", "threshold"):
+            checks.non_negative(name, group[name])
+        interval = checks.integer("reset_interval", group["reset_interval"], least=1)
+        warmup, grace = (checks.integer(name, group[name], least=0) for name in ("warmup_steps", "grace"))
+        if interval <= grace:
+            raise ValueError(
+                f"reset_interval must be above grace (spikes would never be clipped), got {interval} and {grace}"
+            )
+        if warmup > interval:
+            warnings.warn(
+                f"warmup_steps {warmup} is above reset_interval {interval}: after the first reset the step never gets back to "
+                "its full size",
+                stacklevel=6,
+            )
+        checks.between("density", group["density"], 0.0, 1.0, ends="(]")
+        checks.one_of("decay_masked", group["decay_masked"], ("masked", "all"))
+        checks.one_of("nonfinite", group["nonfinite"], ("clip", "raise"))
+        checks.one_of("reset_bias_correction", group["reset_bias_correction"], (False, True))
+        if group["density"] < 1:
+            for p in group["params"]:
+                if p.dim() != 2:
+                    raise ValueError(f"density below 1 is for matrices, got a parameter of shape {tuple(p.shape)}")
+                if is_dtensor(p):
+                    raise ValueError("density below 1 is not for sharded parameters (DTensor): use density=1")
+            if group["rounding"] == "kahan":
+                raise ValueError("rounding='kahan' needs density=1: its remainders are kept for every entry")
+
+    def _state_dtype(self, name: str, p: torch.Tensor, group: dict[str, Any]) -> torch.dtype:
+        if name == "exp_avg_sq" and group["state_dtype"] is None and p.dtype in LOW:
+            return torch.float32  # its increments are far below it: bfloat16 would lose them
+        return super()._state_dtype(name, p, group)
+
+    # The schedule of resets.
+
+    def _derived(self, group: dict[str, Any]) -> dict[str, float]:
+        decay = float(group["density"] == 1 or group["decay_masked"] == "masked")
+        if group["capturable"]:
+            return {"decay": decay}
+        t, interval, grace = group["total_step"], group["reset_interval"], group["grace"]
+        k = t % interval
+        return {
+            "decay": decay,
+            "scale": warmup_scale(k, group["warmup_steps"]) if t >= interval else 1.0,
+            "clipping": float(group["threshold"] > 0 and t >= grace and k >= grace),
+            "since": float(k + 1 if t >= interval else t),
+        }
+
+    def _extra(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("scale", "clipping", "since", "keep") if group["capturable"] else ()
+
+    def _prepare(self) -> None:
+        self._refuse_nonfinite()
+        extras: list[dict[str, torch.Tensor]] = []
+        for group in self.param_groups:
+            if group["capturable"]:
+                extras.append(self._on_device(group))
+                continue
+            extras.append({})
+            group["total_step"] += 1
+            if group["total_step"] % group["reset_interval"] == 0:
+                # Of all tensors, also those that have no gradient in this step.
+                states = [self.state[p] for p in group["params"] if self.state.get(p)]
+                torch._foreach_zero_([state[name] for state in states for name in self.state_names])
+                self._redraw(group)
+        self._extra_values = extras
+
+    def _on_device(self, group: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The schedule where the step is on the device: nothing is read back, and a captured graph goes on with it."""
+        total, found = group["total_step"], getattr(self, "found_inf", None)
+        total += 1 if found is None else 1 - found.to(total.device).reshape(()).to(total.dtype)
+        interval, warmup, grace = group["reset_interval"], group["warmup_steps"], group["grace"]
+        k, first = total % interval, total < interval
+        rest = 1 - 0.99 * (1 + torch.cos(math.pi * k.double() / (warmup + 1))) / 2
+        return {
+            "scale": torch.where(first | (k >= warmup), 1.0, rest),
+            "clipping": ((group["threshold"] > 0) & (total >= grace) & (k >= grace)).double(),
+            "since": torch.where(first, total, k + 1).double(),
+            "keep": (first | (k > 0)).double(),
+        }
+
+    def _refuse_nonfinite(self) -> None:
+        grads = [
+            (p, plain(p.grad))
+            for group in self.param_groups
+            for p in group["params"]
+            if group["nonfinite"] == "raise" and p.grad is not None and p.grad.layout is torch.strided
+        ]
+        broken = [
+            p for p, finite in zip((p for p, _ in grads), _all_finite([g for _, g in grads]), strict=True) if not finite
+        ]
+        if broken:
+            shapes = ", ".join(str(tuple(p.shape)) for p in broken[:3])
+            raise RuntimeError(f"SPAM: {len(broken)} gradients are not finite (of parameters of shape {shapes})")
+
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters that have a gradient; returns the closure's loss, where there is a closure."""
+        loss = super().step(closure)
+        for group in self.param_groups:
+            if group["density"] < 1 and group["decay_masked"] == "all" and group["weight_decay"] != 0:
+                with torch.no_grad():
+                    factor = 1 - group["lr"] * group["weight_decay"]
+                    updated = [p for p in group["params"] if p.grad is not None]
+                    if updated:
+                        torch._foreach_mul_(updated, factor)
+        return loss
+
+    @property
+    def last_clipped(self) -> torch.Tensor:
+        """How many entries were clipped at the last step: a tensor on the device, so that asking does not wait for it."""
+        return self._counted()
+
+    # Sparse momentum.
+
+    def _places(self, p: torch.Tensor) -> Places | None:
+        state = self.state.get(p)
+        return Places(state["mask"], state["mask_bases"]) if state and "mask" in state else None
+
+    def _init_state(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
+        if group["density"] < 1:
+            for p in params:
+                if p.numel():
+                    places = self._draw(group, p)
+                    self.state[p].update(mask=places.gaps, mask_bases=places.bases)
+        super()._init_state(group, params)
+
+    def _state_like(self, name: str, p: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        places = self._places(p)
+        if places is None:
+            return super()._state_like(name, p, group)
+        return torch.zeros(places.gaps.shape, dtype=self._state_dtype(name, p, group), device=p.device)
+
+    def _shape(self, p: torch.Tensor, values: Mapping[str, Any]) -> torch.Size:
+        return values["mask"].shape if "mask" in values else p.shape
+
+    def _draw(self, group: dict[str, Any], p: torch.Tensor) -> Places:
+        """The mask of one parameter between two resets."""
+        names, position = group.get("param_names"), next(i for i, q in enumerate(group["params"]) if q is p)
+        number = sum(len(g["params"]) for g in self.param_groups[: _index_of(self.param_groups, group)]) + position
+        who = zlib.crc32(names[position].encode()) if names else number
+        reset = int(group["total_step"]) // group["reset_interval"]
+        count = max(1, int(group["density"] * p.numel()))
+        keys = _mix(torch.arange(p.numel(), device=p.device) + _mixed_number(group["mask_seed"], who, reset))
+        return Places.of(keys.topk(count, largest=False, sorted=False).indices.sort().values)
+
+    def _redraw(self, group: dict[str, Any]) -> None:
+        for p in group["params"]:
+            state = self.state.get(p)
+            if state and "mask" in state:
+                places = self._draw(group, p)
+                if places.gaps.dtype == state["mask"].dtype:
+                    # In place: the addresses in a kernel's table stay good.
+                    state["mask"].copy_(places.gaps)
+                    state["mask_bases"].copy_(places.bases)
+                else:
+                    state.update(mask=places.gaps, mask_bases=places.bases)
+
+    @torch.no_grad()
+    def redraw_masks(self) -> None:
+        """Draw the masks for the present number of steps and forget the moments: for use between replays of a CUDA graph."""
+        for group in self.param_groups:
+            if group["density"] < 1:
+                states = [self.state[p] for p in group["params"] if self.state.get(p)]
+                torch._foreach_zero_([state[name] for state in states for name in self.state_names])
+                self._redraw(group)
+
+    def mask(self, p: torch.Tensor) -> torch.Tensor:
+        """Which entries of a parameter are updated: a bool tensor of its shape."""
+        places = self._places(p)
+        if places is None:
+            return torch.ones(p.shape, dtype=torch.bool, device=p.device)
+        flat = torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
+        return flat.index_fill_(0, places.indices(), True).view(p.shape)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a checkpoint. One of another optimizer, or for other shapes, raises ValueError and changes nothing."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            self._begin(group)
+
+
+def _index_of(groups: Sequence[dict[str, Any]], group: dict[str, Any]) -> int:
+    return next(i for i, g in enumerate(groups) if g is group)
+
+
+def _signed(x: int) -> int:
+    return (x + 2**63) % 2**64 - 2**63
+
+
+_FACTORS = tuple(map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)))
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64 (Steele, Lea, Flood, 2014) on int64: a bijection, so that no two entries tie, and the same on every device."""
+    x = x * _FACTORS[0]
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _FACTORS[1]
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _FACTORS[2]
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def _mixed_number(*numbers: int) -> int:
+    mixed = 0
+    for number in numbers:
+        mixed = int(_mix(torch.tensor(_signed(mixed + number + 1))))
+    return mixed
+
+
+def _all_finite(tensors: Sequence[torch.Tensor]) -> list[bool]:
+    if not tensors:
+        return []
+    norms = torch._foreach_norm(list(tensors), math.inf)
+    return torch.stack([n.to("cpu", torch.float64) for n in norms]).isfinite().tolist()
+
+
+def spam_param_groups(
+    model: torch.nn.Module, density: float, include: Iterable[str] = ("attn", "mlp", "attention")
+) -> list[dict[str, Any]]:
+    """Param groups with sparse momentum for the linear layers inside attention and feed-forward blocks, as in the paper.
+
+    Args:
+        model: its trainable parameters are divided.
+        density: of the moments of ``torch.nn.Linear`` weights whose module's name contains one of ``include``.
+        include: parts of names. Embeddings, norms, biases and the output layer usually have none of them.
+
+    Returns:
+        Two groups of named parameters, the sparse one first; empty ones are left out.
+    """
+    parts = tuple(include)
+    sparse = {
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and any(part in name for part in parts)
+    }
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [(name, p) for name, p in named if p in sparse], "density": density},
+        {"params": [(name, p) for name, p in named if p not in sparse]},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+@torch.no_grad()
+def clip_spikes_(
+    grads: Sequence[torch.Tensor], exp_avg_sqs: Sequence[torch.Tensor], threshold: float = 5000.0
+) -> torch.Tensor:
+    """SPAM's clipping for any Adam: in place, ``g = sign(g) sqrt(threshold v)`` where ``g^2 > threshold v`` and ``v > 0``.
+
+    Args:
+        grads: gradients.
+        exp_avg_sqs: second moments before this step, without bias correction, of the gradients' shapes.
+        threshold: positive.
+
+    Returns:
+        The number of clipped entries, on the first gradient's device.
+
+    Raises:
+        ValueError: lists of unequal length, or a threshold that is not positive.
+    """
+    checks.positive("threshold", threshold)
+    if len(grads) != len(exp_avg_sqs):
+        raise ValueError(f"exp_avg_sqs has {len(exp_avg_sqs)} tensors where grads has {len(grads)}")
+    total = torch.zeros((), dtype=torch.int64, device=grads[0].device if grads else None)
+    for g, v in zip(grads, exp_avg_sqs, strict=True):
+        value, bound = g.to(v.dtype), threshold * v
+        spike = (value * value > bound) & (v > 0)
+        total += spike.sum().to(total.device)
+        g.copy_(torch.where(spike, sign(value) * bound.sqrt(), value))
+    return total
+
+
+class SpikeMonitor:
+    """Counts spikes of the gradient: entries above ``threshold`` times the mean size of that entry (the paper's GSS).
+
+    Args:
+        window: steps that the mean goes over. It is kept as one number an entry: the plain mean of the first ``window`` steps,
+            then an exponential one of that length.
+        threshold: ratio from which on an entry is a spike.
+
+    Example:
+        >>> monitor = SpikeMonitor()
+        >>> loss.backward()
+        >>> monitor.update(model.named_parameters())
+        >>> monitor.counts
+    """
+
+    def __init__(self, window: int = 1000, threshold: float = 50.0) -> None:
+        self.window = checks.integer("window", window, least=1)
+        self.threshold = checks.positive("threshold", threshold)
+        self.counts: dict[str, torch.Tensor] = {}  # spikes so far, by name, on the parameters' devices
+        self.steps = 0
+        self._means: dict[str, tuple[torch.Tensor, int]] = {}
+
+    @torch.no_grad()
+    def update(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Look at the present gradients; parameters without one are left out. Does not wait for the device."""
+        self.steps += 1
+        for name, p in named_parameters:
+            if p.grad is None:
+                continue
+            size = p.grad.abs().float() if p.dtype in LOW else p.grad.abs()
+            mean, seen = self._means.get(name, (torch.zeros_like(size), 0))
+            if seen:
+                spikes = (size > self.threshold * mean).sum()
+                self.counts[name] = self.counts.get(name, torch.zeros_like(spikes)) + spikes
+            seen = min(seen + 1, self.window)
+            self._means[name] = (mean + (size - mean) / seen, seen)
+
+    @property
+    def total(self) -> int:
+        """All spikes so far; waits for the device."""
+        return sum(int(count) for count in self.counts.values())
