@@ -96,6 +96,7 @@ class Writer:
         self._types = [*signature.storage, *([signature.storage[0]] if self._kahan else [])]
         self.names: dict[int, str] = {}
         self.mask = "offsets < size"  # of a masked block
+        self.masks: dict[str, str] = {}  # of inputs that have one of their own
         # Comparisons made in the kernel are Triton's booleans; those of the host come as 0.0 or 1.0.
         self._booleans = {n.index for n in (*program.body, *self.split.device) if n.op in _BOOLEAN}
 
@@ -151,7 +152,7 @@ class Writer:
         """The block of one of the program's inputs, in the compute type."""
         i = self.program.inputs.index(name)
         through = "spots" if self.signature.gaps is not None and name in ("p", "g") else "offsets"
-        mask = f", mask={self.mask}" if masked else ""
+        mask = f", mask={self.masks.get(name, self.mask)}" if masked else ""
         value = f"tl.load(at{i} + {through}{mask}).to({self.compute})"
         if name == "g" and self.signature.scaled:
             value = f"({value} * unscale)"

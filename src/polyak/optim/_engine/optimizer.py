@@ -82,6 +82,7 @@ class Plan:
     contents: list[Any]  # the values of `states`, one after the other
     tensors: dict[str, list[Any]]  # per state name, as found in `states`
     pointers: list[list[int]]  # of the parameters, then per stored state
+    strides: list[tuple[int, ...]]  # of the parameters
     options: list[Any] | None  # of the group, in the order of the defaults; None where they may change unseen
     numbers: dict[str, Any]  # made of them
     unwrap: bool  # whether gradients must be made local and real before they are used
@@ -480,8 +481,10 @@ class RuleOptimizer(Optimizer):
             return False
         # Lists compare by identity first: no element is looked at while nothing has changed.
         # The states' memory may move, too (share_memory_(), or .data as offloading assigns it), and runners hold addresses.
-        return plan.grad_types == list(map(_DTYPE, grads)) and plan.pointers == self._pointers(
-            group, params, plan.tensors
+        return (
+            plan.grad_types == list(map(_DTYPE, grads))
+            and plan.strides == list(map(torch.Tensor.stride, params))
+            and plan.pointers == self._pointers(group, params, plan.tensors)
         )
 
     def _pointers(
@@ -521,9 +524,9 @@ class RuleOptimizer(Optimizer):
         tensors = {name: [s.get(name) for s in states] for name in names}
         unwrap = self._elementwise(group) and any(is_dtensor(p) or p.is_complex() for p in params)
         pointers = self._pointers(group, params, tensors)
-        types = [g.dtype for g in grads]
+        strides, types = [p.stride() for p in params], [g.dtype for g in grads]
         return Plan(
-            self._plan_key(group), list(params), states, list(self.state.values()), contents, tensors, pointers, None,
+            self._plan_key(group), list(params), states, list(self.state.values()), contents, tensors, pointers, strides, None,
             self._numbers(group), unwrap, types, cohorts,
         )  # fmt: skip
 

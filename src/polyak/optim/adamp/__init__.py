@@ -82,7 +82,8 @@ class _Projected(RuleOptimizer):
         return not any(is_dtensor(p) for p in group["params"])
 
     def _is_laid_out(self, group: dict[str, Any], p: torch.Tensor) -> bool:
-        rows_apart = p.dim() < 2 or p.numel() == 0 or (dense(p) and p.stride(0) == p.numel() // len(p))
+        length = p.numel() // max(1, len(p)) if p.dim() > 1 else 0
+        rows_apart = length == 0 or (dense(p) and p.stride(0) == length <= kernel.LONGEST)
         return (rows_apart or group["projection"] == "never") and super()._is_laid_out(group, p)
 
     def _launch(

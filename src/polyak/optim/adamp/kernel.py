@@ -1,13 +1,15 @@
-"""AdamP and SGDP on the GPU: all tensors in at most five Triton launches, and no decision on the host.
+"""AdamP and SGDP on the GPU: all tensors in at most six Triton launches, and no decision on the host.
 
-``stats`` reads the parameters and gradients (2 words an element) and leaves three sums for each row. ``decide`` makes each
-tensor's decision of them. ``layer_dot`` and ``layer_sum`` work only on tensors that are projected as a whole. ``rule`` then does
-the step. Where rows are projected it first needs the step's part along each row: short rows stay in registers for that, long
-ones are read twice, the second time from the cache. In all 9 words an element, where the step itself needs 7.
+``stats`` reads the parameters and gradients and leaves three sums for each row. ``expect`` does so for tensors whose rows were
+projected at the last step: it also reads the states, and leaves how far the step points along each row. ``decide`` makes each
+tensor's decision. ``dot`` makes up for what was not expected, ``layer_sum`` for tensors that are projected as a whole: as a rule
+neither has anything to do. ``rule`` then does the step, in the engine's way. Beside the step's own 7 words an element (5 with
+SGDP) that is 2 for a tensor that stays as it is, and 4 (3 with SGDP) for one that is projected.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -29,21 +31,22 @@ from polyak.optim._engine.kernel import (
 from polyak.optim._engine.trace import Program
 from polyak.optim.adamp.rules import CHANNEL, LAYER
 
-CHUNK = 4 * BLOCK  # elements a program, in whole rows where they are shorter
-GROUP = 16  # tiles a program of `layer_dot`
-WIDTHS = (64, 256, BLOCK)  # rows up to these lengths are handled side by side, BLOCK elements at a time
+GROUP = 4  # row tiles a program: most find nothing to do, and fewer of them find it sooner
+# Rows of up to so many elements (longer ones in a loop) -> rows a program: small programs, of which many fit on the device.
+CLASSES = {64: BLOCK // 64, 256: BLOCK // 256, BLOCK: 1}
 EVEN = 16  # rows of a multiple of this many elements are loaded in 16-byte words
-ROWS = 4096  # rows or tiles at a time in `decide` and `layer_sum`
-# A table's row: first tile, elements, elements a row, rows a tile, first row, elements in the tensors before; then addresses.
+ROWS = 16384  # rows at a time in `decide` and `layer_sum`
+LONGEST = 2**30  # elements of a row: places within one are 32-bit numbers
+# A table's row: first tile, elements, elements a row, rows a row tile, first row tile, first row; then the addresses.
 HEADER = 6
 
 _SHARED = """@triton.jit
-def decide(table, stats, modes, layers, rows, delta, eps, WORDS: tl.constexpr, FORCED: tl.constexpr, T: tl.constexpr):
+def decide(table, stats, modes, todos, rows, delta, eps, WORDS: tl.constexpr, FORCED: tl.constexpr, T: tl.constexpr):
     t = tl.program_id(0)
     row = table + t.to(tl.int64) * WORDS
     size = tl.load(row + 1)
     length = tl.load(row + 2)
-    first = tl.load(row + 4)
+    first = tl.load(row + 5)
     count = size // length
     bound = delta / tl.sqrt(length.to(tl.float64))
     failed = tl.zeros((ROWS,), tl.int32)
@@ -62,28 +65,34 @@ def decide(table, stats, modes, layers, rows, delta, eps, WORDS: tl.constexpr, F
         gw += a
         gg += b
         ww += c
-    norm = tl.sqrt(tl.sum(ww, axis=0))
-    whole = tl.abs(tl.sum(gw, axis=0)) / tl.maximum(tl.sqrt(tl.sum(gg, axis=0)) * norm, tl.full((), eps, T))
+    norms = tl.sqrt(tl.sum(gg, axis=0)) * tl.sqrt(tl.sum(ww, axis=0))
+    whole = tl.abs(tl.sum(gw, axis=0)) / tl.maximum(norms, tl.full((), eps, T))
     by_layer = whole < delta / tl.sqrt(size.to(tl.float64))
     mode = tl.where(tl.max(failed, axis=0) == 0, CHANNEL, tl.where(by_layer, LAYER, 0))
-    tl.store(modes + t, tl.where(FORCED > 0, FORCED, mode))
-    tl.store(layers + t, norm)
+    mode = tl.where(FORCED > 0, FORCED, mode)
+    expected = tl.load(modes + t)
+    tl.store(todos + t, (mode == LAYER) | ((mode == CHANNEL) & (expected != CHANNEL)))
+    tl.store(modes + t, mode)
 
 
 @triton.jit
-def layer_sum(table, stats, modes, layers, eps, WORDS: tl.constexpr, T: tl.constexpr):
+def layer_sum(table, stats, modes, rows, eps, WORDS: tl.constexpr, T: tl.constexpr):
     t = tl.program_id(0)
     if tl.load(modes + t) == LAYER:
         row = table + t.to(tl.int64) * WORDS
-        first = tl.load(row)
-        whole = tl.load(row + 2) * tl.load(row + 3)
-        count = (tl.load(row + 1) + whole - 1) // whole
-        total = tl.zeros((ROWS,), T)
+        first = tl.load(row + 5)
+        count = tl.load(row + 1) // tl.load(row + 2)
+        uw = tl.zeros((ROWS,), T)
+        ww = tl.zeros((ROWS,), T)
         for begin in range(0, count, ROWS):
             r = begin + tl.arange(0, ROWS)
-            total += tl.load(stats + first + r, mask=r < count, other=0.0)
-        norm = tl.load(layers + t) + tl.full((), eps, T)
-        tl.store(layers + t, tl.sum(total, axis=0) / norm / norm)
+            ww += tl.load(stats + 2 * rows + first + r, mask=r < count, other=0.0)
+            uw += tl.load(stats + 3 * rows + first + r, mask=r < count, other=0.0)
+        norm = tl.sqrt(tl.sum(ww, axis=0)) + tl.full((), eps, T)
+        along = tl.sum(uw, axis=0) / norm / norm
+        for begin in range(0, count, ROWS):
+            r = begin + tl.arange(0, ROWS)
+            tl.store(stats + 3 * rows + first + r, tl.zeros((ROWS,), T) + along, mask=r < count)
 
 
 """
@@ -99,180 +108,145 @@ class _Source:
         self.inputs = {n.name: n for n in program.nodes if n.op == "input"}
         self.words = HEADER + len(self.writer.columns)
         self.direction = program.marks["direction"]
-        self.before = (self.direction, self.inputs["p"])  # what has to be known of a row first
 
-    def tile(self, pid: str) -> list[str]:
-        """The tile's tensor, and which of its elements are in it."""
+    def row_tile(self) -> list[str]:
+        """What a program on row tile ``pid`` of ``tensor`` needs to know."""
         return [
-            f"tensor = tl.load(tiles + {pid}).to(tl.int64)",
             f"row = table + tensor * {self.words}",
+            "size = tl.load(row + 1)",
             "length = tl.load(row + 2)",
-            f"start = ({pid} - tl.load(row)) * length * tl.load(row + 3)",
-            "size = tl.minimum(tl.load(row + 1), start + length * tl.load(row + 3))",
+            "top = (pid - tl.load(row + 4)) * tl.load(row + 3)",
+            "first_row = tl.load(row + 5)",
             *self.writer.addresses(HEADER, self.aligned),
             *self.writer.uniforms(),
         ]
 
-    def branches(self, lines: Sequence[str]) -> list[str]:
-        """The lines for even rows, whose loads the compiler may widen, and again for others."""
-        even = [f"length = tl.multiple_of(length, {EVEN})", f"start = tl.multiple_of(start, {EVEN})", *lines]
-        return [f"if length % {EVEN} == 0:", *indented(even), "else:", *indented(lines)]
+    def over_rows(self, computed: Sequence[str], products: Mapping[str, str], after: Sequence[str]) -> list[str]:
+        """Sums over each of a tile's rows: of ``products`` of what is ``computed`` on a block; then ``after`` with them."""
 
-    def zeros(self, names: Sequence[str], shape: str) -> list[str]:
-        return [f"{name} = tl.zeros({shape}, {self.type})" for name in names]
-
-    def side_by_side(self, width: int, lines: Sequence[str]) -> list[str]:
-        """``lines`` on blocks of whole rows, or of ``width`` columns of them in a loop where rows are longer."""
-        return [
-            f"for first in range(start, size, {BLOCK // width} * length):",
-            f"    rows_in = first + tl.arange(0, {BLOCK // width})[:, None].to(tl.int64) * length",
-            *indented(lines),
-        ]
-
-    def columns(self, width: int, begin: str = "0") -> list[str]:
-        return [
-            f"column = {begin} + tl.arange(0, {width})[None, :]",
-            "offsets = rows_in + column",
-            "inside = (rows_in < size) & (column < length)",
-        ]
-
-    def products(self) -> dict[str, str]:
-        """The step's direction times the weight, and the weight's squares, of a block that has been loaded."""
-        w, u = self.writer.names[self.inputs["p"].index], self.writer.text(self.direction, self.type)
-        return {n: f"tl.where({self.writer.mask}, {x} * {w}, 0.0)" for n, x in (("uw", u), ("ww", w))}
-
-    def stats(self) -> str:
-        self.writer.mask = "inside"
-        sums = [
-            f"w = tl.where(inside, {self.writer.load('p', True)}, 0.0)",
-            f"g = tl.where(inside, {self.writer.load('g', True)}, 0.0)",
-            "gw += g * w",
-            "gg += g * g",
-            "ww += w * w",
-        ]
-        names = ("gw", "gg", "ww")
-
-        def rows(width: int) -> list[str]:
-            lines = [
-                *self.zeros(names, f"({BLOCK // width}, {width})"),
-                f"for begin in range(0, length, {width}):",
-                *indented([*self.columns(width, "begin"), *sums]),
-                f"number = first_row + first // length + tl.arange(0, {BLOCK // width})",
-                f"real = first + tl.arange(0, {BLOCK // width}) * length < size",
-                *(
-                    f"tl.store(stats + {k} * rows + number, tl.sum({n}, axis=1), mask=real)"
-                    for k, n in enumerate(names)
-                ),
+        def block(width: int, rows: int) -> list[str]:
+            return [
+                f"numbers = top + tl.arange(0, {rows})",
+                "real = numbers * length < size",
+                f"column = tl.arange(0, {width})[None, :]",
+                "offsets = numbers[:, None] * length + column",
+                "inside = real[:, None] & (column < length)",
+                *computed,
+                *(f"{name} = tl.sum(tl.where(inside, {product}, 0.0), axis=1)" for name, product in products.items()),
+                *after,
             ]
-            return self.side_by_side(width, lines)
 
-        lines = [
-            f"if length <= {WIDTHS[0]}:", *indented(rows(WIDTHS[0])), "else:", *indented(rows(WIDTHS[1])),
-        ]  # fmt: skip
-        body = [
-            "pid = tl.program_id(0).to(tl.int64)",
-            *self.tile("pid"),
-            "first_row = tl.load(row + 4)",
-            *self.branches(lines),
+        long = [
+            "numbers = top + tl.arange(0, 1)",
+            "real = numbers * length < size",
+            *(f"{name}s = tl.zeros((1, {BLOCK}), {self.type})" for name in products),
+            f"for begin in range(0, length, {BLOCK}):",
+            f"    column = begin + tl.arange(0, {BLOCK})[None, :]",
+            "    offsets = numbers[:, None] * length + column",
+            "    inside = real[:, None] & (column < length)",
+            *indented(computed),
+            *(f"    {name}s += tl.where(inside, {product}, 0.0)" for name, product in products.items()),
+            *(f"{name} = tl.sum({name}s, axis=1)" for name in products),
+            *after,
         ]
-        return function("stats", ["table", "tiles", "stats", "rows", *self.writer.arguments()], body)
 
-    def layer_dot(self) -> str:
-        self.writer.mask = "offsets < size"
-        loop = [
-            *self.zeros(("uw",), f"({BLOCK},)"),
-            f"for begin in range(start, size, {BLOCK}):",
-            f"    offsets = begin + tl.arange(0, {BLOCK})",
-            *indented(self.writer.values(self.before, masked=True)),
-            f"    uw += {self.products()['uw']}",
-            "tl.store(stats + pid, tl.sum(uw, axis=0))",
-        ]
+        # No branch is an `else`: Triton wants a name to have one shape in both.
+        def classes() -> list[str]:
+            found, above = [], 0
+            for width, rows in CLASSES.items():
+                found += [f"if length > {above} and length <= {width}:", *indented(block(width, rows))]
+                above = width
+            return [*found, f"if length > {above}:", *indented(long)]
+
+        # As arithmetic, which widens loads: tl.multiple_of() would be about the value itself, in the other branch as well.
+        even = [f"length = length // {EVEN} * {EVEN}", *classes()]
+        return [f"if length % {EVEN} == 0:", *indented(even), f"if length % {EVEN} != 0:", *indented(classes())]
+
+    def sums(self, name: str) -> str:
+        """``stats``, or ``expect``."""
+        writer, head = self.writer, self.row_tile()
+        writer.mask = "inside"
+        wanted = [self.inputs["p"], self.inputs["g"], *([self.direction] if name == "expect" else [])]
+        computed = writer.values(wanted, masked=True)
+        w, g = (writer.names[self.inputs[of].index] for of in ("p", "g"))
+        products = {"gw": f"{g} * {w}", "gg": f"{g} * {g}", "ww": f"{w} * {w}"}
+        after = []
+        if name == "expect":
+            products["uw"] = f"{writer.text(self.direction, self.type)} * {w}"
+            after = [f"norm = tl.sqrt(ww) + tl.full((), eps, {self.type})", "uw = uw / norm / norm"]
+        after += [f"tl.store(stats + {k} * rows + first_row + numbers, {n}, mask=real)" for k, n in enumerate(products)]
+        condition = "modes", f"{'==' if name == 'expect' else '!='} CHANNEL"
+        return self.over_tiles(name, condition, [*head, *self.over_rows(computed, products, after)])
+
+    def over_tiles(self, name: str, condition: tuple[str, str], lines: Sequence[str]) -> str:
+        """A kernel of ``lines`` for each row tile of the tensors whose entry in an array compares so."""
+        flags, compares = condition
+        group = f"tl.program_id(0).to(tl.int64) * {GROUP}"
         body = [
-            "group = tl.program_id(0).to(tl.int64)",
-            f"for pid in range(group * {GROUP}, tl.minimum(group * {GROUP} + {GROUP}, row_tiles)):",
-            "    if tl.load(modes + tl.load(tiles + pid)) == LAYER:",
-            *indented(indented([*self.tile("pid"), *loop])),
+            f"pids = {group} + tl.arange(0, {GROUP})",
+            "owners = tl.load(tiles + pids, mask=pids < row_tiles, other=0)",
+            f"any_of = (tl.load({flags} + owners) {compares}) & (pids < row_tiles)",
+            "if tl.max(any_of.to(tl.int32), axis=0) > 0:",
+            f"    for pid in range({group}, tl.minimum({group} + {GROUP}, row_tiles)):",
+            "        tensor = tl.load(tiles + pid).to(tl.int64)",
+            f"        if tl.load({flags} + tensor) {compares}:",
+            *indented(indented(indented(lines))),
         ]
-        return function("layer_dot", ["table", "tiles", "stats", "modes", "row_tiles", *self.writer.arguments()], body)
+        given = ["table", "tiles", "stats", "modes", "todos", "rows", "row_tiles", "eps", *self.writer.arguments()]
+        return function(name, given, body)
+
+    def dot(self) -> str:
+        writer, head = self.writer, self.row_tile()
+        writer.mask = "inside"
+        computed = writer.values((self.direction, self.inputs["p"]), masked=True)
+        w, u = writer.names[self.inputs["p"].index], writer.text(self.direction, self.type)
+        after = [
+            "ww = tl.load(stats + 2 * rows + first_row + numbers, mask=real, other=0.0)",
+            f"norm = tl.sqrt(ww) + tl.full((), eps, {self.type})",
+            "uw = tl.where(tl.load(modes + tensor) == LAYER, uw, uw / norm / norm)",
+            "tl.store(stats + 3 * rows + first_row + numbers, uw, mask=real)",
+        ]
+        return self.over_tiles("dot", ("todos", "> 0"), [*head, *self.over_rows(computed, {"uw": f"{u} * {w}"}, after)])
 
     def rule(self) -> str:
-        writer, eps = self.writer, f"tl.full((), eps, {self.type})"
-        known = writer.program.needed(self.before)
-        # These two are the same for all of a row.
+        writer = self.writer
+        writer.mask = "offsets < size"
         for name in ("projected", "along"):
             writer.names[self.inputs[name].index] = name
-        coefficient = [f"norm = tl.sqrt(ww) + {eps}", "along = uw / norm / norm"]
-
-        def short(width: int) -> list[str]:
-            writer.mask = "inside"
-            computed = writer.values(self.before, masked=True)
-            lines = [
-                *self.columns(width),
-                *computed,
-                *(f"{name} = tl.sum({product}, axis=1)[:, None]" for name, product in self.products().items()),
-                *coefficient,
-                "drawn = (before + offsets).to(tl.int32)",
-                *writer.block(True, known),
-            ]
-            return self.side_by_side(width, lines)
-
-        def flat(begin: str, end: str) -> list[str]:
-            writer.mask = f"offsets < {end}"
-            return [
-                f"for at in range({begin}, {end}, {BLOCK}):",
-                f"    offsets = at + tl.arange(0, {BLOCK})",
-                "    drawn = (before + offsets).to(tl.int32)",
-                f"    if at + {BLOCK} <= {end}:",
-                *indented(indented(writer.block(masked=False))),
-                "    else:",
-                *indented(indented(writer.block(masked=True))),
-            ]
-
-        def long() -> list[str]:
-            writer.mask = "offsets < stop"
-            over = [
-                *self.zeros(("uws", "wws"), f"({BLOCK},)"),
-                f"for at in range(first, stop, {BLOCK}):",
-                f"    offsets = at + tl.arange(0, {BLOCK})",
-                *indented(writer.values(self.before, masked=True)),
-                *(f"    {name}s += {product}" for name, product in self.products().items()),
-                "uw = tl.sum(uws, axis=0)",
-                "ww = tl.sum(wws, axis=0)",
-                *coefficient,
-            ]
-            return [
-                "for first in range(start, size, length):",
-                "    stop = tl.minimum(first + length, size)",
-                *indented([*over, *flat("first", "stop")]),
-            ]
-
-        lines = [
-            "if mode != CHANNEL:",
-            f"    along = tl.full((), 0.0, {self.type})",
-            "    if mode == LAYER:",
-            "        along = tl.load(layers + tensor)",
-            *indented(flat("start", "size")),
-        ]
-        for width in WIDTHS:
-            lines += [f"elif length <= {width}:", *indented(short(width))]
-        lines += ["else:", *indented(long())]
         body = [
             "pid = tl.program_id(0).to(tl.int64)",
-            *self.tile("pid"),
+            "tensor = tl.load(tiles + pid).to(tl.int64)",
+            f"row = table + tensor * {self.words}",
+            f"start = (pid - tl.load(row)) * {BLOCK}",
+            "size = tl.load(row + 1)",
+            *writer.addresses(HEADER, self.aligned),
+            *writer.uniforms(),
+            f"inner = tl.arange(0, {BLOCK})",
+            "offsets = start + inner",
+            f"drawn = pid * {BLOCK} + inner",
             "mode = tl.full((), 0, tl.int32)",
-            "if pid < row_tiles:",
+            "if tensor < matrices:",
             "    mode = tl.load(modes + tensor)",
             f"projected = (mode > 0).to({self.type})",
-            "before = tl.load(row + 5)",
-            *self.branches(lines),
+            f"along = tl.zeros(({BLOCK},), {self.type})",
+            "if mode > 0:",
+            "    length = tl.load(row + 2)",
+            "    top = start // length",
+            "    number = top + ((start - top * length).to(tl.int32) + inner) // length.to(tl.int32)",
+            "    along = tl.load(stats + 3 * rows + tl.load(row + 5) + number, mask=offsets < size, other=0.0)",
+            f"if start + {BLOCK} <= size:",
+            *indented(writer.block(masked=False)),
+            "elif start < size:",
+            *indented(writer.block(masked=True)),
         ]
-        arguments = ["table", "tiles", "modes", "layers", "row_tiles", "eps", *writer.arguments()]
-        return function("rule", arguments, body)
+        return function("rule", ["table", "tiles", "stats", "modes", "rows", "matrices", *writer.arguments()], body)
 
     def text(self) -> str:
         constants = {"CHANNEL": CHANNEL, "LAYER": LAYER, "ROWS": ROWS}
         shared = "".join(f"{name}: tl.constexpr = tl.constexpr({value})\n" for name, value in constants.items())
-        return f"{shared}\n\n{_SHARED}" + "\n\n".join([self.stats(), self.layer_dot(), self.rule()])
+        return f"{shared}\n\n{_SHARED}" + "\n\n".join(
+            [self.sums("stats"), self.sums("expect"), self.dot(), self.rule()]
+        )
 
 
 def indented(lines: Sequence[str]) -> list[str]:
@@ -307,29 +281,28 @@ class Launch:
         self._device = device = columns[0][0].device
         self._uniforms = Uniforms(program, signature, device)
         self._launch = Launcher()
-        # Matrices come first, so that tiles below a number are those of rows.
+        # Matrices come first, so that tensors below a number are those.
         self._order = sorted(range(len(columns[0])), key=lambda i: matrices[i] == 0)
         sizes = [columns[0][i].numel() for i in self._order]
         counts = [matrices[i] for i in self._order]
-        lengths = [n // rows if rows else CHUNK for n, rows in zip(sizes, counts, strict=True)]
-        pers = [max(1, CHUNK // length) for length in lengths]
-        tiles = [-(-n // (length * per)) for n, length, per in zip(sizes, lengths, pers, strict=True)]
-        first, before, first_row = [0], [0], [0]
-        for n, count, rows in zip(sizes, tiles, counts, strict=True):
-            first.append(first[-1] + count)
-            before.append(before[-1] + n)
-            first_row.append(first_row[-1] + rows)
+        lengths = [n // rows if rows else 1 for n, rows in zip(sizes, counts, strict=True)]
+        pers = [next((rows for width, rows in CLASSES.items() if n <= width), CLASSES[BLOCK]) for n in lengths]
+        tiles = [-(-n // BLOCK) for n in sizes]
+        row_tiles = [-(-rows // per) for rows, per in zip(counts, pers, strict=True)]
+        first, first_tile, first_row = ([0, *itertools.accumulate(of)] for of in (tiles, row_tiles, counts))
+        self._grid, self._row_grid, self._rows = first[-1], first_tile[-1], first_row[-1]
         self._matrices = sum(rows > 0 for rows in counts)
-        self._row_tiles, self._grid, self._rows = first[self._matrices], first[-1], first_row[-1]
-        self._tiles = tile_owners(tiles, device)
+        self._tiles, self._row_tiles = tile_owners(tiles, device), tile_owners(row_tiles, device)
         addresses = [[column[i].data_ptr() for i in self._order] for column in columns]
-        words = [first[:-1], sizes, lengths, pers, first_row[:-1], before[:-1]]
+        words = [first[:-1], sizes, lengths, pers, first_tile[:-1], first_row[:-1]]
         rows = [*words, addresses[0], [0] * len(sizes), *addresses[1:]]
         self._table = Table(torch.tensor(rows, dtype=torch.int64).t().contiguous(), HEADER + 1, device)
         self._words = len(rows)
-        self._stats = torch.zeros(max(3 * self._rows, self._row_tiles), dtype=signature.compute, device=device)
-        self._layers = torch.zeros(self._matrices, dtype=signature.compute, device=device)
-        self._modes = torch.full((self._matrices,), forced, dtype=torch.int32, device=device)
+        self._stats = torch.zeros(
+            4 * self._rows, dtype=signature.compute, device=device
+        )  # <g,w>, |g|^2, |w|^2, step along w
+        self._modes = torch.full((max(1, self._matrices),), forced, dtype=torch.int32, device=device)
+        self._todos = torch.zeros_like(self._modes)
 
     def modes(self) -> list[int | None]:
         """How each tensor was projected at the last step; None where it never is. Waits for the device."""
@@ -356,23 +329,22 @@ class Launch:
         table = self._table.at([pointers[i] for i in self._order])
         kernels = _kernels(self._program, self.signature, self._table.aligned)
         given = self._uniforms.arguments(uniforms, scaled, seed)
-        tiles, stats, modes, layers, rows = self._tiles, self._stats, self._modes, self._layers, self._rows
-        delta, eps = float(uniforms["delta"]), float(uniforms["eps"])
-        launch, key, row_tiles = self._launch, self._uniforms.key(given), self._row_tiles
+        stats, modes, rows, count = self._stats, self._modes, self._rows, self._matrices
+        delta, eps, row_grid = float(uniforms["delta"]), float(uniforms["eps"]), self._row_grid
+        launch, key = self._launch, self._uniforms.key(given)
+        words, kind, todos = self._words, _triton_type(self.signature.compute), self._todos
+        over_rows = (table, self._row_tiles, stats, modes, todos, rows, row_grid, eps, *given)
+        groups, wide = -(-row_grid // GROUP), 4 * WARPS
         if rows and self._forced != CHANNEL:
-            words, kind, count = self._words, _triton_type(self.signature.compute), self._matrices
-            launch(kernels["stats"], row_tiles, (table, tiles, stats, rows, *given), WARPS, key)
-            decided = (table, stats, modes, layers, rows, delta, eps, words, self._forced, kind)
-            launch(kernels["decide"], count, decided, 2 * WARPS)
-            launch(
-                kernels["layer_dot"],
-                -(-row_tiles // GROUP),
-                (table, tiles, stats, modes, row_tiles, *given),
-                WARPS,
-                key,
-            )
-            launch(kernels["layer_sum"], count, (table, stats, modes, layers, eps, words, kind), 2 * WARPS)
-        launch(kernels["rule"], self._grid, (table, tiles, modes, layers, row_tiles, eps, *given), WARPS, key)
+            launch(kernels["stats"], groups, over_rows, WARPS, key)
+        if rows:
+            launch(kernels["expect"], groups, over_rows, WARPS, key)
+        if rows and self._forced != CHANNEL:
+            decided = (table, stats, modes, todos, rows, delta, eps, words, self._forced, kind)
+            launch(kernels["decide"], count, decided, wide)
+            launch(kernels["dot"], groups, over_rows, WARPS, key)
+            launch(kernels["layer_sum"], count, (table, stats, modes, rows, eps, words, kind), wide)
+        launch(kernels["rule"], self._grid, (table, self._tiles, stats, modes, rows, count, *given), WARPS, key)
 
 
 @cache

@@ -1,0 +1,437 @@
+"""SPAM against its equations, Adam, and what its users may do wrong."""
+
+import copy
+import io
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from references_for_tests import assert_same, give, gradients, normal, numbers, parameters, run, snapshot
+
+from polyak.optim import SPAM
+from polyak.optim.spam import SpikeMonitor, clip_spikes_, spam_param_groups, warmup_scale
+
+SHAPES = [(3,), (40, 30), (), (17, 5)]
+CLOSE = 1e-12  # float64, a few dozen operations a step on numbers of order one
+QUICK = dict(reset_interval=8, warmup_steps=4, grace=3, threshold=6.0)
+BACKENDS = {"eager": dict(foreach=False), "compiled": {}, "blocked": dict(foreach=True), "kernel": dict(fused=True)}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    if request.param == "kernel":
+        request.getfixturevalue("interpreter")
+    return BACKENDS[request.param]
+
+
+def spiky(shapes, steps, seed=1000):
+    """Gradients of which every fifth step's are 30 times as large."""
+    lists = gradients(shapes, steps, seed=seed)
+    return [[g * (30 if t % 5 == 4 else 1) for g in grads] for t, grads in enumerate(lists)]
+
+
+def reference(params, steps, options, absent=()):
+    """SPAM as its specification has it, in NumPy, without sparse momentum. Also returns clipped entries by step."""
+    o = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, reset_interval=500, warmup_steps=150, threshold=5000.0,
+             grace=20, maximize=False, reset_bias_correction=False) | options  # fmt: skip
+    b1, b2 = o["betas"]
+    values = [np.array(p) for p in params]
+    m, v, own = [np.zeros_like(p) for p in values], [np.zeros_like(p) for p in values], [0] * len(values)
+    total, k, clipped = 0, o["warmup_steps"] + 1, []
+    for t, grads in enumerate(steps, 1):
+        n = o["warmup_steps"]
+        s = 1 - 0.99 * (1 + math.cos(math.pi * k / (n + 1))) / 2 if k < n else 1.0
+        count = 0
+        for i, g in enumerate(grads):
+            if t % o["reset_interval"] == 0:
+                m[i], v[i] = np.zeros_like(m[i]), np.zeros_like(v[i])
+            if (t - 1, i) in absent:
+                continue
+            g = -g.numpy() if o["maximize"] else g.numpy()
+            if o["threshold"] and t >= o["grace"] and t % o["reset_interval"] >= o["grace"]:
+                spike = (g**2 > o["threshold"] * v[i]) & (v[i] > 0)
+                count += int(spike.sum())
+                g = np.where(spike, np.sign(g) * np.sqrt(o["threshold"] * v[i]), g)
+            own[i] += 1
+            m[i] = b1 * m[i] + (1 - b1) * g
+            v[i] = b2 * v[i] + (1 - b2) * g * g
+            c = own[i]
+            if o["reset_bias_correction"] and t >= o["reset_interval"]:
+                c = min(c, t % o["reset_interval"] + 1)
+            a = o["lr"] * math.sqrt(1 - b2**c) / (1 - b1**c)
+            values[i] = values[i] - a * s * m[i] / (np.sqrt(v[i]) + o["eps"])
+            values[i] = values[i] - o["lr"] * o["weight_decay"] * values[i]
+        total, k = total + 1, k + 1
+        if (total + 1) % o["reset_interval"] == 0:
+            k = 0
+        clipped.append(count)
+    return values, clipped
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(lr=0.02, **QUICK),
+        dict(lr=0.02, weight_decay=0.3, maximize=True, betas=(0.8, 0.9), eps=1e-3, **QUICK),
+        dict(lr=0.02, reset_bias_correction=True, **QUICK),
+        dict(lr=0.02, **{**QUICK, "warmup_steps": 0}),
+        dict(lr=0.02, **{**QUICK, "grace": 0}),
+        dict(lr=0.02, threshold=0.0, reset_interval=8, warmup_steps=4, grace=3),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("capturable", [False, True])
+def test_trajectory_equals_the_equations(backend, options, capturable):
+    params = parameters(SHAPES)
+    steps = spiky(SHAPES, 27)
+    absent = {(0, 1), (7, 2), (12, 2)}  # the third has no gradient at the first reset
+    expected, clipped = reference(numbers(params), steps, options, absent)
+    optimizer = SPAM(params, capturable=capturable, **options, **backend)
+    counted = []
+    for t, grads in enumerate(steps):
+        give(params, [None if (t, i) in absent else g for i, g in enumerate(grads)])
+        optimizer.step()
+        counted.append(int(optimizer.last_clipped))
+    if not capturable:  # there, a tensor without a gradient at the reset keeps its moments, as in the official code
+        assert_same(params, expected, atol=CLOSE)
+        assert counted == clipped
+    else:
+        kept = [i for i in range(len(SHAPES)) if i != 2]
+        assert_same([params[i] for i in kept], [expected[i] for i in kept], atol=CLOSE)
+    assert (sum(clipped) > 0) == (options["threshold"] > 0)
+
+
+def test_warmup_table():
+    assert [warmup_scale(k, 4) for k in range(5)] == pytest.approx([0.01, 0.104537, 0.352037, 0.657963, 1.0], abs=1e-6)
+    assert warmup_scale(0, 0) == 1.0
+
+
+def test_it_is_adam_without_its_parts(backend):
+    """Adam's eps stands beside the corrected root, SPAM's beside the plain one."""
+    params, twins = parameters(SHAPES), parameters(SHAPES)
+    optimizer = SPAM(params, lr=0.01, eps=1e-3, threshold=0.0, warmup_steps=0, **backend)
+    adam = torch.optim.Adam(twins, lr=0.01)
+    for t, grads in enumerate(gradients(SHAPES, 12), 1):
+        adam.param_groups[0]["eps"] = 1e-3 / math.sqrt(1 - 0.999**t)
+        run(optimizer, params, [grads])
+        run(adam, twins, [grads])
+    assert_same(params, twins, atol=CLOSE)
+
+
+def test_clipped_gradients_and_the_growth_of_the_second_moment(backend):
+    params = parameters([(50,)])
+    optimizer = SPAM(params, lr=0.0, grace=1, reset_interval=100, warmup_steps=10, **backend)
+    run(optimizer, params, gradients([(50,)], 3))
+    v = optimizer.state[params[0]]["exp_avg_sq"].clone()
+    run(optimizer, params, [[1e6 * normal((50,), 7)]])
+    after = optimizer.state[params[0]]["exp_avg_sq"]
+    assert int(optimizer.last_clipped) == 50
+    assert_same([after / v], [torch.full((50,), 0.999 + 0.001 * 5000.0, dtype=torch.float64)], atol=1e-9)
+
+
+def test_moments_restart_exactly_at_the_interval(backend):
+    params = parameters([(6,)])
+    optimizer = SPAM(params, lr=0.01, **QUICK, **backend)
+    for t, grads in enumerate(gradients([(6,)], 24), 1):
+        run(optimizer, params, [grads])
+        restarted = torch.allclose(optimizer.state[params[0]]["exp_avg_sq"], 0.001 * grads[0] ** 2, rtol=1e-12)
+        assert restarted == (t in (1, 8, 16, 24))
+
+
+def test_no_clipping_in_the_grace_period(backend):
+    params = parameters([(6,)])
+    optimizer = SPAM(params, lr=0.01, threshold=1e-3, reset_interval=10, warmup_steps=2, grace=4, **backend)
+    active = []
+    for t, grads in enumerate(gradients([(6,)], 25), 1):
+        run(optimizer, params, [grads])
+        if int(optimizer.last_clipped):
+            active.append(t)
+    assert active == [4, 5, 6, 7, 8, 9, 14, 15, 16, 17, 18, 19, 24, 25]
+
+
+def test_a_spike_moves_one_entry_a_bounded_way(backend):
+    results = []
+    for factor in (1.0, 1e6):
+        params = parameters([(40,)])
+        optimizer = SPAM(params, lr=0.01, grace=2, reset_interval=100, warmup_steps=10, **backend)
+        steps = gradients([(40,)], 12)
+        steps[6][0][3] *= factor
+        run(optimizer, params, steps)
+        results.append(params[0].detach())
+    others = torch.arange(40) != 3
+    assert torch.equal(results[0][others], results[1][others])
+    assert 0 < abs(float(results[0][3] - results[1][3])) < 12 * 0.01 * 3.2
+
+
+def test_entries_without_a_second_moment_are_not_frozen(backend):
+    """The official code clips the gradient of a unit that wakes up to zero, for ever."""
+    params = parameters([(4,)])
+    optimizer = SPAM(params, lr=0.01, grace=1, reset_interval=100, warmup_steps=10, **backend)
+    g = torch.tensor([1.0, 0.0, 2.0, 0.0], dtype=torch.float64)
+    run(optimizer, params, [[g], [g]])
+    before = snapshot(params)[0]
+    run(optimizer, params, [[torch.ones(4, dtype=torch.float64)]])
+    assert (params[0].detach() != before).all()
+
+
+# Sparse momentum.
+
+
+def sparse(density=0.25, shapes=((40, 30), (17, 25)), seed=3, **options):
+    params = parameters(shapes)
+    optimizer = SPAM(
+        [{"params": params, "density": density}], lr=0.02, generator=torch.Generator().manual_seed(seed), **options
+    )
+    return params, optimizer
+
+
+@pytest.mark.parametrize("density", [0.01, 0.25, 0.9])
+def test_sparse_momentum_is_the_dense_rule_on_the_mask(backend, density):
+    """Between two resets, each masked entry has SPAM's dense trajectory, and no other moves."""
+    shapes = [(40, 30), (17, 25)]
+    params, optimizer = sparse(density, weight_decay=0.1, **QUICK, **backend)
+    twins = parameters(shapes)
+    dense = SPAM(twins, lr=0.02, weight_decay=0.1, **QUICK, foreach=False)
+    start, masks = snapshot(params), None
+    for t, grads in enumerate(spiky(shapes, 7), 1):
+        run(optimizer, params, [grads])
+        run(dense, twins, [grads])
+        masks = masks or [optimizer.mask(p) for p in params]
+        for p, q, m, w in zip(params, twins, masks, start, strict=True):
+            assert torch.equal(optimizer.mask(p), m), t
+            assert int(m.sum()) == int(density * p.numel()) == optimizer.state[p]["exp_avg"].numel()
+            assert_same([p.detach()[m]], [q.detach()[m]], atol=CLOSE)
+            assert torch.equal(p.detach()[~m], w[~m])
+    run(optimizer, params, spiky(shapes, 1))
+    assert all(not torch.equal(optimizer.mask(p), m) for p, m in zip(params, masks, strict=True))
+    assert not any(torch.isnan(p).any() for p in params)
+
+
+def test_density_one_is_dense(backend):
+    shapes = [(40, 30), (17, 25)]
+    params, optimizer = sparse(1.0, **QUICK, **backend)
+    twins = parameters(shapes)
+    run(optimizer, params, spiky(shapes, 20))
+    run(SPAM(twins, lr=0.02, **QUICK, **backend), twins, spiky(shapes, 20))
+    assert_same(params, twins)
+    assert set(optimizer.state[params[0]]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_masks_are_uniform_and_differ_between_tensors_and_resets():
+    params, optimizer = sparse(0.25, shapes=((64, 64), (64, 64)), **QUICK)
+    seen = []
+    for grads in gradients([(64, 64)] * 2, 24):
+        run(optimizer, params, [grads])
+        seen.append([optimizer.mask(p) for p in params])
+    masks = [seen[t][i].double() for t in (0, 7, 15, 23) for i in (0, 1)]
+    for i, a in enumerate(masks):
+        # Rows and columns hold 16 entries each on average, with standard deviation sqrt(64 / 4 * 3 / 4) = 3.5.
+        assert (a.sum(0) - 16).abs().max() < 5 * 3.5
+        assert (a.sum(1) - 16).abs().max() < 5 * 3.5
+        for b in masks[:i]:
+            # Independent masks share 256 of 4096 entries, with standard deviation sqrt(256 * 15 / 16 * 0.6) = 12.
+            assert abs(float((a * b).sum()) - 256) < 5 * 12
+
+
+def test_masks_depend_on_seed_and_name_alone():
+    named = [("a", (8, 9)), ("b", (10, 12))]
+
+    def masks(order, seed):
+        values = {name: torch.nn.Parameter(normal(shape, 0)) for name, shape in named}
+        groups = [{"params": [(name, values[name]) for name in order], "density": 0.3}]
+        optimizer = SPAM(groups, generator=torch.Generator().manual_seed(seed))
+        run(optimizer, list(values.values()), gradients([s for _, s in named], 1))
+        return [optimizer.mask(values[name]) for name, _ in named]
+
+    first = masks(["a", "b"], 1)
+    assert all(torch.equal(x, y) for x, y in zip(first, masks(["b", "a"], 1), strict=True))
+    assert not torch.equal(first[0], masks(["a", "b"], 2)[0])
+
+
+def test_the_memory_is_saved():
+    def held(density):
+        params = [torch.nn.Parameter(torch.randn(300, 200)) for _ in range(3)]
+        optimizer = SPAM([{"params": params, "density": density}])
+        give(params, [torch.randn(300, 200) for _ in params])
+        optimizer.step()
+        tensors = {id(t): t for s in optimizer.state.values() for t in s.values() if t.dim()}
+        return sum(t.untyped_storage().nbytes() for t in tensors.values()) / sum(p.numel() for p in params)
+
+    assert held(1.0) == 8.0
+    # Two float32 and one byte for each kept entry, and eight bytes for every 1024 of them.
+    assert held(0.25) == pytest.approx(0.25 * 9, rel=0.01)
+    assert held(0.25) <= 0.3 * held(1.0)
+
+
+def test_decay_of_masked_tensors(backend):
+    for decay, moves in (("masked", False), ("all", True)):
+        params, optimizer = sparse(0.25, weight_decay=0.5, decay_masked=decay, **QUICK, **backend)
+        start = snapshot(params)
+        run(optimizer, params, gradients([(40, 30), (17, 25)], 1))
+        for p, w in zip(params, start, strict=True):
+            outside = ~optimizer.mask(p)
+            assert_same([p.detach()[outside]], [w[outside] * (1 - 0.02 * 0.5 if moves else 1)], atol=CLOSE)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.25])
+@pytest.mark.parametrize("before", [6, 7, 8, 13])
+def test_a_checkpoint_across_a_reset(density, before, backend):
+    shapes = [(40, 30), (17, 25)]
+    params, optimizer = sparse(density, **QUICK, **backend)
+    steps = spiky(shapes, 20)
+    run(optimizer, params, steps[:before])
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    copies, other = sparse(density, seed=99, **QUICK, **backend)
+    with torch.no_grad():
+        for c, p in zip(copies, params, strict=True):
+            c.copy_(p)
+    other.load_state_dict(torch.load(file))
+    run(optimizer, params, steps[before:])
+    run(other, copies, steps[before:])
+    assert_same(copies, params)
+
+
+def test_copies_go_on_alone():
+    params, optimizer = sparse(0.25, **QUICK)
+    run(optimizer, params, spiky([(40, 30), (17, 25)], 3))
+    twin = copy.deepcopy(optimizer)
+    assert [int(g["total_step"]) for g in twin.param_groups] == [3]
+    run(optimizer, params, spiky([(40, 30), (17, 25)], 1))
+    assert [int(g["total_step"]) for g in twin.param_groups] == [3]
+
+
+def test_param_groups():
+    model = torch.nn.ModuleDict(
+        dict(
+            embed=torch.nn.Embedding(5, 4), attn_out=torch.nn.Linear(4, 4), mlp=torch.nn.Sequential(torch.nn.Linear(4, 8)),
+            head=torch.nn.Linear(4, 5), self_attention=torch.nn.LayerNorm(4),
+        )
+    )  # fmt: skip
+    groups = spam_param_groups(model, 0.5)
+    assert [name for name, _ in groups[0]["params"]] == ["attn_out.weight", "mlp.0.weight"]
+    assert groups[0]["density"] == 0.5
+    assert "density" not in groups[1]
+    optimizer = SPAM(groups)
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+    assert len(spam_param_groups(torch.nn.Linear(3, 3), 0.5)) == 1
+
+
+def test_groups_share_the_count_of_steps():
+    params = parameters([(3,), (4,)])
+    optimizer = SPAM([{"params": [params[0]]}, {"params": [params[1]]}], lr=0.01, **QUICK)
+    run(optimizer, params, gradients([(3,), (4,)], 5))
+    assert [g["total_step"] for g in optimizer.param_groups] == [5, 5]
+    late = torch.nn.Parameter(normal((2,), 0))
+    optimizer.add_param_group({"params": [late]})
+    assert optimizer.param_groups[2]["total_step"] == 5
+
+
+# The parts on their own.
+
+
+def test_clip_spikes():
+    g, v = [torch.tensor([3.0, -50.0, 1.0, math.inf])], [torch.tensor([1.0, 0.01, 0.0, 4.0])]
+    count = clip_spikes_(g, v, threshold=100.0)
+    assert int(count) == 2
+    assert_same(g, [torch.tensor([3.0, -1.0, 1.0, 20.0])], atol=1e-6)
+    with pytest.raises(ValueError, match="threshold"):
+        clip_spikes_(g, v, threshold=0.0)
+    with pytest.raises(ValueError, match="exp_avg_sqs has 0"):
+        clip_spikes_(g, [], threshold=1.0)
+
+
+def test_spike_monitor():
+    monitor, p = SpikeMonitor(window=10, threshold=50), torch.nn.Parameter(torch.zeros(4))
+    for t in range(30):
+        p.grad = torch.ones(4)
+        if t in (5, 20):  # the first spike is in the mean that the second is compared with
+            p.grad[1] = 1000.0 if t == 5 else 1e5
+        monitor.update([("p", p)])
+    assert int(monitor.counts["p"]) == 2 == monitor.total
+    p.grad = None
+    monitor.update([("p", p)])
+    assert monitor.steps == 31
+    with pytest.raises(ValueError, match="window"):
+        SpikeMonitor(window=0)
+
+
+# Bad input.
+
+
+def test_infinite_and_nan_gradients(backend):
+    g = normal((6,), 5)
+    g[1], g[2] = math.inf, math.nan
+    params = parameters([(6,)])
+    optimizer = SPAM(params, lr=0.01, grace=1, reset_interval=100, warmup_steps=10, **backend)
+    run(optimizer, params, gradients([(6,)], 3))
+    run(optimizer, params, [[g]])
+    assert int(optimizer.last_clipped) == 1
+    assert torch.isnan(params[0]).tolist() == [False, False, True, False, False, False]
+
+
+def test_refusing_gradients_that_are_not_finite():
+    params = parameters([(6,), (3, 2)])
+    optimizer = SPAM(params, lr=0.01, nonfinite="raise")
+    run(optimizer, params, gradients([(6,), (3, 2)], 2))
+    before, state = snapshot(params), copy.deepcopy(optimizer.state_dict())
+    for bad in (math.nan, math.inf):
+        with pytest.raises(RuntimeError, match=r"1 gradients are not finite \(of parameters of shape \(3, 2\)"):
+            run(optimizer, params, [[normal((6,), 0), torch.full((3, 2), bad, dtype=torch.float64)]])
+        assert_same(params, before)
+        after = optimizer.state_dict()
+        assert after["param_groups"] == state["param_groups"]
+        assert all(torch.equal(after["state"][i][n], state["state"][i][n]) for i in (0, 1) for n in ("exp_avg", "step"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(reset_interval=20), "reset_interval must be above grace"), (dict(reset_interval=0), "reset_interval"),
+        (dict(density=0.0), "density"), (dict(density=1.5), "density"), (dict(density=math.nan), "density"),
+        (dict(threshold=-1.0), "threshold"), (dict(threshold=math.nan), "threshold"), (dict(grace=-1), "grace"),
+        (dict(warmup_steps=-1), "warmup_steps"), (dict(lr=-1.0), "lr"), (dict(eps=-1.0), "eps"),
+        (dict(betas=(0.9, 1.0)), "betas"), (dict(betas=(0.9, 0.9, 0.9)), "two betas"), (dict(nonfinite="no"), "nonfinite"),
+        (dict(weight_decay=-1.0), "weight_decay"), (dict(decay_masked="no"), "decay_masked"),
+        (dict(reset_bias_correction="no"), "reset_bias_correction"),
+    ],
+)  # fmt: skip
+def test_bad_hyperparameters(options, message):
+    with pytest.raises(ValueError, match=message):
+        SPAM(parameters([(3, 4)]), **options)
+
+
+def test_other_bad_input():
+    with pytest.raises(ValueError, match=r"density below 1 is for matrices, got a parameter of shape \(3, 4, 5\)"):
+        SPAM(parameters([(3, 4, 5)]), density=0.5)
+    with pytest.raises(TypeError, match="reset_interval must be an integer"):
+        SPAM(parameters([(3, 4)]), reset_interval=50.5)
+    with pytest.raises(ValueError, match="kahan"):
+        SPAM([torch.nn.Parameter(torch.zeros(3, 4).bfloat16())], density=0.5, rounding="kahan")
+    with pytest.warns(UserWarning, match="never gets back"):
+        SPAM(parameters([(3, 4)]), reset_interval=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SPAM(parameters([(3, 4)]))
+    params, optimizer = sparse(0.5)
+    run(optimizer, params, gradients([(40, 30), (17, 25)], 1))
+    state = optimizer.state_dict()
+    state["state"][0]["exp_avg"] = torch.zeros(7)
+    _, other = sparse(0.5)
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(7,\), where \(600,\) is needed"):
+        other.load_state_dict(state)
+    assert not other.state_dict()["state"]
+
+
+def test_low_precision_keeps_the_second_moment_in_float32():
+    p = torch.nn.Parameter(torch.randn(4, 5).bfloat16())
+    optimizer = SPAM([p])
+    give([p], [torch.randn(4, 5)])
+    optimizer.step()
+    assert optimizer.state[p]["exp_avg"].dtype == torch.bfloat16
+    assert optimizer.state[p]["exp_avg_sq"].dtype == torch.float32
+    other = SPAM([torch.nn.Parameter(p.detach().clone())])
+    other.load_state_dict(optimizer.state_dict())
+    assert next(iter(other.state.values()))["exp_avg_sq"].dtype == torch.float32
