@@ -10,15 +10,19 @@ from references_for_tests import adan, assert_same, give, gradients, normal, num
 from torch.optim import lr_scheduler as schedulers
 
 from polyak.core.schedules import Cosine, Warmup
-from polyak.optim import Adan, Lion, LionK
+from polyak.optim import SGDP, SPAM, AdamP, Adan, Lion, LionK
 from polyak.optim.lion import kappa
 
 SHAPES = [(3,), (4, 2)]
+QUICK = dict(reset_interval=3, warmup_steps=2, grace=1, threshold=2.0)  # several resets in a short run
 MAKERS = {
     "adan": lambda p, **o: Adan(p, **{"lr": 0.02, "weight_decay": 0.1, **o}),
     "adan-clip": lambda p, **o: Adan(p, **{"lr": 0.02, "max_grad_norm": 0.3, **o}),
     "lion": lambda p, **o: Lion(p, **{"lr": 0.02, "weight_decay": 0.1, **o}),
     "lion-l2-group": lambda p, **o: LionK(p, "l2", **{"lr": 0.02, "weight_decay": 0.1, **o}),
+    "adamp": lambda p, **o: AdamP(p, **{"lr": 0.02, "weight_decay": 0.1, "delta": 10.0, **o}),
+    "sgdp": lambda p, **o: SGDP(p, **{"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "delta": 10.0, **o}),
+    "spam": lambda p, **o: SPAM(p, **{"lr": 0.02, **QUICK, **o}),
 }
 makers = pytest.mark.parametrize("name", sorted(MAKERS))
 
@@ -230,6 +234,10 @@ SHARDED = {
     "lion": lambda p: Lion(p, lr=0.05, weight_decay=0.1),
     "lion-l2": lambda p: LionK(p, "l2", lr=0.05, weight_decay=0.1),
     "lion-l2-all": lambda p: LionK(p, kappa.L2("all"), lr=0.05),
+    "adamp": lambda p: AdamP(p, lr=0.05, weight_decay=0.1),
+    "adamp-channel": lambda p: AdamP([{"params": list(p), "projection": "channel"}], lr=0.05, weight_decay=0.1),
+    "sgdp-layer": lambda p: SGDP([{"params": list(p), "projection": "layer"}], lr=0.05, momentum=0.9, weight_decay=0.1),
+    "spam": lambda p: SPAM(p, lr=0.05, weight_decay=0.1, **QUICK),
 }
 
 
@@ -240,8 +248,9 @@ def _train(model, optimizer, steps, start=0):
         optimizer.step()
 
 
-def _worker(rank, port, queue):
+def _worker(rank, port, folder, queue):
     import torch.distributed as dist
+    import torch.distributed.checkpoint as checkpoint
     import torch.distributed.checkpoint.state_dict as dcp
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -274,6 +283,15 @@ def _worker(rank, port, queue):
             dcp.set_optimizer_state_dict(again, other, saved, options=restore)
             _train(again, other, 2, start=2)
             results[name + " restored"] = [p.full_tensor().detach().numpy() for p in again.parameters()]
+            # And each rank's own shards, in files: from the present state, and back into a model that has gone on.
+            state = {"model": dcp.get_model_state_dict(again), "optimizer": dcp.get_optimizer_state_dict(again, other)}
+            checkpoint.save(state, checkpoint_id=f"{folder}/{name}")
+            _train(again, other, 3, start=7)
+            state = {"model": dcp.get_model_state_dict(again), "optimizer": dcp.get_optimizer_state_dict(again, other)}
+            checkpoint.load(state, checkpoint_id=f"{folder}/{name}")
+            dcp.set_state_dict(again, other, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+            _train(again, other, 2, start=4)
+            results[name + " from files"] = [p.full_tensor().detach().numpy() for p in again.parameters()]
         if rank == 0:
             queue.put(results)
         dist.barrier()
@@ -286,7 +304,7 @@ def _worker(rank, port, queue):
 
 
 @pytest.mark.slow
-def test_shards_of_two_processes():
+def test_shards_of_two_processes(tmp_path):
     """FSDP2 on gloo: the parameters of the run on one process, the clipping norm over all shards, checkpoints included."""
     import queue as queues
     import socket
@@ -296,7 +314,7 @@ def test_shards_of_two_processes():
         port = s.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
-    processes = [context.Process(target=_worker, args=(rank, port, queue)) for rank in range(2)]
+    processes = [context.Process(target=_worker, args=(rank, port, str(tmp_path), queue)) for rank in range(2)]
     for process in processes:
         process.start()
     try:
@@ -310,10 +328,13 @@ def test_shards_of_two_processes():
     assert isinstance(results, dict), results
     for name, make in SHARDED.items():
         model = _network()
-        _train(model, make(model.parameters()), 4)
+        optimizer = make(model.parameters())
+        _train(model, optimizer, 4)
         # Gradients are reduced over two halves of nothing: the same batch on both, so that sums differ by rounding only.
         assert_same([torch.from_numpy(r) for r in results[name]], model.parameters(), atol=1e-11)
         assert_same([torch.from_numpy(r) for r in results[name + " restored"]], model.parameters(), atol=1e-11)
+        _train(model, optimizer, 2, start=4)
+        assert_same([torch.from_numpy(r) for r in results[name + " from files"]], model.parameters(), atol=1e-11)
 
 
 # Other libraries.
