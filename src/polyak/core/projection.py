@@ -1,4 +1,9 @@
-"""Projections onto the tangent space of spheres: for weights whose scale does not matter (Heo et al., arXiv 2006.08217)."""
+"""Projections onto the tangent space of spheres: for weights whose scale does not matter (Heo et al., arXiv 2006.08217).
+
+A *view* says what a sphere is of: "channel", every index of the first dimension (a row); "layer", the tensor as a whole. Results
+for each row keep the tensor's number of dimensions, so that they broadcast against it; nothing is reshaped, which tensors sharded
+in unequal parts do not allow.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +14,32 @@ from polyak.core import checks
 VIEWS = ("channel", "layer")
 
 
-def rows(t: torch.Tensor, view: str) -> torch.Tensor:
-    """``t`` as a matrix: "channel": a row for each index of its first dimension; "layer": one row of all its elements."""
-    checks.one_of("view", view, VIEWS)
-    if t.dim() == 0:
-        return t.reshape(1, 1)
-    return t.flatten(1) if view == "channel" and t.dim() > 1 else t.reshape(1 if view == "layer" else len(t), -1)
+def row_sums(t: torch.Tensor, view: str) -> torch.Tensor:
+    """The sum of each row of a view, of shape (rows, 1, ...) or (1, 1, ...). Of one dimension, every element is a row."""
+    if checks.one_of("view", view, VIEWS) == "channel" and t.dim() < 2:
+        return t
+    return t.sum(_dims(t, view), keepdim=True)
 
 
-def row_norms(t: torch.Tensor) -> torch.Tensor:
-    """The Euclidean norm of each row of a matrix, of shape (rows, 1)."""
-    return torch.linalg.vector_norm(t, dim=1, keepdim=True)
+def row_norms(t: torch.Tensor, view: str) -> torch.Tensor:
+    """The Euclidean norm of each row of a view; shapes as in :func:`row_sums`."""
+    if checks.one_of("view", view, VIEWS) == "channel" and t.dim() < 2:
+        return t.abs()
+    return torch.linalg.vector_norm(t, dim=_dims(t, view), keepdim=True)
+
+
+def _dims(t: torch.Tensor, view: str) -> tuple[int, ...]:
+    return tuple(range(1 if view == "channel" else 0, t.dim()))
 
 
 def cosines(a: torch.Tensor, b: torch.Tensor, view: str, eps: float = 1e-8) -> torch.Tensor:
-    """``|<a_r, b_r>| / max(||a_r|| ||b_r||, eps)`` for each row r of a view, of shape (rows,)."""
-    a, b = rows(a, view), rows(b, view)
-    return ((a * b).sum(1, keepdim=True).abs() / (row_norms(a) * row_norms(b)).clamp(min=eps)).squeeze(1)
+    """``|<a_r, b_r>| / max(||a_r|| ||b_r||, eps)`` for each row r of a view; shapes as in :func:`row_sums`."""
+    return row_sums(a * b, view).abs() / (row_norms(a, view) * row_norms(b, view)).clamp(min=eps)
 
 
 def radial(u: torch.Tensor, w: torch.Tensor, view: str, eps: float = 1e-8) -> torch.Tensor:
-    """How far ``u`` points along ``w``: ``<u_r, n_r>`` with ``n_r = w_r / (||w_r|| + eps)``, of shape (rows, 1)."""
-    w = rows(w, view)
-    return (rows(u, view) * w).sum(1, keepdim=True) / (row_norms(w) + eps)
+    """How far ``u`` points along ``w``: ``<u_r, n_r>`` with ``n_r = w_r / (||w_r|| + eps)``; shapes as in :func:`row_sums`."""
+    return row_sums(u * w, view) / (row_norms(w, view) + eps)
 
 
 def project_out(u: torch.Tensor, w: torch.Tensor, view: str = "channel", eps: float = 1e-8) -> torch.Tensor:
@@ -46,5 +54,5 @@ def project_out(u: torch.Tensor, w: torch.Tensor, view: str = "channel", eps: fl
     Returns:
         A tensor like ``u`` (arXiv 2006.08217, equation 7).
     """
-    n = rows(w, view) / (row_norms(rows(w, view)) + eps)
-    return (rows(u, view) - n * (rows(u, view) * n).sum(1, keepdim=True)).reshape(u.shape)
+    n = w / (row_norms(w, view) + eps)
+    return u - n * row_sums(u * n, view)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from polyak.core import checks
-from polyak.core.projection import radial, row_norms, rows
+from polyak.core.projection import project_out, radial, row_norms
 from polyak.optim._engine import RuleOptimizer
-from polyak.optim._engine.tensors import dense, is_dtensor, plain
+from polyak.optim._engine.tensors import dense, is_dtensor
 from polyak.optim.adamp import compiled, kernel
 from polyak.optim.adamp.rules import CHANNEL, LAYER, adamp_rule, sgdp_rule
 
@@ -132,11 +132,12 @@ class AdamP(_Projected):
         delta: a weight counts as scale-invariant below ``delta / sqrt(row length)``; 0 makes this AdamW, inf always projects.
         wd_ratio: factor of the weight decay where the step is projected.
         nesterov: Nesterov's momentum.
-        maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.Adam``. By default the fastest is chosen: one
-        compiled pass after the test on the CPU, five launches for all tensors of a group and type on CUDA. Nothing is read
-        back from the device. ``foreach`` runs tensor by tensor.
-    record: keep how each tensor was projected, for ``last_projection``.
-    state_dtype, rounding, generator: as in :class:`polyak.optim.Adan`.
+        maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.Adam``. By default the fastest is chosen:
+            one compiled pass after the test on the CPU, six launches for all tensors of a group and type on CUDA. Nothing is
+            read back from the device. ``foreach`` runs tensor by tensor.
+        record: keep how each tensor was projected, for ``last_projection``.
+        state_dtype, rounding, generator: as in :class:`polyak.optim.Adan`.
+
     State: exp_avg, exp_avg_sq and step, per tensor; checkpoints of the official code and of timm load. A zero gradient counts
     as orthogonal, as in the official code. A NaN gradient makes its own elements NaN, and its row's where that is projected.
 
@@ -267,12 +268,10 @@ def _momentum(optimizer: torch.optim.Optimizer, group: dict[str, Any], p: torch.
     """The direction that the present momentum of an Adam- or SGD-like optimizer gives, or None before the first step."""
     state = optimizer.state.get(p, {})
     if "exp_avg" in state:
-        b1, b2 = group["betas"]
         step = torch.as_tensor(state["step"], dtype=torch.float64, device=p.device)
-        denominator = (plain(state["exp_avg_sq"]) / (1 - b2**step)).sqrt() + group["eps"]
-        return plain(state["exp_avg"]) / (1 - b1**step) / denominator
-    buffer = state.get("momentum_buffer")
-    return None if buffer is None else plain(buffer)
+        b1, b2 = (1 - beta**step for beta in group["betas"])
+        return state["exp_avg"] / b1 / ((state["exp_avg_sq"] / b2).sqrt() + group["eps"])
+    return state.get("momentum_buffer")
 
 
 def _matrices_of(optimizer: torch.optim.Optimizer) -> Iterable[tuple[dict[str, Any], torch.Tensor, torch.Tensor]]:
@@ -280,7 +279,7 @@ def _matrices_of(optimizer: torch.optim.Optimizer) -> Iterable[tuple[dict[str, A
         for p in group["params"]:
             u = _momentum(optimizer, group, p)
             if p.dim() > 1 and p.numel() and not p.is_complex() and u is not None:
-                yield group, plain(p.detach()), u
+                yield group, p, u
 
 
 @torch.no_grad()
@@ -294,10 +293,9 @@ def radial_fraction(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, torc
         For each tensor of two and more dimensions that has a state: a tensor of no dimension, on its device.
     """
     found = {}
-    originals = {plain(p.detach()).data_ptr(): p for group in optimizer.param_groups for p in group["params"]}
     for _, p, u in _matrices_of(optimizer):
         total = torch.linalg.vector_norm(u).clamp(min=torch.finfo(u.dtype).tiny)
-        found[originals[p.data_ptr()]] = torch.linalg.vector_norm(radial(u, p, "channel", 0.0).nan_to_num()) / total
+        found[p] = torch.linalg.vector_norm(radial(u, p, "channel", 0.0).nan_to_num()) / total
     return found
 
 
@@ -308,10 +306,7 @@ def effective_step(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, torch
     Arguments and result as in :func:`radial_fraction`; radians, to first order.
     """
     found = {}
-    originals = {plain(p.detach()).data_ptr(): p for group in optimizer.param_groups for p in group["params"]}
     for group, p, u in _matrices_of(optimizer):
-        matrix = rows(p, "channel")
-        norms = row_norms(matrix)
-        along = rows(u, "channel") - matrix * (radial(u, p, "channel", 0.0) / norms).nan_to_num()
-        found[originals[p.data_ptr()]] = group["lr"] * (row_norms(along) / norms).nan_to_num(posinf=0.0).mean()
+        turned = row_norms(project_out(u, p, eps=torch.finfo(p.dtype).tiny), "channel")
+        found[p] = group["lr"] * (turned / row_norms(p, "channel")).nan_to_num(posinf=0.0).mean()
     return found
