@@ -197,28 +197,6 @@ def test_differentiable(name):
     assert torch.autograd.gradcheck(two_steps, arguments, eps=1e-6, atol=1e-6)
 
 
-def test_compiled_training_step():
-    """The optimizer breaks the graph and runs as it is: the same numbers."""
-    model = torch.nn.Linear(3, 2).double()
-    twin = copy.deepcopy(model)
-    first, second = (
-        Adan(model.parameters(), lr=0.1, max_grad_norm=1.0),
-        Adan(twin.parameters(), lr=0.1, max_grad_norm=1.0),
-    )
-    x = normal((5, 3), 0)
-
-    def step(model, optimizer):
-        optimizer.zero_grad()
-        model(x).square().sum().backward()
-        optimizer.step()
-
-    compiled = torch.compile(step, backend="eager")
-    for _ in range(3):
-        compiled(model, first)
-        step(twin, second)
-    assert_same(model.parameters(), twin.parameters(), atol=1e-14)
-
-
 # Shards.
 
 
@@ -338,52 +316,6 @@ def test_shards_of_two_processes(tmp_path):
 
 
 # Other libraries.
-
-
-def test_transformers_trainer(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    config = transformers.GPT2Config(
-        n_layer=1, n_head=2, n_embd=8, vocab_size=16, n_positions=8, bos_token_id=0, eos_token_id=0
-    )
-    torch.manual_seed(0)
-    model = transformers.GPT2LMHeadModel(config)
-    before = snapshot(model.parameters())
-    data = [{"input_ids": torch.arange(8) % 16, "labels": torch.arange(8) % 16} for _ in range(8)]
-    optimizer = Adan(model.parameters(), lr=1e-3)
-    trainer = transformers.Trainer(
-        model=model, train_dataset=data, optimizers=(optimizer, None),
-        args=transformers.TrainingArguments(
-            output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, report_to=[], save_steps=2,
-            use_cpu=True, disable_tqdm=True, logging_strategy="no",
-        ),
-    )  # fmt: skip
-    trainer.train()
-    moved = [not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
-    assert sum(moved) > len(moved) / 2
-    assert {float(s["step"]) for s in optimizer.state.values()} == {3.0}
-    saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt", weights_only=True)
-    Adan(copy.deepcopy(model).parameters()).load_state_dict(saved)
-
-
-def test_accelerate():
-    accelerate = pytest.importorskip("accelerate")
-    model = torch.nn.Linear(4, 1)
-    twin = copy.deepcopy(model)
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    prepared, optimizer = accelerator.prepare(model, Lion(model.parameters(), lr=0.1))
-    reference = Lion(twin.parameters(), lr=0.1)
-    batches = [normal((3, 4), i, torch.float32) for i in range(4)]
-    for x in batches:
-        with accelerator.accumulate(prepared):
-            accelerator.backward(prepared(x).sum())
-            optimizer.step()
-            optimizer.zero_grad()
-    for x, y in (batches[:2], batches[2:]):
-        reference.zero_grad()
-        ((twin(x).sum() + twin(y).sum()) / 2).backward()
-        reference.step()
-    assert_same(model.parameters(), twin.parameters(), atol=1e-6)
 
 
 def test_lion_of_pytorch_optimizer():

@@ -2,11 +2,14 @@
 
 >>> from polyak.optim import Adan
 >>> optimizer = Adan(model.parameters(), lr=1e-2, weight_decay=0.02)
+
+or by name, as in ``create("adan", model, lr=1e-2)``; :func:`names` lists them all.
 """
 
+from polyak.optim._registry import Info, create, info, names
 from polyak.optim.adamp import SGDP, AdamP
 from polyak.optim.adan import Adan
 from polyak.optim.lion import Lion, LionK
 from polyak.optim.spam import SPAM
 
-__all__ = ["SGDP", "SPAM", "AdamP", "Adan", "Lion", "LionK"]
+__all__ = ["SGDP", "SPAM", "AdamP", "Adan", "Info", "Lion", "LionK", "create", "info", "names"]

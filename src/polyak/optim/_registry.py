@@ -1,0 +1,114 @@
+"""Facts about each optimizer, from which :func:`names`, :func:`info` and :func:`create` are made."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from polyak.core import checks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """What is known of an optimizer without making one.
+
+    Attributes:
+        name: what :func:`create` calls it.
+        part: its module and class, "polyak.optim.adan:Adan".
+        says: what it is, in a line.
+        lr: the range of its best learning rate over AdamW's, as its paper gives it; None where it gives none.
+        weight_decay: likewise, of its weight decay.
+        wraps: whether it is made of a module and a base optimizer instead of parameters.
+    """
+
+    name: str
+    part: str
+    says: str
+    lr: tuple[float, float] | None = None
+    weight_decay: tuple[float, float] | None = None
+    wraps: bool = False
+
+    @property
+    def optimizer(self) -> type[torch.optim.Optimizer]:
+        """The class."""
+        module, _, name = self.part.partition(":")
+        return getattr(import_module(module), name)
+
+
+_FACTS = {
+    fact.name: fact
+    for fact in (
+        Info(
+            name="adan", part="polyak.optim.adan:Adan", lr=(5.0, 10.0),
+            says="Adam-like steps from a Nesterov gradient that needs no second evaluation (arXiv 2208.06677)",
+        ),
+        Info(
+            name="lion", part="polyak.optim.lion:Lion", lr=(0.1, 1 / 3), weight_decay=(3.0, 10.0),
+            says="the sign of a momentum that looks ahead; one state per parameter (arXiv 2302.06675)",
+        ),
+        Info(
+            name="lionk", part="polyak.optim.lion:LionK",
+            says="Lion with the gradient of any convex K in place of the sign (arXiv 2310.05898)",
+        ),
+        Info(
+            name="adamp", part="polyak.optim.adamp:AdamP", lr=(1.0, 1.0), weight_decay=(1.0, 1.0),
+            says="AdamW whose steps do not grow scale-invariant weights (arXiv 2006.08217)",
+        ),
+        Info(
+            name="sgdp", part="polyak.optim.adamp:SGDP",
+            says="SGD with momentum whose steps do not grow scale-invariant weights (arXiv 2006.08217)",
+        ),
+        Info(
+            name="spam", part="polyak.optim.spam:SPAM", lr=(1.0, 1.0),
+            says="Adam that clips spikes, resets its momentum and can keep a part of it (arXiv 2501.06842)",
+        ),
+    )
+}  # fmt: skip
+
+
+def names(pattern: str = "*") -> list[str]:
+    """The optimizers' names, sorted; only those that match a shell-like pattern, as in ``names("ada*")``."""
+    return sorted(name for name in _FACTS if fnmatchcase(name, pattern))
+
+
+def info(name: str) -> Info:
+    """The facts about one optimizer.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name not in _FACTS:
+        raise ValueError(
+            f"there is no optimizer {name!r}{checks.suggestion(name, _FACTS)} (polyak.optim.names() lists all)"
+        )
+    return _FACTS[name]
+
+
+def create(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
+    """An optimizer by its name.
+
+    Args:
+        name: one of :func:`names`.
+        params: parameters, param groups, or a module, whose trainable parameters are taken.
+        options: the optimizer's own.
+
+    Raises:
+        ValueError: there is no optimizer of this name, or a value is not allowed.
+        TypeError: the optimizer has no such option.
+
+    Example:
+        >>> optimizer = polyak.optim.create("adan", model, lr=1e-2, weight_decay=0.02)
+    """
+    facts = info(name)
+    allowed = list(inspect.signature(facts.optimizer).parameters)[1:]
+    for option in options:
+        if option not in allowed:
+            raise TypeError(f"{name} has no option {option!r}{checks.suggestion(option, allowed)}")
+    if isinstance(params, torch.nn.Module) and not facts.wraps:
+        params = [p for p in params.parameters() if p.requires_grad]
+    return facts.optimizer(params, **options)
