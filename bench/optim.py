@@ -2,6 +2,7 @@
 
     python bench/optim.py                      # the CPU, and the GPU where there is one
     python bench/optim.py --device cuda --models resnet50 gpt2 1b
+    python bench/optim.py --only "polyak SPAM" --profile      # and where a step's time on the GPU goes
 
 All in one run on one machine: first the machine's own copy bandwidth, then every optimizer on the same parameters. The floor
 is the words that a step must read and write (4 bytes each) over that bandwidth. Steps are timed back to back: on the GPU
@@ -115,7 +116,7 @@ def contenders(device: str) -> list[tuple[str, str, Callable[[Any], torch.optim.
         ("timm.optim", "Adan", "Adan", {}), ("timm.optim", "Lion", "Lion", {}),
         ("timm.optim", "AdamP", "AdamP", {}), ("timm.optim", "SGDP", "SGDP", {"momentum": 0.9}),
         ("adamp", "AdamP", "AdamP", {}), ("adamp", "SGDP", "SGDP", {"momentum": 0.9}),
-        ("heavyball", "AdamW", "AdamW", {}), ("heavyball", "ForeachAdamW", "AdamW", {}),
+        ("heavyball", "AdamW", "AdamW", {"consume_grad": False}),
     ]  # fmt: skip
     for module, name, method, options in peers:
         try:
@@ -124,9 +125,17 @@ def contenders(device: str) -> list[tuple[str, str, Callable[[Any], torch.optim.
             continue
         if options.get("triton") and not gpu:
             continue
-        label = " ".join([module.removesuffix(".optim"), name, *(o for o in options if o != "momentum")])
+        label = " ".join([module.removesuffix(".optim"), name, *(o for o in options if o in ("foreach", "triton"))])
         found.append((label, method, lambda p, make=make, options=options: make(p, lr=1e-3, **options)))
     return found
+
+
+def tensors(nested: Any) -> list[torch.Tensor]:
+    """All tensors in dictionaries and lists inside each other."""
+    if isinstance(nested, torch.Tensor):
+        return [nested]
+    inside = nested.values() if isinstance(nested, dict) else nested if isinstance(nested, (list, tuple)) else ()
+    return [t for value in inside for t in tensors(value)]
 
 
 def synchronize(device: str) -> None:
@@ -184,12 +193,7 @@ def bench(model: str, device: str, speed: float, label: str, method: str, make: 
         optimizer.step()
     host = (time.perf_counter() - begin) / 5 * 1e3
     synchronize(device)
-    state = sum(
-        t.numel() * t.element_size()
-        for s in optimizer.state.values()
-        for t in s.values()
-        if isinstance(t, torch.Tensor) and t.dim()
-    )
+    state = sum(t.numel() * t.element_size() for t in tensors(optimizer.state) if t.dim())
     return Row(model, label, method, ms, WORDS[method] * 4 * count / speed * 1e3, host, state / count, peak)
 
 
@@ -216,6 +220,26 @@ def graph_replay(model: str, speed: float, name: str) -> Row:
     )
 
 
+def profile(model: str, name: str) -> str:
+    """Microseconds a step of each kernel of one of polyak's optimizers, longest first."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    params = [torch.randn(s, device="cuda").requires_grad_() for s in MODELS[model]()]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = ours(False)[name][1](params)
+    for _ in range(3):
+        optimizer.step()
+    torch.cuda.synchronize()
+    with profiler(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(10):
+            optimizer.step()
+        torch.cuda.synchronize()
+    kernels = sorted((e for e in seen.key_averages() if e.device_time_total > 0), key=lambda e: -e.device_time_total)
+    return ", ".join(f"{e.key[:24]} {e.device_time_total / 10:.1f} (x{e.count / 10:g})" for e in kernels[:8])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda", "all"), default="all")
@@ -223,6 +247,8 @@ def main() -> None:
         "--models", nargs="*", choices=tuple(MODELS), help="default: all on the GPU, resnet50 and gpt2 on the CPU"
     )
     parser.add_argument("--only", default="", help="only optimizers whose name contains this")
+    parser.add_argument("--without", default="", help="no optimizers whose name contains this")
+    parser.add_argument("--profile", action="store_true", help="also the GPU time of each of polyak's kernels")
     parser.add_argument("--json", default="", help="also write the rows to this file")
     args = parser.parse_args()
     devices = [d for d in ("cpu", "cuda") if args.device in (d, "all") and (d == "cpu" or torch.cuda.is_available())]
@@ -239,7 +265,7 @@ def main() -> None:
                 f"\n| {model} | ms a step | over the floor | host ms | state bytes a parameter | peak MB |\n| --- |{' ---: |' * 5}"
             )
             for label, method, make in contenders(device):
-                if args.only not in label:
+                if args.only not in label or (args.without and args.without in label):
                     continue
                 try:
                     row = bench(model, device, speed, label, method, make)
@@ -250,12 +276,14 @@ def main() -> None:
                     if device == "cuda":
                         torch.cuda.empty_cache()
                 rows.append(row)
+                peak = f"{row.peak_mb:.0f}" if device == "cuda" else ""
                 print(
-                    f"| {label} | {row.ms:.3f} | {row.ratio:.2f} | {row.host_ms:.3f} | {row.state_bytes:.1f} | {row.peak_mb:.0f} |",
+                    f"| {label} | {row.ms:.3f} | {row.ratio:.2f} | {row.host_ms:.3f} | {row.state_bytes:.1f} | {peak} |",
                     flush=True,
                 )
             for name in ours(True) if device == "cuda" else ():
-                if args.only not in f"polyak {name}, graph replay":
+                label = f"polyak {name}, graph replay"
+                if args.only not in label or (args.without and args.without in label):
                     continue
                 try:
                     row = graph_replay(model, speed, name)
@@ -263,6 +291,10 @@ def main() -> None:
                     torch.cuda.empty_cache()
                 rows.append(row)
                 print(f"| {row.optimizer} | {row.ms:.3f} | {row.ratio:.2f} | | | |", flush=True)
+            for name in ours(False) if device == "cuda" and args.profile else ():
+                if args.only in f"polyak {name}":
+                    print(f"profile of {name}, us a step: {profile(model, name)}", flush=True)
+                    torch.cuda.empty_cache()
     if args.json:
         with open(args.json, "w") as file:
             json.dump([asdict(row) for row in rows], file, indent=1)

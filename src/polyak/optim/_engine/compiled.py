@@ -130,8 +130,10 @@ def source(program: Program, layout: Layout) -> str:
             f"for (int64_t i = at / {EVERY} * {EVERY}; i < at; i++) place += (({kind})row[{words - 2}])[i];"
         )
     indent = "\n        "
+    # GCC leaves a loop that also counts scalar, unless it is told that the count is a sum.
+    counted = "\n    #pragma omp simd reduction(+:count)" if program.count is not None and not indexed else ""
     return f"""{writer.head}static int64_t body(int64_t n, {places}{writer.pointers}{writer.values}) {{
-    int64_t count = 0;
+    int64_t count = 0;{counted}
     for (int64_t i = 0; i < n; i++) {{
         {indent.join(writer.element())}
     }}
