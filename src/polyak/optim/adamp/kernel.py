@@ -6,8 +6,8 @@ makes up for what was not expected, ``layer_sum`` for tensors that are projected
 do. ``rule`` then does the step, in the engine's way. Beside the step's own 7 words an element (5 with SGDP) that is 2 for a
 tensor that stays as it is, and 4 (3 with SGDP) for one that is projected.
 
-A program of ``sums`` and of ``dot`` has some successive rows of one tensor. Small ones were fastest on an H200: 256 elements and one warp
-take 247 us for GPT-2's sums, 1024 and four warps 341.
+A program of ``sums`` and of ``dot`` has some successive rows of one tensor. Small programs were fastest on an H200: with 256
+elements and one warp the sums of GPT-2 took 247 us, with 1024 and four warps 341.
 """
 
 from __future__ import annotations
