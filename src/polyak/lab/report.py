@@ -54,33 +54,34 @@ def index_page(entries: Sequence[Entry], *, linked: Collection[str]) -> str:
     for entry in entries:
         rooms.setdefault(entry.claim.room, []).append(entry)
     counts = {v: sum(words.verdict_of(e.result) == v for e in entries) for v in words.GLYPHS}
-    return _templates().get_template("index.html").render(rooms=rooms, counts=counts, total=len(entries), linked=linked)
+    return templates().get_template("index.html").render(rooms=rooms, counts=counts, total=len(entries), linked=linked)
 
 
 def claim_page(entry: Entry) -> str:
     """The page of one claim."""
+    return templates().get_template("claim.html").render(view(entry))
+
+
+def view(entry: Entry) -> dict[str, Any]:
+    """What a template of one claim's page is given."""
     claim, result = entry.claim, entry.result
     outcomes = {c.name: c for c in result.criteria} if result else {}
     # Where a scale leaves a criterion's task out, its outcome does not count whatever the claim declares.
     counts = {c.name: outcomes[c.name].gating if c.name in outcomes else c.gating for c in claim.criteria}
-    return (
-        _templates()
-        .get_template("claim.html")
-        .render(
-            entry=entry,
-            claim=claim,
-            result=result,
-            verdict=words.verdict_of(result),
-            baselines=[arm.label for arm in claim.arms if arm.role == "baseline"],
-            asked=[c for c in claim.criteria if counts[c.name]],
-            outcomes=outcomes,
-            tasks=[_task(claim, task, result) for task in _tasks(claim, result)],
-            arms=[_arm(claim, arm, result) for arm in claim.arms],
-            trials=_trial_rows(claim, result) if result else [],
-            data=_embedded(result) if result and result.trials else "",
-            diverged=_diverged(t for t in result.trials if t.purpose == "report") if result else 0,
-        )
-    )
+    return {
+        "entry": entry,
+        "claim": claim,
+        "result": result,
+        "verdict": words.verdict_of(result),
+        "baselines": [arm.label for arm in claim.arms if arm.role == "baseline"],
+        "asked": [c for c in claim.criteria if counts[c.name]],
+        "outcomes": outcomes,
+        "tasks": [_task(claim, task, result) for task in _tasks(claim, result)],
+        "arms": [_arm(claim, arm, result) for arm in claim.arms],
+        "trials": _trial_rows(claim, result) if result else [],
+        "data": _embedded(result) if result and result.trials else "",
+        "diverged": _diverged(t for t in result.trials if t.purpose == "report") if result else 0,
+    }
 
 
 def _tasks(claim: Claim, result: ClaimResult | None) -> tuple[Task, ...]:
@@ -170,11 +171,12 @@ def _strip(c: CriterionResult, criterion: Criterion):
 
 
 @cache
-def _templates():
+def templates(*folders: Path):
+    """The report's templates; those of ``folders`` are found first."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
