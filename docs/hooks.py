@@ -1,0 +1,271 @@
+"""What mkdocs does not do by itself: pages made from the catalogue and the sources, equations as MathML, the report's style.
+
+Nothing here knows a system by name. A system's page comes from its claim, its published verdict and its docstrings; a file
+``docs/systems/<slug>.md`` with the sections Method, Cost and Limits, each optional, adds what these do not say.
+"""
+
+from __future__ import annotations
+
+import html
+import posixpath
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from polyak import claims
+from polyak.lab import report, words
+from polyak.lab.claim import Claim
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "src"
+# Files of the repository that are pages of the site as they are.
+INCLUDED = {"CONTRIBUTING.md": "adding.md", "bench/README.md": "benchmarks.md", "SCOREBOARD.md": "scoreboard.md"}
+SECTIONS = ("Method", "Cost", "Limits")
+TOOLS = ("claims", "cli")  # packages of polyak that are no rooms to import from
+
+
+# ------------------------------------------------------------------------------------------------------------------- events
+
+
+def on_config(config: Any) -> Any:
+    """The navigation's entries "systems/" and "api/" become lists; an entry whose page is not written is left out."""
+    written = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")} | set(INCLUDED.values())
+    lists = {"systems/": _systems_nav, "api/": _api_nav}
+    nav = []
+    for entry in config["nav"]:
+        [(title, page)] = entry.items()
+        if page in lists:
+            nav.append({title: lists[page]()})
+        elif page in written:
+            nav.append(entry)
+    config["nav"] = nav
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the generated pages and the report's style sheet. A system's fragment is a part of its page, not a page."""
+    from mkdocs.structure.files import File
+
+    for file in [f for f in files if f.src_uri.startswith("systems/") and f.src_uri.endswith(".md")]:
+        files.remove(file)
+    for uri, content in [*pages(), ("assets/report.css", style())]:
+        files.append(File.generated(config, uri, content=content))
+    return files
+
+
+def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
+    """Equations become MathML; the roles of reStructuredText, which docstrings use, become plain code."""
+    content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _equation, content, flags=re.DOTALL)
+    content = re.sub(r":(?:class|func|meth|attr|mod|data|exc|obj):<code>~?", "<code>", content)
+    # Wide tables scroll by themselves, and by the keyboard; the report's already do.
+    return re.sub(r"(?<!\S)<table>.*?</table>", r'<div class="wide" tabindex="0">\g<0></div>', content, flags=re.DOTALL)
+
+
+# -------------------------------------------------------------------------------------------------------------------- pages
+
+
+def pages() -> Iterator[tuple[str, str]]:
+    """(address below docs/, Markdown) of every page that is made."""
+    catalogue = claims.catalogue()
+    for source, page in INCLUDED.items():
+        yield page, included(source, page)
+    yield "systems/index.md", systems_index(catalogue)
+    for slug, claim in catalogue.items():
+        yield f"systems/{slug}.md", system_page(claim)
+    for room in rooms():
+        yield f"api/{room}.md", api_page(room)
+    yield "api/cli.md", commands_page()
+
+
+def included(source: str, page: str) -> str:
+    """A file of the repository as a page: its relative links lead to the pages that its targets have become."""
+    text = (ROOT / source).read_text(encoding="utf-8")
+    # The scoreboard marks its sections with anchors of raw HTML; as identifiers of the headings they appear once.
+    text = re.sub(r'<a id="(\w+)"></a>\n\n(#+ .*)', r"\2 {#\1}", text)
+
+    def link(match: re.Match[str]) -> str:
+        target, anchor = match[2], match[3] or ""
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+        return f"]({match[1] or ''}{INCLUDED.get(path, path.removeprefix('docs/'))}{anchor})"
+
+    return re.sub(r"\]\((?!\w+:|#)(/?)([^)#\s]+)(#[^)\s]*)?\)", link, text)
+
+
+def systems_index(catalogue: dict[str, Claim]) -> str:
+    """All systems by room, with their verdicts."""
+    entries = [report.Entry(claim, claims.published(slug)) for slug, claim in catalogue.items()]
+    by_room: dict[str, list[report.Entry]] = {}
+    for entry in entries:
+        by_room.setdefault(entry.claim.room, []).append(entry)
+    shown = _template("systems.html").render(rooms=by_room)
+    return f"# Systems\n\n{shown}\n"
+
+
+def system_page(claim: Claim) -> str:
+    """The page of one system: method, use, verdict, cost, limits, reference."""
+    entry = report.Entry(claim, claims.published(claim.slug), published=True)
+    view = report.view(entry)
+    written = fragment(claim.slug)
+    module = claim.part.partition(":")[0]
+    parts = [
+        f"# {claim.name}",
+        _template("answer.html").render(view),
+        "## Method",
+        written.get("Method") or docstring(module),
+        "## Use",
+        "```python\n" + "\n".join(words.usage(claim)) + "\n```",
+        "## Verdict",
+        _template("verdict.html").render(view),
+        "## The experiment",
+        _template("experiment.html").render(view),
+        f"```sh\npolyak reproduce {claim.slug}\npolyak report {claim.slug} --open\n```",
+    ]
+    for section in SECTIONS[1:]:
+        if section in written:
+            parts += [f"## {section}", written[section]]
+    name = claim.part.replace(":", ".")
+    parts += [
+        "## Reference",
+        f"::: {name}\n    options:\n      heading_level: 3\n      skip_local_inventory: true",
+        f"All of `{module}` is in the [reference of `polyak.{claim.room}`](../api/{claim.room}.md).",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def fragment(slug: str) -> dict[str, str]:
+    """The written sections of a system's page, by heading. ValueError where one has another heading."""
+    path = ROOT / "docs" / "systems" / f"{slug}.md"
+    if not path.exists():
+        return {}
+    head, *sections = re.split(r"^## (.+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    found = {title.strip(): text.strip() for title, text in zip(sections[::2], sections[1::2], strict=True)}
+    if head.strip() or not set(found) <= set(SECTIONS):
+        raise ValueError(f"{path}: only the sections {', '.join(SECTIONS)} are part of a system's page")
+    return found
+
+
+def docstring(module: str) -> str:
+    """A module's docstring as Markdown: its equations stand indented, which is code."""
+    found = _sources()[module.removeprefix("polyak.")].docstring
+    return found.value if found else ""
+
+
+# --------------------------------------------------------------------------------------------------------------- reference
+
+
+@cache
+def _sources() -> Any:
+    import griffe
+
+    return griffe.load("polyak", search_paths=[SOURCES])
+
+
+def rooms() -> list[str]:
+    """The packages of polyak that one imports from, core and lab included."""
+    found = (p.parent.name for p in (SOURCES / "polyak").glob("[a-z]*/__init__.py"))
+    return sorted(room for room in found if room not in TOOLS)
+
+
+def api_page(room: str) -> str:
+    """What a room exports, then its modules that have public names beside those."""
+    package = _sources()[room]
+    exported = [str(name) for name in package.exports or ()]
+    named = [name for name in exported if _documented(package.members.get(name))]
+    shown = {_final(package.members[name]).path for name in named}
+    parts = [f"# polyak.{room}", f"::: polyak.{room}\n    options:\n      members: false\n      show_root_heading: false"]
+    parts += [f"::: polyak.{room}.{name}" for name in sorted(named, key=str.lower)]
+    for module in _modules(package):
+        own = [n for n, m in module.members.items() if not m.is_alias and _documented(m) and m.path not in shown]
+        own = [n for n in own if module.members[n].is_public and not module.members[n].is_module]
+        if own:
+            listed = "".join(f"\n        - {name}" for name in own)
+            parts.append(f"::: {module.path}\n    options:\n      members:{listed}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _modules(package: Any) -> Iterator[Any]:
+    for name, module in sorted(package.modules.items()):
+        if not name.startswith("_"):
+            yield module
+            yield from _modules(module)
+
+
+def _final(item: Any) -> Any:
+    return item.final_target if item.is_alias else item
+
+
+def _documented(item: Any) -> bool:
+    return item is not None and _final(item).has_docstring
+
+
+def commands_page() -> str:
+    """The help of every command."""
+    import typer
+
+    from polyak.cli.app import app
+
+    group: Any = typer.main.get_command(app)
+    context = group.context_class(group, info_name="polyak")
+    parts = ["# Commands", (group.help or "").strip()]
+    for name, command in group.commands.items():
+        parts += [f"## polyak {name}", *_command(command, command.context_class(command, info_name=name, parent=context))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _command(command: Any, context: Any) -> Iterator[str]:
+    usage = " ".join(["polyak", context.info_name, *command.collect_usage_pieces(context)])
+    yield html.escape(re.sub(r"\s*\n\s*(?!\n)", " ", (command.help or "").strip()))
+    yield f"Usage: `{usage}`"
+    rows = [record for p in command.params if (record := p.get_help_record(context)) and p.name != "help"]
+    if rows:
+        cells = (f"| `{option}` | {html.escape(' '.join(says.split()))} |".replace("[", "\\[") for option, says in rows)
+        yield "\n".join(["| option | |", "| --- | --- |", *cells])
+
+
+# -------------------------------------------------------------------------------------------------------------- navigation
+
+
+def _systems_nav() -> list[Any]:
+    by_room: dict[str, list[Any]] = {}
+    for slug, claim in claims.catalogue().items():
+        by_room.setdefault(claim.room, []).append({claim.name: f"systems/{slug}.md"})
+    return ["systems/index.md", *({room: systems} for room, systems in by_room.items())]
+
+
+def _api_nav() -> list[Any]:
+    return [*({f"polyak.{room}": f"api/{room}.md"} for room in rooms()), {"Commands": "api/cli.md"}]
+
+
+# -------------------------------------------------------------------------------------------------------------------- looks
+
+
+def _template(name: str) -> Any:
+    return report.templates(ROOT / "docs" / "templates").get_template(name)
+
+
+def style() -> str:
+    """The report's style sheet, for what stands in ``.report``; its colours follow the site's switch of light and dark."""
+    sheet = (Path(report.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+    light, dark = re.findall(r":root \{(.*?)\}", sheet, flags=re.DOTALL)
+    rules = sheet[sheet.index("* { box-sizing") :]
+    rules = re.sub(r"^(html|body|a|h1|h2|nav|pre|code, pre|@media \(min-width: 48rem\)).*?\}( \})?\n", "", rules, flags=re.M)
+    return (
+        f'[data-md-color-scheme="default"] {{{light}}}\n[data-md-color-scheme="slate"] {{{dark}}}\n'
+        f".report {{\n{rules}}}\n"
+    )
+
+
+def _equation(match: re.Match[str]) -> str:
+    from latex2mathml.converter import convert
+
+    block = match[1] == "div"
+    latex = html.unescape(match[2]).strip()[2:-2].strip()
+    made = convert(latex, display="block" if block else "inline")
+    # What the converter does not know it passes on as it is; such an equation must stop the build.
+    if re.search(r"\\[a-zA-Z]|<mi>&</mi>", made):
+        raise ValueError(f"no MathML for {latex}")
+    ElementTree.fromstring(made)
+    return f'<div class="equation" tabindex="0">{made}</div>' if block else made
