@@ -57,10 +57,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
-    """Equations become MathML; the roles of reStructuredText, which docstrings use, become plain code."""
+    """Equations become MathML, and wide tables scroll by themselves."""
     content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _equation, content, flags=re.DOTALL)
-    content = re.sub(r":(?:class|func|meth|attr|mod|data|exc|obj):<code>~?", "<code>", content)
-    # Wide tables scroll by themselves, and by the keyboard; the report's already do.
     return re.sub(r"(?<!\S)<table>.*?</table>", r'<div class="wide" tabindex="0">\g<0></div>', content, flags=re.DOTALL)
 
 
@@ -160,7 +158,8 @@ def docstring(module: str) -> str:
 def _sources() -> Any:
     import griffe
 
-    return griffe.load("polyak", search_paths=[SOURCES])
+    extensions = griffe.load_extensions(str(ROOT / "docs" / "docstrings.py"))
+    return griffe.load("polyak", search_paths=[SOURCES], extensions=extensions)
 
 
 def rooms() -> list[str]:
@@ -175,22 +174,35 @@ def api_page(room: str) -> str:
     exported = [str(name) for name in package.exports or ()]
     named = [name for name in exported if _documented(package.members.get(name))]
     shown = {_final(package.members[name]).path for name in named}
-    parts = [f"# polyak.{room}", f"::: polyak.{room}\n    options:\n      members: false\n      show_root_heading: false"]
-    parts += [f"::: polyak.{room}.{name}" for name in sorted(named, key=str.lower)]
+    parts = [f"# polyak.{room}", docstring(package.path)]
+    parts += [f"::: {package.path}.{name}" for name in sorted(named, key=str.lower)]
     for module in _modules(package):
-        own = [n for n, m in module.members.items() if not m.is_alias and _documented(m) and m.path not in shown]
-        own = [n for n in own if module.members[n].is_public and not module.members[n].is_module]
+        own = [n for n in _public(module) if _final(module.members[n]).path not in shown]
         if own:
             listed = "".join(f"\n        - {name}" for name in own)
-            parts.append(f"::: {module.path}\n    options:\n      members:{listed}")
+            parts.append(f"::: {module.path}\n    options:\n      show_root_full_path: true\n      members:{listed}")
     return "\n\n".join(parts) + "\n"
 
 
 def _modules(package: Any) -> Iterator[Any]:
+    """The public modules below, in order. A package with ``__all__`` speaks for those in it."""
     for name, module in sorted(package.modules.items()):
         if not name.startswith("_"):
             yield module
-            yield from _modules(module)
+            if module.exports is None:
+                yield from _modules(module)
+            else:
+                yield from (m for n, m in sorted(module.modules.items()) if n in module.exports)
+
+
+def _public(module: Any) -> list[str]:
+    """The names that a module defines or exports, documented, modules aside."""
+    if module.exports is not None:
+        names = [str(name) for name in module.exports]
+    else:
+        names = [n for n, member in module.members.items() if not member.is_alias and member.is_public]
+    members = module.members
+    return [n for n in names if n in members and _documented(members[n]) and not _final(members[n]).is_module]
 
 
 def _final(item: Any) -> Any:
@@ -251,6 +263,8 @@ def style() -> str:
     sheet = (Path(report.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
     light, dark = re.findall(r":root \{(.*?)\}", sheet, flags=re.DOTALL)
     rules = sheet[sheet.index("* { box-sizing") :]
+    # There a rem is 16 pixels, here it is 20; in a media query it is 16 in both.
+    rules = re.sub(r"(?<!width: )\b([\d.]+)rem", lambda size: f"{float(size[1]) * 0.8:g}rem", rules)
     rules = re.sub(r"^(html|body|a|h1|h2|nav|pre|code, pre|@media \(min-width: 48rem\)).*?\}( \})?\n", "", rules, flags=re.M)
     return (
         f'[data-md-color-scheme="default"] {{{light}}}\n[data-md-color-scheme="slate"] {{{dark}}}\n'
