@@ -16,7 +16,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from polyak import claims
-from polyak.lab import report, words
+from polyak.lab import plots, report, words
 from polyak.lab.claim import Claim
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +54,11 @@ def on_files(files: Any, config: Any) -> Any:
     for uri, content in [*pages(), ("assets/report.css", style())]:
         files.append(File.generated(config, uri, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """A mark for a strip becomes an example of one."""
+    return markdown.replace("<!-- strip -->", example_strip())
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
@@ -100,6 +105,18 @@ def systems_index(catalogue: dict[str, Claim]) -> str:
         by_room.setdefault(entry.claim.room, []).append(entry)
     shown = _template("systems.html").render(rooms=by_room)
     return f"# Systems\n\n{shown}\n"
+
+
+def example_strip() -> str:
+    """The strip of the published criterion with the most seeds, with its words; "" where nothing is published."""
+    published = [(c, r) for slug, c in claims.catalogue().items() if (r := claims.published(slug))]
+    outcomes = [(c, o) for c, r in published for o in r.criteria if o.gating and o.low < o.high]
+    if not outcomes:
+        return ""
+    claim, outcome = max(outcomes, key=lambda found: len(found[1].per_seed))
+    compare = next(c.compare for c in claim.criteria if c.name == outcome.name)
+    says = html.escape(f"{claim.name}. {outcome.says}: {outcome.verdict}.")
+    return f'<div class="report"><p class="small">{says}</p>{plots.strip(outcome, compare)}</div>'
 
 
 def system_page(claim: Claim) -> str:
