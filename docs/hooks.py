@@ -74,7 +74,7 @@ def pages() -> Iterator[tuple[str, str]]:
     """(address below docs/, Markdown) of every page that is made."""
     catalogue = claims.catalogue()
     for source, page in INCLUDED.items():
-        yield page, included(source, page)
+        yield page, included(source)
     yield "systems/index.md", systems_index(catalogue)
     for slug, claim in catalogue.items():
         yield f"systems/{slug}.md", system_page(claim)
@@ -83,7 +83,7 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "api/cli.md", commands_page()
 
 
-def included(source: str, page: str) -> str:
+def included(source: str) -> str:
     """A file of the repository as a page: its relative links lead to the pages that its targets have become."""
     text = (ROOT / source).read_text(encoding="utf-8")
     # The scoreboard marks its sections with anchors of raw HTML; as identifiers of the headings they appear once.
@@ -240,7 +240,8 @@ def commands_page() -> str:
     context = group.context_class(group, info_name="polyak")
     parts = ["# Commands", (group.help or "").strip()]
     for name, command in group.commands.items():
-        parts += [f"## polyak {name}", *_command(command, command.context_class(command, info_name=name, parent=context))]
+        own = command.context_class(command, info_name=name, parent=context)
+        parts += [f"## polyak {name}", *_command(command, own)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -280,13 +281,19 @@ def style() -> str:
     sheet = (Path(report.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
     light, dark = re.findall(r":root \{(.*?)\}", sheet, flags=re.DOTALL)
     rules = sheet[sheet.index("* { box-sizing") :]
+    # Rules for the report's page as a whole are not for a part of this one.
+    page = r"^(?:html|body|a|h1|h2|nav|pre|code, pre) \{[^}]*\}\n|^@media \(min-width: 48rem\).*\n"
+    lines = re.sub(page, "", rules, flags=re.MULTILINE).splitlines()
     # There a rem is 16 pixels, here it is 20; in a media query it is 16 in both.
-    rules = re.sub(r"(?<!width: )\b([\d.]+)rem", lambda size: f"{float(size[1]) * 0.8:g}rem", rules)
-    rules = re.sub(r"^(html|body|a|h1|h2|nav|pre|code, pre|@media \(min-width: 48rem\)).*?\}( \})?\n", "", rules, flags=re.M)
+    rules = "\n".join(line if line.startswith("@media") else re.sub(r"[\d.]+(?=rem)", _smaller, line) for line in lines)
     return (
         f'[data-md-color-scheme="default"] {{{light}}}\n[data-md-color-scheme="slate"] {{{dark}}}\n'
-        f".report {{\n{rules}}}\n"
+        f".report {{\n{rules}\n}}\n"
     )
+
+
+def _smaller(size: re.Match[str]) -> str:
+    return f"{float(size[0]) * 0.8:g}"
 
 
 def _equation(match: re.Match[str]) -> str:
