@@ -247,12 +247,17 @@ def commands_page() -> str:
 
 def _command(command: Any, context: Any) -> Iterator[str]:
     usage = " ".join(["polyak", context.info_name, *command.collect_usage_pieces(context)])
-    yield html.escape(re.sub(r"\s*\n\s*(?!\n)", " ", (command.help or "").strip()))
+    yield "\n\n".join(_plain(paragraph) for paragraph in (command.help or "").split("\n\n"))
     yield f"Usage: `{usage}`"
     rows = [record for p in command.params if (record := p.get_help_record(context)) and p.name != "help"]
     if rows:
-        cells = (f"| `{option}` | {html.escape(' '.join(says.split()))} |".replace("[", "\\[") for option, says in rows)
+        cells = (f"| `{option}` | {_plain(says)} |" for option, says in rows)
         yield "\n".join(["| option | |", "| --- | --- |", *cells])
+
+
+def _plain(text: str) -> str:
+    """One paragraph that Markdown shows as it is, but for its code."""
+    return html.escape(" ".join(text.split()), quote=False).replace("[", "\\[").replace("|", "\\|")
 
 
 # -------------------------------------------------------------------------------------------------------------- navigation

@@ -33,7 +33,7 @@ from polyak.cli.app import app
 from polyak.lab import versions, words
 
 ROOT = Path(__file__).parents[1]
-LIMIT_S = 30  # for one block
+LIMIT_S = 60  # for one block
 NOT_RUN: dict[str, int] = {}  # page -> how many of its blocks are marked as not run
 
 
@@ -133,6 +133,21 @@ def pipe() -> dict[str, Any]:
     return {"pipe": stable_diffusion(tokenizer=Tokenizer())}
 
 
+def checkpoints() -> dict[str, Any]:
+    """A small generator, five of its checkpoints in a folder, and what a measure of its samples needs."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(2, 4)
+    Path("checkpoints").mkdir()
+    for step in range(5):
+        torch.save({k: v + 0.1 * torch.randn_like(v) for k, v in net.state_dict().items()}, f"checkpoints/{step}.pt")
+    return {
+        "model": net,
+        "sampler": lambda model, n, generator: model(torch.randn(n // 20, 2, generator=generator)),  # to be quick
+        "features": torch.randn(500, 4),
+        "network": lambda x: x,
+    }
+
+
 def engine() -> dict[str, Any]:
     """What an optimizer's file imports."""
     from polyak.core import checks
@@ -143,7 +158,7 @@ def engine() -> dict[str, Any]:
     return {"checks": checks, "axpy": axpy, "sign": sign, "ema": ema, "RuleOptimizer": RuleOptimizer}
 
 
-GIVEN: dict[str, Callable[[], dict[str, Any]]] = {f.__name__: f for f in (model, network, pipe, engine)}
+GIVEN: dict[str, Callable[[], dict[str, Any]]] = {f.__name__: f for f in (model, network, pipe, checkpoints, engine)}
 IN_ROOM = {"optim": ("model",), "generate": ("network",)}  # what a claim's lines of use find, if its page says nothing
 
 
