@@ -64,7 +64,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
     """Equations become MathML, and wide tables scroll by themselves."""
     content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _equation, content, flags=re.DOTALL)
-    return re.sub(r"(?<!\S)<table>.*?</table>", r'<div class="wide" tabindex="0">\g<0></div>', content, flags=re.DOTALL)
+    return re.sub(r"(?<!\S)<table>.*?</table>", _table, content, flags=re.DOTALL)
 
 
 # -------------------------------------------------------------------------------------------------------------------- pages
@@ -299,6 +299,16 @@ def style() -> str:
 
 def _smaller(size: re.Match[str]) -> str:
     return f"{float(size[0]) * 0.8:g}"
+
+
+def _table(match: re.Match[str]) -> str:
+    """A table that scrolls by itself, and by the keyboard; its cells have room in proportion to what they say, within limits."""
+
+    def cell(found: re.Match[str]) -> str:
+        length = len(html.unescape(re.sub(r"<[^>]+>", "", found[1])))
+        return f'<td style="min-width: {min(length, 56) / 4:g}em">{found[1]}</td>' if length > 12 else found[0]
+
+    return f'<div class="wide" tabindex="0">{re.sub(r"<td>(.*?)</td>", cell, match[0], flags=re.DOTALL)}</div>'
 
 
 def _equation(match: re.Match[str]) -> str:
