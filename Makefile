@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_FLAGS := -q --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench docs clean
 .DEFAULT_GOAL := test
 
 # `make demo` needs only the lab; `make test` and `make check` need the developers' tools.
@@ -15,6 +15,11 @@ PIP_FLAGS := -q --disable-pip-version-check -c constraints.txt
 .venv/dev.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install $(PIP_FLAGS) -e '.[dev]'
+	touch $@ .venv/demo.stamp .venv/docs.stamp
+
+.venv/docs.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install $(PIP_FLAGS) -e '.[docs]'
 	touch $@ .venv/demo.stamp
 
 # A verdict of `fails` is a result: only exit codes from 2 up mean that the run itself went wrong.
@@ -39,6 +44,11 @@ format: .venv/dev.stamp
 bench: .venv/dev.stamp
 	$(BIN)/python bench/optim.py
 
+# The notice is about the successors of mkdocs.
+docs: .venv/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "The documentation: site/index.html"
+
 clean:
-	rm -rf .venv demo build dist .pytest_cache .ruff_cache
+	rm -rf .venv demo site build dist .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,8 @@
-"""What several tests of this room run on: every process, a 1-D mixture with its exact answers."""
+"""What several tests of this room run on: every process, a 1-D mixture with its exact answers, a pipeline."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -33,3 +35,34 @@ def exact(process: Process | None = None) -> ExactDenoiser:
 def noise(n: int = 32, d: int = 1, seed: int = 0) -> torch.Tensor:
     """Starts at t_max of VP, float64."""
     return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def stable_diffusion(scheduler: Any = None, image_to_image: bool = False, tokenizer: Any = None) -> Any:
+    """A tiny pipeline with random weights; by default with its DDIM scheduler."""
+    diffusers = pytest.importorskip("diffusers")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    net = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+    )
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
+    config = transformers.CLIPTextConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=100,
+        max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    kind = diffusers.StableDiffusionImg2ImgPipeline if image_to_image else diffusers.StableDiffusionPipeline
+    pipe = kind(
+        vae=vae, unet=net, text_encoder=transformers.CLIPTextModel(config), tokenizer=tokenizer,
+        scheduler=scheduler or diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from generate_cases import BETAS, exact, noise
+from generate_cases import BETAS, exact, noise, stable_diffusion
 
 from polyak.generate import DDIM, EDM, RK4, VP, Denoiser, Discrete, DPMSolver, Euler, Flow, Heun, Process, sample
 from polyak.generate.sampling import DynamicThresholding
@@ -227,34 +227,6 @@ def test_in_a_ddpm_pipeline(solver: Any) -> None:
     ours = sample(denoiser, x, solver=solver, grid=pipe.scheduler._times, generator=g)
     want = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert abs(images - want).max() < 1e-4
-
-
-def stable_diffusion(scheduler: Any, image_to_image: bool = False) -> Any:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    net = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=4,
-        norm_num_groups=4,
-    )
-    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)  # fmt: skip
-    config = transformers.CLIPTextConfig(
-        hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=100,
-        max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    kind = diffusers.StableDiffusionImg2ImgPipeline if image_to_image else diffusers.StableDiffusionPipeline
-    pipe = kind(
-        vae=vae, unet=net, text_encoder=transformers.CLIPTextModel(config), tokenizer=None, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

@@ -1,0 +1,22 @@
+"""How the reference reads docstrings: what they have of reStructuredText and doctest becomes Markdown."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+
+def markdown(text: str) -> str:
+    """Roles become plain code, and a doctest outside of an Example section becomes a block of code."""
+    text = re.sub(r":(?:class|func|meth|attr|mod|data|exc|obj):`~?", "`", text)
+    return re.sub(r"^(>>> .*(?:\n(?!\n).*)*)", r"```pycon\n\1\n```", text, flags=re.MULTILINE)
+
+
+class Docstrings(griffe.Extension):
+    """Applies :func:`markdown` to every docstring that is loaded."""
+
+    def on_instance(self, *, obj: Any, **kwargs: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = markdown(obj.docstring.value)

@@ -1,0 +1,324 @@
+"""What mkdocs does not do by itself: pages made from the catalogue and the sources, equations as MathML, the report's style.
+
+Nothing here knows a system by name. A system's page comes from its claim, its published verdict and its docstrings; a file
+``docs/systems/<slug>.md`` with the sections Method, Cost and Limits, each optional, adds what these do not say.
+"""
+
+from __future__ import annotations
+
+import html
+import posixpath
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from polyak import claims
+from polyak.lab import plots, report, words
+from polyak.lab.claim import Claim
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "src"
+# Files of the repository that are pages of the site as they are.
+INCLUDED = {"CONTRIBUTING.md": "adding.md", "bench/README.md": "benchmarks.md", "SCOREBOARD.md": "scoreboard.md"}
+SECTIONS = ("Method", "Cost", "Limits")
+TOOLS = ("claims", "cli")  # packages of polyak that are no rooms to import from
+
+
+# ------------------------------------------------------------------------------------------------------------------- events
+
+
+def on_config(config: Any) -> Any:
+    """The navigation's entries "systems/" and "api/" become lists; an entry whose page is not written is left out."""
+    written = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")} | set(INCLUDED.values())
+    lists = {"systems/": _systems_nav, "api/": _api_nav}
+    nav = []
+    for entry in config["nav"]:
+        [(title, page)] = entry.items()
+        if page in lists:
+            nav.append({title: lists[page]()})
+        elif page in written:
+            nav.append(entry)
+    config["nav"] = nav
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the generated pages and the report's style sheet. A system's fragment is a part of its page, not a page."""
+    from mkdocs.structure.files import File
+
+    for file in [f for f in files if f.src_uri.startswith("systems/") and f.src_uri.endswith(".md")]:
+        files.remove(file)
+    for uri, content in [*pages(), ("assets/report.css", style())]:
+        files.append(File.generated(config, uri, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """A mark for a strip becomes an example of one."""
+    return markdown.replace("<!-- strip -->", example_strip())
+
+
+def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
+    """Equations become MathML, and wide tables scroll by themselves."""
+    content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _equation, content, flags=re.DOTALL)
+    return re.sub(r"(?<!\S)<table>.*?</table>", _table, content, flags=re.DOTALL)
+
+
+# -------------------------------------------------------------------------------------------------------------------- pages
+
+
+def pages() -> Iterator[tuple[str, str]]:
+    """(address below docs/, Markdown) of every page that is made."""
+    catalogue = claims.catalogue()
+    for source, page in INCLUDED.items():
+        yield page, included(source)
+    yield "systems/index.md", systems_index(catalogue)
+    for slug, claim in catalogue.items():
+        yield f"systems/{slug}.md", system_page(claim)
+    for room in rooms():
+        yield f"api/{room}.md", api_page(room)
+    yield "api/cli.md", commands_page()
+
+
+def included(source: str) -> str:
+    """A file of the repository as a page: its relative links lead to the pages that its targets have become."""
+    text = (ROOT / source).read_text(encoding="utf-8")
+    # The scoreboard marks its sections with anchors of raw HTML; as identifiers of the headings they appear once.
+    text = re.sub(r'<a id="(\w+)"></a>\n\n(#+ .*)', r"\2 {#\1}", text)
+
+    def link(match: re.Match[str]) -> str:
+        target, anchor = match[2], match[3] or ""
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+        return f"]({match[1] or ''}{INCLUDED.get(path, path.removeprefix('docs/'))}{anchor})"
+
+    return re.sub(r"\]\((?!\w+:|#)(/?)([^)#\s]+)(#[^)\s]*)?\)", link, text)
+
+
+def systems_index(catalogue: dict[str, Claim]) -> str:
+    """All systems by room, with their verdicts."""
+    entries = [report.Entry(claim, claims.published(slug)) for slug, claim in catalogue.items()]
+    by_room: dict[str, list[report.Entry]] = {}
+    for entry in entries:
+        by_room.setdefault(entry.claim.room, []).append(entry)
+    shown = _template("systems.html").render(rooms=by_room)
+    return f"# Systems\n\n{shown}\n"
+
+
+def example_strip() -> str:
+    """The strip of the published criterion with the most seeds, with its words; "" where nothing is published."""
+    published = [(c, r) for slug, c in claims.catalogue().items() if (r := claims.published(slug))]
+    outcomes = [(c, o) for c, r in published for o in r.criteria if o.gating and o.low < o.high]
+    if not outcomes:
+        return ""
+    claim, outcome = max(outcomes, key=lambda found: len(found[1].per_seed))
+    compare = next(c.compare for c in claim.criteria if c.name == outcome.name)
+    says = html.escape(f"{claim.name}. {outcome.says}: {outcome.verdict}.")
+    return f'<div class="report"><p class="small">{says}</p>{plots.strip(outcome, compare)}</div>'
+
+
+def system_page(claim: Claim) -> str:
+    """The page of one system: method, use, verdict, cost, limits, reference."""
+    entry = report.Entry(claim, claims.published(claim.slug), published=True)
+    view = report.view(entry)
+    written = fragment(claim.slug)
+    module = claim.part.partition(":")[0]
+    parts = [
+        f"# {claim.name}",
+        _template("answer.html").render(view),
+        "## Method",
+        written.get("Method") or docstring(module),
+        "## Use",
+        "```python\n" + "\n".join(words.usage(claim)) + "\n```",
+        "## Verdict",
+        _template("verdict.html").render(view),
+        "## The experiment",
+        _template("experiment.html").render(view),
+        f"```sh\npolyak reproduce {claim.slug}\npolyak report {claim.slug} --open\n```",
+    ]
+    for section in SECTIONS[1:]:
+        if section in written:
+            parts += [f"## {section}", written[section]]
+    name = claim.part.replace(":", ".")
+    parts += [
+        "## Reference",
+        f"::: {name}\n    options:\n      heading_level: 3\n      skip_local_inventory: true",
+        f"All of `{module}` is in the [reference of `polyak.{claim.room}`](../api/{claim.room}.md).",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def fragment(slug: str) -> dict[str, str]:
+    """The written sections of a system's page, by heading. ValueError where one has another heading."""
+    path = ROOT / "docs" / "systems" / f"{slug}.md"
+    if not path.exists():
+        return {}
+    head, *sections = re.split(r"^## (.+)\n", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    found = {title.strip(): text.strip() for title, text in zip(sections[::2], sections[1::2], strict=True)}
+    if head.strip() or not set(found) <= set(SECTIONS):
+        raise ValueError(f"{path}: only the sections {', '.join(SECTIONS)} are part of a system's page")
+    return found
+
+
+def docstring(module: str) -> str:
+    """A module's docstring as Markdown: its equations stand indented, which is code."""
+    found = _sources()[module.removeprefix("polyak.")].docstring
+    return found.value if found else ""
+
+
+# --------------------------------------------------------------------------------------------------------------- reference
+
+
+@cache
+def _sources() -> Any:
+    import griffe
+
+    extensions = griffe.load_extensions(str(ROOT / "docs" / "docstrings.py"))
+    return griffe.load("polyak", search_paths=[SOURCES], extensions=extensions)
+
+
+def rooms() -> list[str]:
+    """The packages of polyak that one imports from, core and lab included."""
+    found = (p.parent.name for p in (SOURCES / "polyak").glob("[a-z]*/__init__.py"))
+    return sorted(room for room in found if room not in TOOLS)
+
+
+def api_page(room: str) -> str:
+    """What a room exports, then its modules that have public names beside those."""
+    package = _sources()[room]
+    exported = [str(name) for name in package.exports or ()]
+    named = [name for name in exported if _documented(package.members.get(name))]
+    shown = {_final(package.members[name]).path for name in named}
+    parts = [f"# polyak.{room}", docstring(package.path)]
+    parts += [f"::: {package.path}.{name}" for name in sorted(named, key=str.lower)]
+    for module in _modules(package):
+        own = [n for n in _public(module) if _final(module.members[n]).path not in shown]
+        if own:
+            listed = "".join(f"\n        - {name}" for name in own)
+            parts.append(f"::: {module.path}\n    options:\n      show_root_full_path: true\n      members:{listed}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _modules(package: Any) -> Iterator[Any]:
+    """The public modules below, in order. A package with ``__all__`` speaks for those in it."""
+    for name, module in sorted(package.modules.items()):
+        if not name.startswith("_"):
+            yield module
+            if module.exports is None:
+                yield from _modules(module)
+            else:
+                yield from (m for n, m in sorted(module.modules.items()) if n in module.exports)
+
+
+def _public(module: Any) -> list[str]:
+    """The names that a module defines or exports, documented, modules aside."""
+    if module.exports is not None:
+        names = [str(name) for name in module.exports]
+    else:
+        names = [n for n, member in module.members.items() if not member.is_alias and member.is_public]
+    members = module.members
+    return [n for n in names if n in members and _documented(members[n]) and not _final(members[n]).is_module]
+
+
+def _final(item: Any) -> Any:
+    return item.final_target if item.is_alias else item
+
+
+def _documented(item: Any) -> bool:
+    return item is not None and _final(item).has_docstring
+
+
+def commands_page() -> str:
+    """The help of every command."""
+    import typer
+
+    from polyak.cli.app import app
+
+    group: Any = typer.main.get_command(app)
+    context = group.context_class(group, info_name="polyak")
+    parts = ["# Commands", (group.help or "").strip()]
+    for name, command in group.commands.items():
+        own = command.context_class(command, info_name=name, parent=context)
+        parts += [f"## polyak {name}", *_command(command, own)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _command(command: Any, context: Any) -> Iterator[str]:
+    usage = " ".join(["polyak", context.info_name, *command.collect_usage_pieces(context)])
+    yield "\n\n".join(_plain(paragraph) for paragraph in (command.help or "").split("\n\n"))
+    yield f"Usage: `{usage}`"
+    rows = [record for p in command.params if (record := p.get_help_record(context)) and p.name != "help"]
+    if rows:
+        cells = (f"| `{option}` | {_plain(says)} |" for option, says in rows)
+        yield "\n".join(["| option | |", "| --- | --- |", *cells])
+
+
+def _plain(text: str) -> str:
+    """One paragraph that Markdown shows as it is, but for its code."""
+    return html.escape(" ".join(text.split()), quote=False).replace("[", "\\[").replace("|", "\\|")
+
+
+# -------------------------------------------------------------------------------------------------------------- navigation
+
+
+def _systems_nav() -> list[Any]:
+    by_room: dict[str, list[Any]] = {}
+    for slug, claim in claims.catalogue().items():
+        by_room.setdefault(claim.room, []).append({claim.name: f"systems/{slug}.md"})
+    return ["systems/index.md", *({room: systems} for room, systems in by_room.items())]
+
+
+def _api_nav() -> list[Any]:
+    return [*({f"polyak.{room}": f"api/{room}.md"} for room in rooms()), {"Commands": "api/cli.md"}]
+
+
+# -------------------------------------------------------------------------------------------------------------------- looks
+
+
+def _template(name: str) -> Any:
+    return report.templates(ROOT / "docs" / "templates").get_template(name)
+
+
+def style() -> str:
+    """The report's style sheet, for what stands in ``.report``; its colours follow the site's switch of light and dark."""
+    sheet = (Path(report.__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+    light, dark = re.findall(r":root \{(.*?)\}", sheet, flags=re.DOTALL)
+    rules = sheet[sheet.index("* { box-sizing") :]
+    # Rules for the report's page as a whole are not for a part of this one.
+    page = r"^(?:html|body|a|h1|h2|nav|pre|code, pre) \{[^}]*\}\n|^@media \(min-width: 48rem\).*\n"
+    lines = re.sub(page, "", rules, flags=re.MULTILINE).splitlines()
+    # There a rem is 16 pixels, here it is 20; in a media query it is 16 in both.
+    rules = "\n".join(line if line.startswith("@media") else re.sub(r"[\d.]+(?=rem)", _smaller, line) for line in lines)
+    return (
+        f'[data-md-color-scheme="default"] {{{light}}}\n[data-md-color-scheme="slate"] {{{dark}}}\n'
+        f".report {{\n{rules}\n}}\n"
+    )
+
+
+def _smaller(size: re.Match[str]) -> str:
+    return f"{float(size[0]) * 0.8:g}"
+
+
+def _table(match: re.Match[str]) -> str:
+    """A table that scrolls by itself, and by the keyboard; its cells have room in proportion to what they say, within limits."""
+
+    def cell(found: re.Match[str]) -> str:
+        length = len(html.unescape(re.sub(r"<[^>]+>", "", found[1])))
+        return f'<td style="min-width: {min(length, 56) / 4:g}em">{found[1]}</td>' if length > 12 else found[0]
+
+    return f'<div class="wide" tabindex="0">{re.sub(r"<td>(.*?)</td>", cell, match[0], flags=re.DOTALL)}</div>'
+
+
+def _equation(match: re.Match[str]) -> str:
+    from latex2mathml.converter import convert
+
+    block = match[1] == "div"
+    latex = html.unescape(match[2]).strip()[2:-2].strip()
+    made = convert(latex, display="block" if block else "inline")
+    # What the converter does not know it passes on as it is; such an equation must stop the build.
+    if re.search(r"\\[a-zA-Z]|<mi>&</mi>", made):
+        raise ValueError(f"no MathML for {latex}")
+    ElementTree.fromstring(made)
+    return f'<div class="equation" tabindex="0">{made}</div>' if block else made

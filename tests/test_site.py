@@ -1,0 +1,190 @@
+"""The documentation's site: it builds, is complete, says what the verdicts say, and needs no network."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from polyak import claims
+from polyak.lab import words
+
+from .test_docs import ROOT, environment, hooks
+
+
+class Page(HTMLParser):
+    """A page's words, and what it loads."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.skip, self.words, self.loads, self.equations = 0, [], [], 0
+        self.feed(path.read_text(encoding="utf-8"))
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.skip += tag in ("script", "style")
+        self.equations += tag == "math"
+        if tag in ("link", "script", "img", "iframe", "source", "video", "audio", "embed", "object", "use", "image"):
+            self.loads += [v for k, v in attrs if k in ("src", "href", "srcset", "data", "xlink:href") and v]
+        self.loads += re.findall(r"url\(([^)]*)\)", dict(attrs).get("style") or "")
+
+    def handle_endtag(self, tag):
+        self.skip -= tag in ("script", "style")
+
+    def handle_data(self, data):
+        if not self.skip:
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    pytest.importorskip("mkdocs")
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+pages = pytest.mark.xdist_group("site")  # one worker builds it, once
+
+
+def words_of(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pages
+@pytest.mark.slow
+def test_every_system_has_a_page_with_its_verdict(site):
+    for slug, claim in claims.catalogue().items():
+        page = Page(site / "systems" / f"{slug}.html")
+        result = claims.published(slug)
+        assert words_of(claim.says) in page.text
+        assert words_of(words.finding(result)) in page.text
+        assert words_of(claim.departures[0] if claim.departures else claim.summary) in page.text
+        if result is not None:
+            assert words.where(result) in page.text
+        for criterion in result.criteria if result else claim.criteria:
+            assert words_of(criterion.says) in page.text
+        strips = (site / "systems" / f"{slug}.html").read_text(encoding="utf-8").count('<svg class="strip"')
+        assert strips == (len(result.criteria) if result else 0)
+        assert claim.name in Page(site / "systems" / "index.html").text
+        for section in ("Method", "Use", "Verdict", "The experiment", "Reference"):
+            assert f" {section} ¶ " in page.text
+        for section in hooks.fragment(slug):
+            assert f" {section} ¶ " in page.text
+
+
+@pages
+@pytest.mark.slow
+def test_the_pages_are_all_there(site):
+    for page in ("index", "quickstart", "fairness", "adding", "benchmarks", "scoreboard", "api/cli"):
+        assert len(Page(site / f"{page}.html").text) > 500, page
+    for room in hooks.rooms():
+        assert f"polyak.{room}" in Page(site / "api" / f"{room}.html").text
+    reference = Page(site / "api" / "optim.html").text
+    assert "AdamW that takes 5 to 10 times its learning rate" in reference  # Adan's docstring
+    assert not re.search(r":(class|func|meth|mod):", reference)
+    for name in ("reproduce", "record", "scoreboard"):
+        assert f"polyak {name}" in Page(site / "api" / "cli.html").text
+    assert (site / "search" / "search_index.js").exists()
+
+
+@pages
+@pytest.mark.slow
+def test_the_site_loads_nothing_from_elsewhere(site):
+    found = list(site.rglob("*.html"))
+    assert len(found) > len(claims.slugs()) + len(hooks.rooms())
+    for path in found:
+        assert [load for load in Page(path).loads if re.match(r"(?:\w+:)?//", load)] == [], path.name
+    for path in site.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*[\"']?(?:\w+:)?//", path.read_text(encoding="utf-8")), path.name
+
+
+@pages
+@pytest.mark.slow
+def test_equations_are_mathml(site):
+    assert Page(site / "fairness.html").equations >= 5
+    for path in site.rglob("*.html"):
+        assert 'class="arithmatex"' not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "systems").glob("*.md")), ids=lambda p: p.stem)
+def test_a_fragment_can_be_a_part_of_a_page(path):
+    pytest.importorskip("latex2mathml")
+    markdown = pytest.importorskip("markdown")
+    found = hooks.fragment(path.stem)
+    assert set(found) == set(hooks.SECTIONS)
+    extensions = ["tables", "pymdownx.arithmatex"]
+    html = markdown.markdown(
+        "\n\n".join(found.values()), extensions=extensions, extension_configs={"pymdownx.arithmatex": {"generic": True}}
+    )
+    shown = hooks.on_page_content(html, page=None, config=None, files=None)
+    assert shown.count("<math") == html.count('class="arithmatex"') > 0
+    assert "$" not in shown
+
+
+def test_an_equation_that_has_no_mathml_stops_the_build():
+    pytest.importorskip("latex2mathml")
+    for latex in (r"\nosuch{x}", r"\begin{aligned} a &= b \end{aligned}"):
+        with pytest.raises(ValueError, match="no MathML for"):
+            hooks.on_page_content(rf'<span class="arithmatex">\({latex}\)</span>', page=None, config=None, files=None)
+
+
+def test_the_style_of_the_report_serves_both_schemes():
+    style = hooks.style()
+    assert style.count("--holds:") == 2
+    for part in (
+        '[data-md-color-scheme="default"]',
+        '[data-md-color-scheme="slate"]',
+        ".report {",
+        "svg.strip",
+        ".chip",
+    ):
+        assert part in style
+    assert style.count("{") == style.count("}")
+    assert ":root" not in style
+    assert not re.search(r"^(body|html|a|nav) \{", style, flags=re.MULTILINE)
+
+
+def test_links_of_included_files_lead_to_pages():
+    for source in hooks.INCLUDED:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", hooks.included(source)):
+            assert target in hooks.INCLUDED.values() or (ROOT / "docs" / target).exists(), (source, target)
+
+
+@pytest.mark.browser
+@pages
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_site_in_a_browser(chromium, site, width, scheme):
+    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    troubles, requests = [], []
+    page.on("console", lambda message: troubles.append(message.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    for name in (
+        "index",
+        "quickstart",
+        "fairness",
+        "benchmarks",
+        "scoreboard",
+        *(f"systems/{s}" for s in claims.slugs()),
+    ):
+        page.goto((site / f"{name}.html").as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        light = sum(int(c) for c in re.findall(r"\d+", background)[:3]) / 3 / 255
+        assert light < 0.2 if scheme == "dark" else light > 0.9
+    if width > 1000:
+        page.locator(".md-search__input").fill("bootstrap")  # from disk, where browsers start no worker
+        page.locator(".md-search-result__item", has_text="Fair").first.wait_for(timeout=15_000)
+    assert troubles == []
+    assert {url.partition(":")[0] for url in requests} <= {"file", "data", "blob"}
+    context.close()
