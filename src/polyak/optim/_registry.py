@@ -109,6 +109,7 @@ def create(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
     for option in options:
         if option not in allowed:
             raise TypeError(f"{name} has no option {option!r}{checks.suggestion(option, allowed)}")
+    given: Any = params
     if isinstance(params, torch.nn.Module) and not facts.wraps:
-        params = [p for p in params.parameters() if p.requires_grad]
-    return facts.optimizer(params, **options)
+        given = [p for p in params.parameters() if p.requires_grad]
+    return facts.optimizer(given, **options)
