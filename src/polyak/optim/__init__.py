@@ -6,7 +6,8 @@
 
 from polyak.optim.adamp import SGDP, AdamP
 from polyak.optim.adan import Adan
+from polyak.optim.apo import APO
 from polyak.optim.lion import Lion, LionK
 from polyak.optim.spam import SPAM
 
-__all__ = ["SGDP", "SPAM", "AdamP", "Adan", "Lion", "LionK"]
+__all__ = ["APO", "SGDP", "SPAM", "AdamP", "Adan", "Lion", "LionK"]
