@@ -108,7 +108,7 @@ def assign_(model: nn.Module | dict[str, Tensor], values: Weights) -> None:
     model = unwrapped(model)
     factors = lora.pairs(values)
     in_pairs = {name for pair in factors for name in pair}
-    own: Weights = {**model.named_parameters()} if isinstance(model, nn.Module) else model
+    own: Weights = {**dict(model.named_parameters())} if isinstance(model, nn.Module) else model
     with torch.no_grad():
         for name, value in values.items():
             if name not in in_pairs:
