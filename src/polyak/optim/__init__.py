@@ -9,7 +9,8 @@ or by name, as in ``create("adan", model, lr=1e-2)``; :func:`names` lists them a
 from polyak.optim._registry import Info, create, info, names
 from polyak.optim.adamp import SGDP, AdamP
 from polyak.optim.adan import Adan
+from polyak.optim.apo import APO
 from polyak.optim.lion import Lion, LionK
 from polyak.optim.spam import SPAM
 
-__all__ = ["SGDP", "SPAM", "AdamP", "Adan", "Info", "Lion", "LionK", "create", "info", "names"]
+__all__ = ["APO", "SGDP", "SPAM", "AdamP", "Adan", "Info", "Lion", "LionK", "create", "info", "names"]
