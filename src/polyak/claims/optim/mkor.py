@@ -287,7 +287,6 @@ CLAIM = Claim(
         "The official code's coefficients 0.95 and 0.05 are used; the paper's text has others. Its stabilizer never acts. "
         "MKOR-H's switch is a rule of our own: none is published.",
     ),
-    sources=("polyak.claims._kfac",),
     usage=(
         "from polyak.optim import MKOR\n\n"
         "optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))  # then as any optimizer"
