@@ -257,7 +257,10 @@ def _others():
     train(plain, one, batches(3))
     wrong = trained(mlp(3, 4, 2))
     wrong["param_groups"][0]["params"] = [0, 1]
+    partial = trained(mlp(3, 4, 2))
+    del partial["mkor"]["factors"]["2"]["A_reset"]
     return {
+        "in part": (partial, "factors of '2' are incomplete"),
         "of SGD": (one.state_dict(), "not one of MKOR"),
         "nonsense": ({"mkor": 3, "state": {}, "param_groups": []}, "not one of MKOR"),
         "another base": (
@@ -270,7 +273,9 @@ def _others():
     }
 
 
-@pytest.mark.parametrize("name", ["of SGD", "nonsense", "another base", "other shapes", "other layers", "other groups"])
+@pytest.mark.parametrize(
+    "name", ["in part", "of SGD", "nonsense", "another base", "other shapes", "other layers", "other groups"]
+)
 def test_a_wrong_checkpoint_changes_nothing(name):
     saved, message = _others()[name]
     model = mlp(3, 4, 2, seed=5)

@@ -41,9 +41,11 @@ def test_schedulers(of_base):
     assert_same(model.parameters(), twin.parameters(), atol=1e-15)
 
 
-def test_closures_and_hooks():
+@pytest.mark.parametrize("of", [MKOR, MKORH])
+def test_closures_and_hooks(of):
+    mkor(mlp(3, 2))  # torch.optim wraps the step of a class when it is first made: once for both classes
     model = mlp(3, 4, 2)
-    optimizer, seen = mkor(model), []
+    optimizer, seen = of(model, sgd(model), inv_freq=2), []
     optimizer.register_step_pre_hook(lambda *a: seen.append("pre"))
     optimizer.register_step_post_hook(lambda *a: seen.append("post"))
     optimizer.register_state_dict_pre_hook(lambda o: seen.append("saving"))
@@ -79,9 +81,11 @@ def test_a_group_that_is_added_is_preconditioned():
     train(model, optimizer, batches(3, 3))
     assert all(not torch.equal(f, torch.eye(len(f)).double()) for f in optimizer.factors["2"])
     assert [layer.passes for layer in optimizer._layers] == [0, 0]
-    backward(model, data(4, 3))
-    optimizer._steps = 0
     assert len(model[0]._forward_hooks) == 1
+    optimizer.fallback()
+    model.add_module("3", torch.nn.Linear(3, 3).double())
+    optimizer.add_param_group({"params": model[3].parameters()})
+    assert (optimizer.factors, len(model[0]._forward_hooks)) == ({}, 0)
 
 
 @pytest.mark.parametrize("unscale", [False, True])

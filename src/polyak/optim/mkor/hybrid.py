@@ -8,7 +8,7 @@ steps; where it is below ``tau`` times the best so far, the base steps alone fro
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,15 +55,12 @@ class MKORH(MKOR):
         """Note a loss of the step to come; the mean counts where there are several."""
         self._losses.append(torch.as_tensor(loss, dtype=torch.float32).detach().reshape(()))
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """As MKOR's; falls back after it, where progress has slowed."""
-        loss = super().step(closure)
-        if closure is not None and loss is not None and not self._losses:
+    def _after_step(self, loss: Any) -> None:
+        if loss is not None and not self._losses:
             self.observe(loss)
         if self._active:
             self._follow()
         self._losses.clear()
-        return loss
 
     def _follow(self) -> None:
         if self._losses:

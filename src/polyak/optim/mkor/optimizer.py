@@ -132,9 +132,11 @@ class MKOR(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the base's; layers whose weights are new are preconditioned from now on."""
         self.base.add_param_group(param_group)
-        self._register()
-        self._unhook()
-        self._hook()
+        if self._active:
+            self._register()
+        if self._hooked:
+            self._unhook()
+            self._hook()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base's; means gathered for a step that did not come are dropped."""
@@ -276,7 +278,11 @@ class MKOR(Optimizer):
                 p.grad = grad
         self._steps += 1
         self._forget()
+        self._after_step(loss)
         return loss
+
+    def _after_step(self, loss: Any) -> None:
+        """What a subclass does with the closure's loss, where there is one."""
 
     def _precondition(self, replaced: list[tuple[Tensor, Tensor | None]]) -> None:
         """Put the preconditioned gradients in the place of the gradients, which go to the list."""
@@ -362,6 +368,8 @@ class MKOR(Optimizer):
         if missing := sorted(mine.keys() ^ own["factors"].keys()):
             raise ValueError(f"state_dict and optimizer do not have the same layers: {missing} are in one of them only")
         for name, layer in mine.items():
+            if not {"A", "G", "A_reset", "G_reset"} <= own["factors"][name].keys():
+                raise ValueError(f"state_dict: factors of {name!r} are incomplete")
             for side, size in (("A", layer.inputs), ("G", layer.outputs)):
                 if (shape := tuple(own["factors"][name][side].shape)) != (size, size):
                     raise ValueError(
