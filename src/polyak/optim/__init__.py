@@ -11,6 +11,7 @@ from polyak.optim.adamp import SGDP, AdamP
 from polyak.optim.adan import Adan
 from polyak.optim.apo import APO
 from polyak.optim.lion import Lion, LionK
+from polyak.optim.mkor import MKOR, MKORH
 from polyak.optim.spam import SPAM
 
-__all__ = ["APO", "SGDP", "SPAM", "AdamP", "Adan", "Info", "Lion", "LionK", "create", "info", "names"]
+__all__ = ["APO", "MKOR", "MKORH", "SGDP", "SPAM", "AdamP", "Adan", "Info", "Lion", "LionK", "create", "info", "names"]

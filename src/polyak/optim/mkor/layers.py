@@ -1,0 +1,146 @@
+"""The layers that MKOR preconditions: which modules they are, and what they have shown since the last step."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from polyak.core import checks
+from polyak.optim._engine.tensors import is_dtensor
+
+Module = nn.Linear | nn.Conv2d
+
+
+@dataclass(eq=False)
+class Layer:
+    """A preconditioned module; ``bias`` is None where it is not trained."""
+
+    name: str
+    module: Module
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None = field(default=None, repr=False)  # sums over passes
+    g: Tensor | None = field(default=None, repr=False)
+    passes: int = 0
+
+    @classmethod
+    def of(cls, name: str, module: Module) -> Layer:
+        bias = module.bias if module.bias is not None and module.bias.requires_grad else None
+        return cls(name, module, module.weight, bias)
+
+    @property
+    def inputs(self) -> int:
+        """Length of ``a``."""
+        return self.weight.shape[1:].numel() + (self.bias is not None)
+
+    @property
+    def outputs(self) -> int:
+        """Length of ``g``."""
+        return self.weight.shape[0]
+
+    def add(self, a: Tensor, g: Tensor) -> None:
+        """Take in one pass."""
+        self.a = a if self.a is None else self.a + a
+        self.g = g if self.g is None else self.g + g
+        self.passes += 1
+
+    def clear(self) -> None:
+        self.a = self.g = None
+        self.passes = 0
+
+
+class Watch:
+    """The forward hook of a layer. Copies of the module, by deepcopy or pickle, get one that does nothing."""
+
+    def __init__(self, see: Callable[..., None] | None = None, layer: Layer | None = None) -> None:
+        self._see = None if see is None else weakref.WeakMethod(see)  # the module must not keep the optimizer alive
+        self._layer = layer
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        see = self._see() if self._see is not None else None
+        if see is not None and torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad:
+            see(self._layer, args[0] if args else kwargs["input"], output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
+        return Watch()
+
+    def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
+        return Watch, ()
+
+
+def named_layers(model: Any, skip: Iterable[str | nn.Module]) -> list[tuple[str, Module]]:
+    """All Linear and Conv2d modules with their names, but those that are, or are inside, what ``skip`` names.
+
+    Raises:
+        TypeError: neither modules nor pairs of names and modules.
+        ValueError: no module at all; a name in ``skip`` that there is not.
+    """
+    roots = _roots(model)
+    if not roots:
+        raise ValueError("MKOR needs a model, or at least one module, got an empty list")
+    modules = {f"{prefix}.{name}".strip("."): module for prefix, root in roots for name, module in root.named_modules()}
+    left_out = _skipped(modules, skip)
+    return [
+        (name, module)
+        for name, module in modules.items()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module not in left_out
+    ]
+
+
+def _roots(model: Any) -> list[tuple[str, nn.Module]]:
+    if isinstance(model, nn.Module):
+        # Names are those of the model itself, whatever wraps it, so that checkpoints fit with and without.
+        while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+            model = getattr(model, "_orig_mod", None) or model.module
+        return [("", model)]
+    if not isinstance(model, Iterable):
+        raise TypeError(f"MKOR needs a module, or an iterable of modules, got {model!r}")
+    roots = [item if isinstance(item, tuple) else (str(i), item) for i, item in enumerate(model)]
+    for item in roots:
+        if len(item) != 2 or not isinstance(item[0], str) or not isinstance(item[1], nn.Module):
+            raise TypeError(f"MKOR needs modules, or pairs of names and modules, got {item!r}")
+    return roots
+
+
+def _skipped(modules: dict[str, nn.Module], skip: Iterable[str | nn.Module]) -> set[nn.Module]:
+    if isinstance(skip, (str, nn.Module)):
+        raise TypeError(f"skip must be a list of names or modules, got {skip!r}")
+    inside: set[nn.Module] = set()
+    for entry in skip:
+        found = modules.get(entry) if isinstance(entry, str) else entry
+        if found is None:
+            raise ValueError(f"skip: there is no module {entry!r}{checks.suggestion(entry, modules)}")
+        if found not in modules.values():
+            raise ValueError(f"skip: {type(found).__name__} is no module of the model")
+        inside |= set(found.modules())
+    return inside
+
+
+def eligible(name: str, module: Module) -> bool:
+    """Whether MKOR can precondition a module whose weight is trained; a warning says where it cannot.
+
+    Raises:
+        TypeError: the weight is in shards.
+        ValueError: the weight has no shape yet.
+    """
+    if is_lazy(module.weight):
+        raise ValueError(f"MKOR: {name!r} is lazy; run a forward pass first")
+    if is_dtensor(module.weight):
+        raise TypeError(f"MKOR needs whole weights, that of {name!r} is in shards (a DTensor)")
+    why = ""
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        why = f"a convolution of {module.groups} groups"
+    elif not module.weight.is_floating_point():
+        why = f"of type {module.weight.dtype}"
+    elif module.weight.numel() == 0:
+        why = "empty"
+    if why:
+        warnings.warn(f"MKOR leaves {name!r} to the base optimizer: it is {why}", stacklevel=4)
+    return not why
