@@ -7,6 +7,7 @@
 from polyak.optim.adamp import SGDP, AdamP
 from polyak.optim.adan import Adan
 from polyak.optim.lion import Lion, LionK
+from polyak.optim.monna import MoNNA
 from polyak.optim.spam import SPAM
 
-__all__ = ["SGDP", "SPAM", "AdamP", "Adan", "Lion", "LionK"]
+__all__ = ["SGDP", "SPAM", "AdamP", "Adan", "Lion", "LionK", "MoNNA"]
