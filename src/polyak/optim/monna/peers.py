@@ -420,7 +420,7 @@ def _mesh(rank: int, size: int, listener: socket.socket, find: Find, end: float)
                     with contextlib.suppress(OSError):  # it listened before its address was known: it is dead
                         found[other] = socket.create_connection(address, timeout=left)
                         found[other].sendall(HELLO.pack(MAGIC, rank, size))
-            for key, _ in selector.select(min(left, PAUSE) if lower else left):
+            for key, _ in selector.select(min(left, PAUSE) if lower else left if higher else 0):
                 if key.fileobj is listener:
                     with contextlib.suppress(OSError):
                         connection, _ = listener.accept()
