@@ -12,6 +12,22 @@ from polyak.optim.adan import Adan
 from polyak.optim.apo import APO
 from polyak.optim.lion import Lion, LionK
 from polyak.optim.mkor import MKOR, MKORH
+from polyak.optim.monna import MoNNA
 from polyak.optim.spam import SPAM
 
-__all__ = ["APO", "MKOR", "MKORH", "SGDP", "SPAM", "AdamP", "Adan", "Info", "Lion", "LionK", "create", "info", "names"]
+__all__ = [
+    "APO",
+    "MKOR",
+    "MKORH",
+    "SGDP",
+    "SPAM",
+    "AdamP",
+    "Adan",
+    "Info",
+    "Lion",
+    "LionK",
+    "MoNNA",
+    "create",
+    "info",
+    "names",
+]
