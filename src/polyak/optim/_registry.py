@@ -67,6 +67,18 @@ _FACTS = {
             name="spam", part="polyak.optim.spam:SPAM", lr=(1.0, 1.0),
             says="Adam that clips spikes, resets its momentum and can keep a part of it (arXiv 2501.06842)",
         ),
+        Info(
+            name="mkor", part="polyak.optim.mkor:MKOR", wraps=True,
+            says="second-order preconditioning in O(d^2) around any optimizer, by rank-1 updates (arXiv 2306.01685)",
+        ),
+        Info(
+            name="mkorh", part="polyak.optim.mkor:MKORH", wraps=True,
+            says="MKOR that falls back to the optimizer inside when its progress slows (arXiv 2306.01685)",
+        ),
+        Info(
+            name="monna", part="polyak.optim.monna:MoNNA",
+            says="SGD with momentum in many processes, some of them faulty: means of nearest neighbours (arXiv 2209.10931)",
+        ),
     )
 }  # fmt: skip
 
@@ -103,6 +115,7 @@ def create(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
 
     Example:
         >>> optimizer = polyak.optim.create("adan", model, lr=1e-2, weight_decay=0.02)
+        >>> optimizer = polyak.optim.create("mkor", model, base=optimizer)  # those that wrap are given the module itself
     """
     facts = info(name)
     allowed = list(inspect.signature(facts.optimizer).parameters)[1:]
