@@ -17,7 +17,7 @@ WHOLE = {
     "lion": lambda m: create("lion", m, lr=1e-2, weight_decay=0.1),
     "adamp": lambda m: create("adamp", m, lr=1e-2, weight_decay=0.1),
     "sgdp": lambda m: create("sgdp", m, lr=1e-2, momentum=0.9, nesterov=True),
-    "mkor": lambda m: create("mkor", m, base=torch.optim.AdamW(m.parameters(), lr=1e-2), inv_freq=2),
+    "mkor": lambda m: create("mkor", m, base=torch.optim.SGD(m.parameters(), lr=1e-2, momentum=0.9), inv_freq=2),
     "spam": lambda m: SPAM(spam.spam_param_groups(m, 0.5), lr=1e-2, **QUICK),
 }
 whole = pytest.mark.parametrize("name", sorted(WHOLE))
