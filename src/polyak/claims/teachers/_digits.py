@@ -22,7 +22,7 @@ from polyak.generate.prediction import edm_input_scaling, edm_label, edm_output_
 from polyak.lab import data
 from polyak.lab.claim import Diverged
 
-TRAIN, VALIDATION = 797, 500  # and 500 for the test
+TRAIN, VALIDATION = 397, 700  # and 700 for the test
 COMPONENTS = 20
 SIGMA_DATA = 0.5
 PROCESS = EDM(sigma_min=0.002, sigma_max=80.0)
