@@ -34,6 +34,8 @@ State = dict[str, Tensor]
 class Net(nn.Module):
     """``(x, label) -> output``: x (n, 64) and sines and cosines of the label (n,), through three hidden layers."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.register_buffer("frequencies", 3 * torch.linspace(-2, 2, 8).exp(), persistent=False)

@@ -52,7 +52,7 @@ def trial(t: Trial) -> Iterator[Measurement]:
     yield measure(
         test=judge(run.model),
         search=result.value,
-        negative=float(-result.coefficients.clamp(max=0).sum()),
+        negative=float((-result.coefficients).clamp(min=0).sum()),
         largest=float(result.coefficients.abs().max()),
     )
 

@@ -117,11 +117,6 @@ class CheckpointBank:
         other._kept = {}
         return other
 
-    @property
-    def parameters(self) -> int:
-        """How many numbers a checkpoint's combined entries have."""
-        return sum(self.shape(key).numel() for key in self.keys)
-
     def shape(self, key: str) -> torch.Size:
         """A combined entry's shape."""
         facts = self.layout[key]

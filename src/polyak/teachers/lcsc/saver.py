@@ -23,7 +23,8 @@ class CheckpointSaver:
 
     Call it after each optimizer step, in any loop; of several processes in one only. Save the model that is trained, not its
     EMA. A sharded model (FSDP, DeepSpeed) is given as its gathered state dict, as ``accelerator.get_state_dict(model)``
-    returns it; that serves the training loops of accelerate and diffusers, too.
+    returns it. The training scripts of accelerate and diffusers call it in their loop; transformers' Trainer takes
+    :meth:`transformers`; with Lightning call it in ``on_train_batch_end``, with ``trainer.global_step``.
 
     Args:
         folder: where ``step-00000100.safetensors`` and so on are put. What is there already counts.
