@@ -5,6 +5,8 @@ Samples are tensors of shape (n, d), float; computed in float64. Numbers are ret
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -64,10 +66,73 @@ def sliced_wasserstein(
     return ((wasserstein_1d(x @ directions, y @ directions, p) ** p).mean() ** (1 / p)).item()
 
 
+class KernelDistance:
+    """``E k(X, X') + E k(Y, Y') - 2 E k(X, Y)`` from samples to one reference y, whose own term is computed once.
+
+    Args:
+        y: the reference, (m, d).
+        kernel: ``(n, d), (m, d) -> (n, m)``, positive definite, or conditionally so.
+        unbiased: leave pairs of a point with itself out (the U-statistic, which may be negative).
+    """
+
+    def __init__(self, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor], *, unbiased: bool = False) -> None:
+        self.y, self.kernel, self.unbiased = _samples("y", y), kernel, unbiased
+        self._own = self._within("y", self.y)
+
+    def __call__(self, x: Tensor) -> float:
+        """The distance of x, (n, d), on y's device."""
+        x, y = _pair(x, self.y)
+        return (self._within("x", x) + self._own - 2 * self.kernel(x, y).mean()).item()
+
+    def _within(self, name: str, x: Tensor) -> Tensor:
+        values = self.kernel(x, x)
+        if not self.unbiased:
+            return values.mean()
+        if len(x) < 2:
+            raise ValueError(f"{name} must have at least 2 samples, got {len(x)}")
+        return (values.sum() - values.diagonal().sum()) / (len(x) * (len(x) - 1))
+
+
+def minus_distance(x: Tensor, y: Tensor) -> Tensor:
+    """The kernel ``-|x - y|``, whose :class:`KernelDistance` is the energy distance."""
+    return -_distances(x, y)
+
+
+def gaussian_kernel(bandwidth: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """``exp(-|x - y|^2 / (2 h^2))``."""
+    scale = -0.5 / checks.positive("bandwidth", bandwidth) ** 2
+    return lambda x, y: (scale * _distances(x, y).square()).exp()
+
+
+def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """``(x.y / d + 1)^3``, the kernel of KID."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def median_distance(y: Tensor) -> float:
+    """The median distance between two of y's points, (m, d) with m > 1: the usual bandwidth. 1 where it is zero."""
+    y = _samples("y", y)
+    if len(y) < 2:
+        raise ValueError(f"y must have at least 2 samples, got {len(y)}")
+    return torch.pdist(y).median().item() or 1.0
+
+
 def energy_distance(x: Tensor, y: Tensor) -> float:
     """``2 E|X-Y| - E|X-X'| - E|Y-Y'|`` (Szekely and Rizzo, 2013), the V-statistic: >= 0, and 0 for equal samples."""
-    x, y = _pair(x, y)
-    return (2 * _distances(x, y).mean() - _distances(x, x).mean() - _distances(y, y).mean()).item()
+    return KernelDistance(y, minus_distance)(x)
+
+
+def mmd(x: Tensor, y: Tensor, *, bandwidth: float | None = None) -> float:
+    """Squared maximum mean discrepancy with a Gaussian kernel (Gretton et al., 2012), the V-statistic: >= 0.
+
+    ``bandwidth`` is by default the median distance between two of y's points.
+    """
+    return KernelDistance(y, gaussian_kernel(median_distance(y) if bandwidth is None else bandwidth))(x)
+
+
+def kernel_inception_distance(x: Tensor, y: Tensor) -> float:
+    """KID (Binkowski et al., arXiv 1801.01401) in whatever space the samples are: unbiased, so it may be negative."""
+    return KernelDistance(y, cubic_kernel, unbiased=True)(x)
 
 
 def gaussian_w2(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> float:
@@ -87,12 +152,32 @@ def gaussian_w2(mean1: Tensor, cov1: Tensor, mean2: Tensor, cov2: Tensor) -> flo
     return square.clamp(min=0).sqrt().item()
 
 
+class FrechetDistance:
+    """``W2^2`` between the Gaussians with two samples' means and covariances, to one reference y whose own are taken once.
+
+    Args:
+        y: the reference, (m, d), m > 1.
+    """
+
+    def __init__(self, y: Tensor) -> None:
+        self.y = _samples("y", y)
+        self._own = self._moments("y", self.y)
+
+    def __call__(self, x: Tensor) -> float:
+        """The distance of x, (n, d), n > 1."""
+        x, _ = _pair(x, self.y)
+        return gaussian_w2(*self._moments("x", x), *self._own) ** 2
+
+    @staticmethod
+    def _moments(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        if len(x) < 2:
+            raise ValueError(f"{name} must have at least 2 samples, got {len(x)}")
+        return x.mean(0), _covariance(x)
+
+
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """``W2^2`` between the Gaussians with the samples' means and covariances: FID, in whatever space the samples are."""
-    x, y = _pair(x, y)
-    if min(len(x), len(y)) < 2:
-        raise ValueError(f"x and y must have at least 2 samples each, got {len(x)} and {len(y)}")
-    return gaussian_w2(x.mean(0), _covariance(x), y.mean(0), _covariance(y)) ** 2
+    return FrechetDistance(y)(x)
 
 
 def _covariance(x: Tensor) -> Tensor:
