@@ -142,7 +142,7 @@ def checkpoints() -> dict[str, Any]:
     return {
         "model": net,
         "sampler": lambda model, n, generator: model(torch.randn(n // 20, 2, generator=generator)),  # to be quick
-        "features": torch.randn(500, 4),
+        "data": torch.randn(500, 4),
         "network": lambda x: x,
     }
 

@@ -241,7 +241,7 @@ CLAIM = Claim(
     ),
     usage=(
         "from polyak.teachers import LCSC, metric_to, sample_metric\n\n"
-        'objective = sample_metric(sampler, metric_to(features, "fid", features=network), n=10_000, seed=0)\n'
+        'objective = sample_metric(sampler, metric_to(data, "fid", features=network), n=10_000, seed=0)\n'
         'result = LCSC("checkpoints/", model=model, objective=objective, resume="search.jsonl").run()'
     ),
 )  # fmt: skip

@@ -120,7 +120,7 @@ class LCSC:
         RuntimeError: (from :meth:`run`) the objective was finite nowhere.
 
     Example:
-        >>> objective = sample_metric(sampler, metric_to(features, "fid", features=network), n=10_000, seed=0)
+        >>> objective = sample_metric(sampler, metric_to(data, "fid", features=network), n=10_000, seed=0)
         >>> result = LCSC("checkpoints/", model=model, objective=objective, resume="search.jsonl").run()
     """
 
