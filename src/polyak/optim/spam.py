@@ -75,10 +75,12 @@ class SPAM(RuleOptimizer):
         density: part of a matrix's entries that have moments and are updated, in (0, 1]; below 1 for matrices only.
         decay_masked: weight decay of matrices with ``density < 1``: "masked" entries alone, or "all". (In the official code
             it has no effect on them.)
-        nonfinite: what to do with infinite and NaN entries of the gradient: "clip" (an infinite one is a spike, and counted;
-            a NaN makes its own entry NaN), or "raise" before anything is changed, which waits for the device.
+        nonfinite: what to do with infinite and NaN entries of the gradient: "clip" (an infinite one is a spike, clipped and
+            counted; where nothing is clipped, as in the grace period, it makes its own entry NaN, as a NaN always does), or
+            "raise" before anything is changed, which waits for the device.
         reset_bias_correction: count the bias correction's steps from the last reset.
         generator: draws the seed of the masks (None: torch's own seed, without drawing from it) and of stochastic rounding.
+            Replicas of a model (DDP) need the same masks: generators of one seed, or one seed for torch.
         maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.Adam``; by default the fastest is chosen.
             In a captured CUDA graph masks stay as they are until :meth:`redraw_masks` is called between replays.
         state_dtype: type of the moments, None for the parameter's (the second moment of low-precision ones: float32).
@@ -87,7 +89,9 @@ class SPAM(RuleOptimizer):
     State: exp_avg, exp_avg_sq and step, per tensor; with ``density < 1`` the moments of the ``int(density * numel)`` entries
     alone, and ``mask``, ``mask_bases`` which say where they are: a byte an entry. The official code draws later masks entry by
     entry; here all have the same size. Masks depend on the seed, the reset's number and the parameter's name (its position,
-    where parameters come without names), on nothing else. The number of steps is ``param_groups[i]["total_step"]``.
+    where parameters come without names), on nothing else. The number of steps is ``param_groups[i]["total_step"]``. A reset
+    also reaches parameters that have no gradient in its step (with ``capturable=True`` it passes them by). Checkpoints of the
+    official code load where their momentum is not sparse; those of Adam, too: the schedule of resets starts then.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -181,6 +185,8 @@ class SPAM(RuleOptimizer):
             for p in group["params"]:
                 if p.dim() != 2:
                     raise ValueError(f"density below 1 is for matrices, got a parameter of shape {tuple(p.shape)}")
+                if p.is_complex():
+                    raise ValueError(f"density below 1 is for real parameters, got {p.dtype}")
                 if is_dtensor(p):
                     raise ValueError("density below 1 is not for sharded parameters (DTensor): use density=1")
             if group["rounding"] == "kahan":
@@ -258,12 +264,17 @@ class SPAM(RuleOptimizer):
         loss = super().step(closure)
         for group in self.param_groups:
             if group["density"] < 1 and group["decay_masked"] == "all" and group["weight_decay"] != 0:
-                with torch.no_grad():
-                    factor = 1 - group["lr"] * group["weight_decay"]
-                    updated = [p for p in group["params"] if p.grad is not None]
-                    if updated:
-                        torch._foreach_mul_(updated, factor)
+                self._decay_all(group)
         return loss
+
+    @torch.no_grad()
+    def _decay_all(self, group: dict[str, Any]) -> None:
+        updated = [p for p in group["params"] if p.grad is not None]
+        decay = group["lr"] * group["weight_decay"]
+        if (found := getattr(self, "found_inf", None)) is not None:
+            decay = decay * (1 - found.double().reshape(()))  # a step that the scaler skips leaves no trace
+        if updated:
+            torch._foreach_mul_(updated, 1 - decay)
 
     @property
     def last_clipped(self) -> torch.Tensor:
@@ -331,6 +342,13 @@ class SPAM(RuleOptimizer):
             return torch.ones(p.shape, dtype=torch.bool, device=p.device)
         flat = torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
         return flat.index_fill_(0, places.indices(), True).view(p.shape)
+
+    def _adopt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        # The official code keeps its counters beside the parameters' states.
+        state = {i: values for i, values in state_dict["state"].items() if not isinstance(i, str)}
+        total = state_dict["state"].get("total_step")
+        groups = [group if total is None else {**group, "total_step": total} for group in state_dict["param_groups"]]
+        return super()._adopt({"state": state, "param_groups": groups})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint. One of another optimizer, or for other shapes, raises ValueError and changes nothing."""
@@ -414,11 +432,14 @@ def clip_spikes_(
         The number of clipped entries, on the first gradient's device.
 
     Raises:
-        ValueError: lists of unequal length, or a threshold that is not positive.
+        ValueError: lists of unequal length or tensors of unequal shape, or a threshold that is not positive.
     """
     checks.positive("threshold", threshold)
     if len(grads) != len(exp_avg_sqs):
         raise ValueError(f"exp_avg_sqs has {len(exp_avg_sqs)} tensors where grads has {len(grads)}")
+    for i, (g, v) in enumerate(zip(grads, exp_avg_sqs, strict=True)):
+        if g.shape != v.shape:
+            raise ValueError(f"exp_avg_sqs[{i}] has shape {tuple(v.shape)} where grads[{i}] has {tuple(g.shape)}")
     total = torch.zeros((), dtype=torch.int64, device=grads[0].device if grads else None)
     for g, v in zip(grads, exp_avg_sqs, strict=True):
         value, bound = g.to(v.dtype), threshold * v
@@ -429,7 +450,9 @@ def clip_spikes_(
 
 
 class SpikeMonitor:
-    """Counts spikes of the gradient: entries above ``threshold`` times the mean size of that entry (the paper's GSS).
+    """Counts spikes of the gradient: entries above ``threshold`` times their own mean size before (the paper's GSS).
+
+    Entries that are not finite are spikes, and left out of the mean. Those that were always zero have no size to compare with.
 
     Args:
         window: steps that the mean goes over. It is kept as one number an entry: the plain mean of the first ``window`` steps,
@@ -459,11 +482,11 @@ class SpikeMonitor:
                 continue
             size = p.grad.abs().float() if p.dtype in LOW else p.grad.abs()
             mean, seen = self._means.get(name, (torch.zeros_like(size), 0))
-            if seen:
-                spikes = (size > self.threshold * mean).sum()
-                self.counts[name] = self.counts.get(name, torch.zeros_like(spikes)) + spikes
+            finite = size.isfinite()
+            spikes = (~finite | ((size > self.threshold * mean) & (mean > 0))).sum()
+            self.counts[name] = self.counts.get(name, torch.zeros_like(spikes)) + spikes
             seen = min(seen + 1, self.window)
-            self._means[name] = (mean + (size - mean) / seen, seen)
+            self._means[name] = (torch.where(finite, mean + (size - mean) / seen, mean), seen)
 
     @property
     def total(self) -> int:
