@@ -139,6 +139,19 @@ def test_moments_restart_exactly_at_the_interval(backend):
         assert restarted == (t in (1, 8, 16, 24))
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_reset_before_there_are_moments(backend, capturable):
+    params = parameters([(6,), (4, 3)])
+    optimizer = SPAM(
+        [{"params": [params[0]]}, {"params": [params[1]], "density": 0.5}], lr=0.01, capturable=capturable, **QUICK,
+        **backend,
+    )  # fmt: skip
+    for t in range(1, 10):
+        give(params, [normal((6,), t), normal((4, 3), t) if t > 8 else None])
+        optimizer.step()
+    assert int((params[1].detach() != parameters([(6,), (4, 3)])[1].detach()).sum()) == 6
+
+
 def test_no_clipping_in_the_grace_period(backend):
     params = parameters([(6,)])
     optimizer = SPAM(params, lr=0.01, threshold=1e-3, reset_interval=10, warmup_steps=2, grace=4, **backend)

@@ -225,10 +225,7 @@ class SPAM(RuleOptimizer):
             extras.append({})
             group["total_step"] += 1
             if group["total_step"] % group["reset_interval"] == 0:
-                # Of all tensors, also those that have no gradient in this step.
-                states = [self.state[p] for p in group["params"] if self.state.get(p)]
-                torch._foreach_zero_([state[name] for state in states for name in self.state_names])
-                self._redraw(group)
+                self._reset(group)
         self._extra_values = extras
 
     def _on_device(self, group: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -314,10 +311,13 @@ class SPAM(RuleOptimizer):
         keys = _mix(torch.arange(p.numel(), device=p.device) + _mixed_number(group["mask_seed"], who, reset))
         return Places.of(keys.topk(count, largest=False, sorted=False).indices.sort().values)
 
-    def _redraw(self, group: dict[str, Any]) -> None:
-        for p in group["params"]:
-            state = self.state.get(p)
-            if state and "mask" in state:
+    def _reset(self, group: dict[str, Any]) -> None:
+        """Forget the moments of all tensors, also of those that have no gradient in this step, and draw masks."""
+        states = {p: self.state[p] for p in group["params"] if self.state.get(p)}
+        if states:
+            torch._foreach_zero_([state[name] for state in states.values() for name in self.state_names])
+        for p, state in states.items():
+            if "mask" in state:
                 places = self._draw(group, p)
                 if places.gaps.dtype == state["mask"].dtype:
                     # In place: the addresses in a kernel's table stay good.
@@ -331,9 +331,7 @@ class SPAM(RuleOptimizer):
         """Draw the masks for the present number of steps and forget the moments: for use between replays of a CUDA graph."""
         for group in self.param_groups:
             if group["density"] < 1:
-                states = [self.state[p] for p in group["params"] if self.state.get(p)]
-                torch._foreach_zero_([state[name] for state in states for name in self.state_names])
-                self._redraw(group)
+                self._reset(group)
 
     def mask(self, p: torch.Tensor) -> torch.Tensor:
         """Which entries of a parameter are updated: a bool tensor of its shape."""
@@ -345,9 +343,10 @@ class SPAM(RuleOptimizer):
 
     def _adopt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         # The official code keeps its counters beside the parameters' states.
-        state = {i: values for i, values in state_dict["state"].items() if not isinstance(i, str)}
-        total = state_dict["state"].get("total_step")
-        groups = [group if total is None else {**group, "total_step": total} for group in state_dict["param_groups"]]
+        state, groups = dict(state_dict["state"]), state_dict["param_groups"]
+        if isinstance(total := state.get("total_step"), int):
+            state = {i: values for i, values in state.items() if i not in ("total_step", "current_step")}
+            groups = [{**group, "total_step": total} for group in groups]
         return super()._adopt({"state": state, "param_groups": groups})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
