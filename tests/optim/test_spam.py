@@ -402,6 +402,37 @@ def test_a_step_that_the_scaler_skips_leaves_no_trace(interpreter, decay):
     assert_same(params, twins, atol=1e-9)  # the scale reaches the kernel in float32
 
 
+def test_capturable_masks_are_redrawn_on_request(backend):
+    """Before each step of a reset: the same as without ``capturable``, where the step does so by itself."""
+    params, optimizer = sparse(0.25, capturable=True, **QUICK, **backend)
+    twins, reference = sparse(0.25, **QUICK, foreach=False)
+    first = None
+    for t, grads in enumerate(spiky([(40, 30), (17, 25)], 20), 1):
+        if t % 8 == 0:
+            assert optimizer.redraw_masks()
+        run(optimizer, params, [grads])
+        run(reference, twins, [grads])
+        first = optimizer.mask(params[0]) if first is None else first
+        assert torch.equal(optimizer.mask(params[0]), reference.mask(twins[0]))
+    assert not torch.equal(optimizer.mask(params[0]), first)
+    assert_same(params, twins, atol=CLOSE)
+
+
+def test_a_mask_with_wider_gaps_moves_and_a_narrower_one_stays():
+    params, optimizer = sparse(0.25, shapes=((40, 30),), capturable=True)
+    run(optimizer, params, gradients([(40, 30)], 1))
+    state = optimizer.state[params[0]]
+    wide = state["mask"] = state["mask"].to(torch.int16)
+    assert optimizer.redraw_masks()
+    assert state["mask"] is wide
+    assert int(optimizer.mask(params[0]).sum()) == 300
+    optimizer.param_groups[0]["density"] = 0.003  # three of 1200: gaps beyond a byte
+    state.update({name: state[name][:3].clone() for name in ("mask", "exp_avg", "exp_avg_sq")})
+    state["mask"] = state["mask"].to(torch.uint8)
+    assert not optimizer.redraw_masks()
+    assert int(optimizer.mask(params[0]).sum()) == 3
+
+
 def test_copies_go_on_alone():
     params, optimizer = sparse(0.25, **QUICK)
     run(optimizer, params, spiky([(40, 30), (17, 25)], 3))

@@ -82,7 +82,7 @@ class SPAM(RuleOptimizer):
         generator: draws the seed of the masks (None: torch's own seed, without drawing from it) and of stochastic rounding.
             Replicas of a model (DDP) need the same masks: generators of one seed, or one seed for torch.
         maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.Adam``; by default the fastest is chosen.
-            In a captured CUDA graph masks stay as they are until :meth:`redraw_masks` is called between replays.
+            With ``capturable=True`` masks stay as they are until :meth:`redraw_masks` is called between steps.
         state_dtype: type of the moments, None for the parameter's (the second moment of low-precision ones: float32).
         rounding: as in :class:`polyak.optim.Adan`; "kahan" needs ``density=1``.
 
@@ -225,7 +225,7 @@ class SPAM(RuleOptimizer):
             extras.append({})
             group["total_step"] += 1
             if group["total_step"] % group["reset_interval"] == 0:
-                self._reset(group)
+                self._reset(group, group["total_step"])
         self._extra_values = extras
 
     def _on_device(self, group: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -288,7 +288,7 @@ class SPAM(RuleOptimizer):
         if group["density"] < 1:
             for p in params:
                 if p.numel():
-                    places = self._draw(group, p)
+                    places = self._draw(group, p, int(group["total_step"]))
                     self.state[p].update(mask=places.gaps, mask_bases=places.bases)
         super()._init_state(group, params)
 
@@ -301,37 +301,43 @@ class SPAM(RuleOptimizer):
     def _shape(self, p: torch.Tensor, values: Mapping[str, Any]) -> torch.Size:
         return values["mask"].shape if "mask" in values else p.shape
 
-    def _draw(self, group: dict[str, Any], p: torch.Tensor) -> Places:
-        """The mask of one parameter between two resets."""
+    def _draw(self, group: dict[str, Any], p: torch.Tensor, step: int) -> Places:
+        """The mask of one parameter at the step of this number (1 is the first)."""
         names, position = group.get("param_names"), next(i for i, q in enumerate(group["params"]) if q is p)
         number = sum(len(g["params"]) for g in self.param_groups[: _index_of(self.param_groups, group)]) + position
         who = zlib.crc32(names[position].encode()) if names else number
-        reset = int(group["total_step"]) // group["reset_interval"]
+        reset = step // group["reset_interval"]
         count = max(1, int(group["density"] * p.numel()))
         keys = _mix(torch.arange(p.numel(), device=p.device) + _mixed_number(group["mask_seed"], who, reset))
         return Places.of(keys.topk(count, largest=False, sorted=False).indices.sort().values)
 
-    def _reset(self, group: dict[str, Any]) -> None:
-        """Forget the moments of all tensors, also of those that have no gradient in this step, and draw masks."""
+    def _reset(self, group: dict[str, Any], step: int) -> bool:
+        """Forget all moments, also of tensors without a gradient, and draw masks; False where one has moved in memory."""
+        in_place = True
         states = {p: self.state[p] for p in group["params"] if self.state.get(p)}
         if states:
             torch._foreach_zero_([state[name] for state in states.values() for name in self.state_names])
         for p, state in states.items():
             if "mask" in state:
-                places = self._draw(group, p)
-                if places.gaps.dtype == state["mask"].dtype:
+                places = self._draw(group, p, step)
+                if places.gaps.dtype.itemsize <= state["mask"].dtype.itemsize:
                     # In place: the addresses in a kernel's table stay good.
                     state["mask"].copy_(places.gaps)
                     state["mask_bases"].copy_(places.bases)
                 else:
                     state.update(mask=places.gaps, mask_bases=places.bases)
+                    in_place = False
+        return in_place
 
     @torch.no_grad()
-    def redraw_masks(self) -> None:
-        """Draw the masks for the present number of steps and forget the moments: for use between replays of a CUDA graph."""
-        for group in self.param_groups:
-            if group["density"] < 1:
-                self._reset(group)
+    def redraw_masks(self) -> bool:
+        """Draw the masks of the next step and forget the moments: for use between replays of a CUDA graph, before each reset.
+
+        Returns False where a mask has moved, for its gaps need a wider type than those before: then capture the graph anew.
+        """
+        groups = [group for group in self.param_groups if group["density"] < 1]
+        in_place = [self._reset(group, int(group["total_step"]) + 1) for group in groups]
+        return all(in_place)
 
     def mask(self, p: torch.Tensor) -> torch.Tensor:
         """Which entries of a parameter are updated: a bool tensor of its shape."""
