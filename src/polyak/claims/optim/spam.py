@@ -304,7 +304,7 @@ CLAIM = Claim(
         "criterion entries_harm says whether they do. Spikes in whole tensors do harm; they were added after a pilot on a seed "
         "that is not reported, and decide nothing.",
         "Resets every 100 steps, 20 of warmup and of grace, for 800 steps in place of 10,000 and more. Rates are tuned by final "
-        "training loss over three for each arm, around its best in a pilot.",
+        "training loss over three for each arm, around its best in a pilot; there, twice the highest rate of each was worse.",
         "The control of the comparisons under spikes is SPAM without clipping: resets alone also gain or lose without any spike.",
         "The text is Tiny Shakespeare if POLYAK_DATA has it, else the standard library's source, which differs between versions "
         "of Python.",
