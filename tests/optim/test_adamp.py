@@ -262,6 +262,20 @@ def test_the_threshold_is_delta_over_the_root_of_the_row_length(shape, backend):
         assert optimizer.last_projection[p] == (expected or ("layer" if by_layer else None))
 
 
+def test_the_layers_threshold_is_delta_over_the_root_of_all_elements(backend):
+    w = normal((4, 30), 0)
+    noise = torch.from_numpy(orthogonal(normal((4, 30), 1).numpy(), w.numpy(), "layer"))
+    for factor, expected in ((0.99, "layer"), (1.01, None)):
+        cosine = factor * 0.1 / math.sqrt(120)
+        g = cosine * w / w.norm() + math.sqrt(1 - cosine**2) * noise / noise.norm()
+        assert cosines(g, w, "channel").max() > 0.1 / math.sqrt(30)  # not by rows
+        p = torch.nn.Parameter(w.clone())
+        optimizer = AdamP([p], record=True, **backend)
+        give([p], [g])
+        optimizer.step()
+        assert optimizer.last_projection[p] == expected
+
+
 def test_the_test_uses_the_raw_gradient(backend):
     """After a step along the weight, momentum is radial; the present gradient is orthogonal, and that decides."""
     w = normal((3, 50), 0)
@@ -370,6 +384,18 @@ def test_a_nan_stays_in_its_row(backend):
     assert torch.isnan(q).sum() == 1
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_an_infinity_fails_the_test_and_stays_where_it_is(kind, backend):
+    p = torch.nn.Parameter(normal((3, 20), 0))
+    g = torch.from_numpy(orthogonal(normal((3, 20), 1).numpy(), p.detach().numpy(), "channel"))
+    g[0, 0] = math.inf
+    give([p], [g])
+    optimizer = make(kind, [p], dict(lr=0.1), record=True, **backend)
+    optimizer.step()
+    assert optimizer.last_projection[p] is None
+    assert (~torch.isfinite(p)).nonzero().tolist() == [[0, 0]]
+
+
 def test_low_precision_is_computed_in_float32(backend):
     """Exact float64 arithmetic, rounded to bfloat16 once a step, is at most two numbers away."""
     w = normal((8, 200), 0).bfloat16()
@@ -396,6 +422,71 @@ def test_complex_matrices():
     assert_same([torch.view_as_real(t) for t in results[1]], [torch.view_as_real(t) for t in results[0]], atol=CLOSE)
     step = torch.view_as_real(results[0][0] - values[0]).flatten(1)
     assert (step * torch.view_as_real(values[0]).flatten(1)).sum(1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("projection", ["auto", "channel", "layer", "never"])
+def test_differentiation_through_two_steps(kind, projection):
+    options = dict(lr=0.1, weight_decay=0.1, delta=math.inf, projection=projection)
+    options |= dict(momentum=0.9, nesterov=True) if kind == "sgdp" else {}
+
+    def two_steps(start, first, second):
+        p = start.clone()
+        optimizer = make(kind, [p], options, differentiable=True)
+        for g in (first, second):
+            p.grad = g
+            optimizer.step()
+        return p
+
+    arguments = [normal((3, 4), i).requires_grad_() for i in range(3)]
+    assert torch.autograd.gradcheck(two_steps, arguments, eps=1e-6, atol=1e-6)
+
+
+# Peers.
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("options", [dict(), dict(delta=10.0), dict(nesterov=True, delta=10.0)], ids=str)
+def test_the_same_as_pytorch_optimizer(kind, options):
+    theirs = pytest.importorskip("pytorch_optimizer")
+    # Its AdamP adds eps before the correction of the bias: without eps both are the same.
+    options = dict(lr=0.02, weight_decay=0.1, **options) | (dict(momentum=0.9) if kind == "sgdp" else dict(eps=1e-30))
+    params, twins = parameters(SHAPES[:5]), parameters(SHAPES[:5])
+    optimizer = MAKERS[kind](params, record=True, **options)
+    other = getattr(theirs, {"adamp": "AdamP", "sgdp": "SGDP"}[kind])(twins, **options)
+    for gradient in scripted(1):
+        for opt, ps in ((optimizer, params), (other, twins)):
+            give(ps, [torch.from_numpy(np.asarray(gradient(i, p.detach().numpy()))) for i, p in enumerate(ps)])
+            opt.step()
+    assert_same(params, twins, atol=CLOSE)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_checkpoint_of_pytorch_optimizer_goes_on(kind):
+    """It counts the steps of AdamP in the param group, and has foreach=False by default."""
+    theirs = pytest.importorskip("pytorch_optimizer")
+    options = dict(lr=0.02, weight_decay=0.1) | (dict(momentum=0.9) if kind == "sgdp" else dict(eps=1e-30))
+    params = parameters(SHAPES[:3])
+    other = getattr(theirs, {"adamp": "AdamP", "sgdp": "SGDP"}[kind])(params, **options)
+    steps = gradients(SHAPES[:3], 6)
+    run(other, params, steps[:4])
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    optimizer = MAKERS[kind](copies, **options)
+    optimizer.load_state_dict(copy.deepcopy(other.state_dict()))
+    assert "step" not in optimizer.param_groups[0]
+    assert optimizer.param_groups[0]["foreach"] is None
+    run(other, params, steps[4:])
+    run(optimizer, copies, steps[4:])
+    assert_same(copies, params, atol=CLOSE)
+
+
+def test_moments_without_a_count_of_steps_are_refused():
+    params = parameters([(3, 4)])
+    optimizer = AdamP(params)
+    state = {0: {"exp_avg": torch.zeros(3, 4), "exp_avg_sq": torch.zeros(3, 4)}}
+    with pytest.raises(ValueError, match="parameter 0 has no step, which AdamP counts"):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize("kind", MAKERS)

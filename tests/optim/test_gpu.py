@@ -94,6 +94,18 @@ def no_synchronization():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def sparse_spam(params, **options):
+    """A quarter of the moments in matrices, all of them elsewhere."""
+    groups = [
+        {"params": [p for p in params if p.dim() == 2], "density": 0.25},
+        {"params": [p for p in params if p.dim() != 2]},
+    ]
+    return SPAM(
+        groups, lr=1e-2, weight_decay=0.1, reset_interval=3, warmup_steps=1, grace=1, threshold=2.0,
+        generator=torch.Generator().manual_seed(0), **options,
+    )  # fmt: skip
+
+
 SYSTEMS = {
     "adan": lambda p, **o: Adan(p, lr=1e-2, **o),
     "adan-clip": lambda p, **o: Adan(p, lr=1e-2, weight_decay=0.1, max_grad_norm=0.5, maximize=True, **o),
@@ -115,6 +127,7 @@ SYSTEMS = {
     "spam": lambda p, **o: SPAM(
         p, lr=1e-2, weight_decay=0.1, reset_interval=3, warmup_steps=1, grace=1, threshold=2.0, **o
     ),
+    "spam-sparse": sparse_spam,
 }
 # Discontinuous updates are compared on numbers for which float32 is exact.
 EXACT = {
@@ -170,7 +183,7 @@ def test_other_backends_equal_the_reference(name, options):
 
 @cases("dtype", LOW)
 @cases("state_dtype", [None, torch.float32])
-@cases("name", ["adan", "lion-entropic"])
+@cases("name", ["adan", "lion-entropic", "adamp-always", "spam"])
 def test_low_precision_agrees_with_the_cpu(name, dtype, state_dtype):
     def make(p, **o):
         return SYSTEMS[name](p, state_dtype=state_dtype, **o)
@@ -260,13 +273,17 @@ def test_stochastic_rounding_survives_a_checkpoint():
 # CUDA graphs, GradScaler, synchronization.
 
 
-@cases("name", ["adan", "adan-clip", "lion-entropic", "lion-l2-all"])
+@cases(
+    "name",
+    ["adan", "adan-clip", "lion-entropic", "lion-l2-all", "adamp", "adamp-always", "sgdp", "spam", "spam-sparse"],
+)
 @cases("tensor_lr", [False, True])
 def test_graph_replay_equals_eager_steps(name, tensor_lr):
     def make(p):
         optimizer = SYSTEMS[name](p, capturable=True)
         if tensor_lr:
-            optimizer.param_groups[0]["lr"] = torch.tensor(1e-2, device=CUDA, dtype=torch.float64)
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(1e-2, device=CUDA, dtype=torch.float64)
         return optimizer
 
     captured, eager = parameters(FEW, torch.float32, CUDA), parameters(FEW, torch.float32, CUDA)
@@ -293,8 +310,8 @@ def test_graph_replay_equals_eager_steps(name, tensor_lr):
     for t in range(2, 8):
         load(t)
         if tensor_lr:
-            for optimizer in (first, second):
-                optimizer.param_groups[0]["lr"].fill_(1e-2 / t)
+            for group in (*first.param_groups, *second.param_groups):
+                group["lr"].fill_(1e-2 / t)
         graph.replay()
         second.step()
     assert_equal(captured, eager)
@@ -360,7 +377,7 @@ def test_stochastic_rounding_draws_anew_at_every_replay():
         assert abs(same - 0.5) < 6 * 0.5 / math.sqrt(n)
 
 
-@cases("name", ["adan", "adan-clip", "lion-entropic", "lion-l2-group"])
+@cases("name", ["adan", "adan-clip", "lion-entropic", "lion-l2-group", "adamp", "sgdp", "spam", "spam-sparse"])
 @cases("options", [dict(), dict(capturable=True), dict(foreach=True)])
 @cases("unscale", [False, True])
 def test_a_step_that_the_scaler_skips_leaves_no_trace(name, options, unscale):
@@ -401,6 +418,9 @@ def test_a_step_that_the_scaler_skips_leaves_no_trace(name, options, unscale):
 def test_warm_steps_do_not_synchronize(name, options):
     params = parameters(FEW, torch.float32, CUDA)
     optimizer = SYSTEMS[name](params, **options)
+    for group in optimizer.param_groups:
+        if group.get("density", 1.0) < 1:
+            group["reset_interval"] = 1000  # a redrawn mask's largest gap is looked at
     gradients = []
     for t in range(5):
         give_gradients(params, t)
@@ -431,10 +451,28 @@ def test_the_async_path_of_the_scaler_does_not_synchronize():
         scaler.update()
 
 
+def test_masks_are_the_same_on_every_device_and_are_redrawn_between_replays():
+    shapes = [(33, 65), (64, 33)]
+    here, there = parameters(shapes, torch.float64, "cpu"), parameters(shapes, torch.float64, CUDA)
+    reference, optimizer = sparse_spam(here), sparse_spam(there, capturable=True)
+    seen = []
+    for t in range(4):
+        for params, opt in ((here, reference), (there, optimizer)):
+            give_gradients(params, t)
+            if t == 2 and opt is optimizer:  # on the host the third step does so by itself
+                assert opt.redraw_masks()
+            opt.step()
+        masks = [optimizer.mask(p).cpu() for p in there]
+        assert all(torch.equal(m, reference.mask(p)) for m, p in zip(masks, here, strict=True))
+        seen.append(masks[0])
+    assert not torch.equal(seen[1], seen[2])
+    assert_close(there, here, atol=1e-12)
+
+
 # Layouts, lists, devices.
 
 
-@cases("name", ["adan", "adan-clip", "lion-entropic"])
+@cases("name", ["adan", "adan-clip", "lion-entropic", "adamp-always", "spam", "spam-sparse"])
 def test_layouts(name):
     def make_params(device, dtype):
         base = normal((6, 5, 4, 3), 0).to(device, dtype)
@@ -532,7 +570,7 @@ def test_more_elements_than_32_bits_count():
 
 
 @cases("order", ["cuda first", "cpu first"])
-@cases("name", ["adan", "adan-clip", "lion-entropic"])
+@cases("name", ["adan", "adan-clip", "lion-entropic", "adamp-always", "spam"])
 def test_one_group_on_two_devices(order, name):
     shapes = [(5,), (70,), (3, 3), (1030,)]
     expected, actual = parameters(shapes, torch.float64, "cpu"), parameters(shapes, torch.float64, "cpu")
@@ -603,7 +641,11 @@ def test_gradients_are_not_touched():
             assert_equal([p.grad for p in params], before)
 
 
-@cases("name", ["lion", "adan", "lion-huber", "lion-entropic", "lion-relativistic", "lion-dead-zone", "lion-l2-group"])
+@cases(
+    "name",
+    ["lion", "adan", "lion-huber", "lion-entropic", "lion-relativistic", "lion-dead-zone", "lion-l2-group", "adamp",
+     "sgdp", "spam"],
+)  # fmt: skip
 def test_nan_propagates_and_infinities_do_not_hang(name):
     params = parameters([(3000,)], torch.float32, CUDA)
     optimizer = {**SYSTEMS, **EXACT}[name](params)

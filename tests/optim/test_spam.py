@@ -139,6 +139,19 @@ def test_moments_restart_exactly_at_the_interval(backend):
         assert restarted == (t in (1, 8, 16, 24))
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_reset_before_there_are_moments(backend, capturable):
+    params = parameters([(6,), (4, 3)])
+    optimizer = SPAM(
+        [{"params": [params[0]]}, {"params": [params[1]], "density": 0.5}], lr=0.01, capturable=capturable, **QUICK,
+        **backend,
+    )  # fmt: skip
+    for t in range(1, 10):
+        give(params, [normal((6,), t), normal((4, 3), t) if t > 8 else None])
+        optimizer.step()
+    assert int((params[1].detach() != parameters([(6,), (4, 3)])[1].detach()).sum()) == 6
+
+
 def test_no_clipping_in_the_grace_period(backend):
     params = parameters([(6,)])
     optimizer = SPAM(params, lr=0.01, threshold=1e-3, reset_interval=10, warmup_steps=2, grace=4, **backend)
@@ -173,6 +186,55 @@ def test_entries_without_a_second_moment_are_not_frozen(backend):
     before = snapshot(params)[0]
     run(optimizer, params, [[torch.ones(4, dtype=torch.float64)]])
     assert (params[0].detach() != before).all()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(density=0.5)], ids=str)
+def test_gradients_are_not_touched(options, backend):
+    params = parameters([(12, 5)])
+    optimizer = SPAM(params, lr=0.01, **QUICK, **options, **backend)
+    for grads in spiky([(12, 5)], 12):
+        kept = grads[0].clone()
+        run(optimizer, params, [grads])
+        assert torch.equal(params[0].grad, kept)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_differentiation_through_four_steps(density):
+    """Over a reset and clipped entries."""
+
+    def four_steps(start, *grads):
+        p = start.clone()
+        optimizer = SPAM(
+            [p], lr=0.1, weight_decay=0.1, reset_interval=3, warmup_steps=1, grace=1, threshold=2.0, density=density,
+            generator=torch.Generator().manual_seed(0), differentiable=True,
+        )  # fmt: skip
+        for g in grads:
+            p.grad = g
+            optimizer.step()
+        return p
+
+    arguments = [((10 if i == 2 else 1) * normal((3, 4), i)).requires_grad_() for i in range(5)]
+    assert torch.autograd.gradcheck(four_steps, arguments, eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("interval", "warmup"), [(8, 0), (1000, 5)])
+def test_the_same_as_pytorch_optimizer(interval, warmup):
+    """Without its warmup, whose helper gives other values when it is evaluated step by step; and where nothing resets."""
+    theirs = pytest.importorskip("pytorch_optimizer")
+    params, twins = parameters(SHAPES[:2]), parameters(SHAPES[:2])
+    optimizer = SPAM(
+        params, lr=0.02, weight_decay=0.1, threshold=6.0, grace=3, reset_interval=interval, warmup_steps=warmup
+    )
+    other = theirs.SPAM(
+        twins, lr=0.02, weight_decay=0.1, threshold=6, grad_accu_steps=3, update_proj_gap=interval, warmup_epoch=warmup
+    )
+    clipped = 0
+    for grads in spiky(SHAPES[:2], 30):
+        run(optimizer, params, [grads])
+        run(other, twins, [[g.clone() for g in grads]])  # it writes into them
+        clipped += int(optimizer.last_clipped)
+    assert clipped > 0
+    assert_same(params, twins, atol=CLOSE)
 
 
 # Sparse momentum.
@@ -294,6 +356,83 @@ def test_a_checkpoint_across_a_reset(density, before, backend):
     assert_same(copies, params)
 
 
+def test_a_checkpoint_of_the_official_code():
+    """Its counters lie beside the parameters' states, under names."""
+    params = parameters(SHAPES)
+    optimizer = SPAM(params, lr=0.02, **QUICK)
+    steps = spiky(SHAPES, 14)
+    run(optimizer, params, steps[:6])
+    theirs = copy.deepcopy(optimizer.state_dict())
+    for group in theirs["param_groups"]:
+        del group["total_step"], group["mask_seed"]
+    theirs["state"] |= {"total_step": 6, "current_step": 11}
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    other = SPAM(copies, lr=0.02, **QUICK)
+    other.load_state_dict(theirs)
+    assert other.param_groups[0]["total_step"] == 6
+    assert list(other.state_dict()["state"]) == list(range(len(SHAPES)))
+    run(optimizer, params, steps[6:])
+    run(other, copies, steps[6:])
+    assert_same(copies, params)
+
+
+def test_a_checkpoint_of_adam_starts_the_schedule():
+    params = parameters(SHAPES)
+    adam = run(torch.optim.Adam(params), params, gradients(SHAPES, 5))
+    optimizer = SPAM(params)
+    optimizer.load_state_dict(copy.deepcopy(adam.state_dict()))
+    assert optimizer.param_groups[0]["total_step"] == 0
+    assert {float(s["step"]) for s in optimizer.state.values()} == {5.0}
+
+
+@pytest.mark.parametrize("decay", ["masked", "all"])
+def test_a_step_that_the_scaler_skips_leaves_no_trace(interpreter, decay):
+    params, optimizer = sparse(0.25, weight_decay=0.5, decay_masked=decay, fused=True, capturable=True, **QUICK)
+    twins, reference = sparse(0.25, weight_decay=0.5, decay_masked=decay, foreach=False, **QUICK)
+    assert optimizer._step_supports_amp_scaling
+    for t, grads in enumerate(gradients([(40, 30), (17, 25)], 4)):
+        give(params, [4 * g for g in grads])
+        before = snapshot(params)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(float(t == 1)).reshape(1)
+        optimizer.step()
+        if t == 1:
+            assert_same(params, before)
+        else:
+            run(reference, twins, [grads])
+    assert_same(params, twins, atol=1e-9)  # the scale reaches the kernel in float32
+
+
+def test_capturable_masks_are_redrawn_on_request(backend):
+    """Before each step of a reset: the same as without ``capturable``, where the step does so by itself."""
+    params, optimizer = sparse(0.25, capturable=True, **QUICK, **backend)
+    twins, reference = sparse(0.25, **QUICK, foreach=False)
+    first = None
+    for t, grads in enumerate(spiky([(40, 30), (17, 25)], 20), 1):
+        if t % 8 == 0:
+            assert optimizer.redraw_masks()
+        run(optimizer, params, [grads])
+        run(reference, twins, [grads])
+        first = optimizer.mask(params[0]) if first is None else first
+        assert torch.equal(optimizer.mask(params[0]), reference.mask(twins[0]))
+    assert not torch.equal(optimizer.mask(params[0]), first)
+    assert_same(params, twins, atol=CLOSE)
+
+
+def test_a_mask_with_wider_gaps_moves_and_a_narrower_one_stays():
+    params, optimizer = sparse(0.25, shapes=((40, 30),), capturable=True)
+    run(optimizer, params, gradients([(40, 30)], 1))
+    state = optimizer.state[params[0]]
+    wide = state["mask"] = state["mask"].to(torch.int16)
+    assert optimizer.redraw_masks()
+    assert state["mask"] is wide
+    assert int(optimizer.mask(params[0]).sum()) == 300
+    optimizer.param_groups[0]["density"] = 0.003  # three of 1200: gaps beyond a byte
+    state.update({name: state[name][:3].clone() for name in ("mask", "exp_avg", "exp_avg_sq")})
+    state["mask"] = state["mask"].to(torch.uint8)
+    assert not optimizer.redraw_masks()
+    assert int(optimizer.mask(params[0]).sum()) == 3
+
+
 def test_copies_go_on_alone():
     params, optimizer = sparse(0.25, **QUICK)
     run(optimizer, params, spiky([(40, 30), (17, 25)], 3))
@@ -341,6 +480,8 @@ def test_clip_spikes():
         clip_spikes_(g, v, threshold=0.0)
     with pytest.raises(ValueError, match="exp_avg_sqs has 0"):
         clip_spikes_(g, [], threshold=1.0)
+    with pytest.raises(ValueError, match=r"exp_avg_sqs\[0\] has shape \(1,\) where grads\[0\] has \(4,\)"):
+        clip_spikes_(g, [torch.ones(1)], threshold=1.0)
 
 
 def test_spike_monitor():
@@ -356,6 +497,16 @@ def test_spike_monitor():
     assert monitor.steps == 31
     with pytest.raises(ValueError, match="window"):
         SpikeMonitor(window=0)
+
+
+def test_spike_monitor_is_not_blinded_by_what_is_not_finite():
+    monitor, p = SpikeMonitor(window=10, threshold=50), torch.nn.Parameter(torch.zeros(3))
+    for t in range(9):
+        p.grad = torch.tensor([math.inf, math.nan, 1.0]) if t in (0, 4) else torch.ones(3)
+        if t == 8:
+            p.grad *= 1000
+        monitor.update([("p", p)])
+    assert monitor.total == 2 + 2 + 3
 
 
 # Bad input.
@@ -406,6 +557,8 @@ def test_bad_hyperparameters(options, message):
 def test_other_bad_input():
     with pytest.raises(ValueError, match=r"density below 1 is for matrices, got a parameter of shape \(3, 4, 5\)"):
         SPAM(parameters([(3, 4, 5)]), density=0.5)
+    with pytest.raises(ValueError, match=r"density below 1 is for real parameters, got torch\.complex64"):
+        SPAM([torch.nn.Parameter(torch.zeros(3, 4, dtype=torch.complex64))], density=0.5)
     with pytest.raises(TypeError, match="reset_interval must be an integer"):
         SPAM(parameters([(3, 4)]), reset_interval=50.5)
     with pytest.raises(ValueError, match="kahan"):

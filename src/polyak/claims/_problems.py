@@ -283,24 +283,57 @@ def imagenet_deit(
     Raises:
         DataError: timm is not installed, or the set is not at hand.
     """
+    return _imagenet(
+        seed, device, model, batch, micro_batch, workers,
+        network=dict(drop_path_rate=0.1),
+        training=dict(auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel", color_jitter=0.3),
+        validation=dict(crop_pct=0.9),
+        mixed=dict(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=1000),
+        interpolation="bicubic",
+    )  # fmt: skip
+
+
+def imagenet_plain(
+    seed: int, device: str, *, model: str, batch: int, micro_batch: int, workers: int
+) -> tuple[Problem, int]:
+    """ImageNet-1k with random crops and flips alone, as convolutional networks are compared on it; else as above."""
+    return _imagenet(
+        seed, device, model, batch, micro_batch, workers,
+        network={}, training=dict(color_jitter=0.0), validation=dict(crop_pct=0.875), mixed=None,
+        interpolation="bilinear",
+    )  # fmt: skip
+
+
+def _imagenet(
+    seed: int,
+    device: str,
+    model: str,
+    batch: int,
+    micro_batch: int,
+    workers: int,
+    *,
+    network: Mapping[str, Any],
+    training: Mapping[str, Any],
+    validation: Mapping[str, Any],
+    mixed: Mapping[str, Any] | None,
+    interpolation: str,
+) -> tuple[Problem, int]:
     try:
         timm, loaders = import_module("timm"), import_module("timm.data")
-        criterion = import_module("timm.loss").SoftTargetCrossEntropy()
     except ImportError as error:
         raise data.DataError("ImageNet at the paper's scale needs timm: pip install timm datasets") from error
     torch.manual_seed(seed)  # timm's loaders and mixing draw from the global generators
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
-    net = timm.create_model(model, num_classes=1000, drop_path_rate=0.1).to(device)
+    net = timm.create_model(model, num_classes=1000, **network).to(device)
     folder = Path(os.environ.get(data.VARIABLE, ""), "imagenet")
     where = {"name": "", "root": str(folder)} if folder.is_dir() else {"name": "hfds/ILSVRC/imagenet-1k", "root": None}
-    mixed = dict(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=1000)
     shared = dict(
         input_size=(3, 224, 224),
         batch_size=micro_batch,
         num_workers=workers,
         device=torch.device(device),
-        interpolation="bicubic",
+        interpolation=interpolation,
     )
     try:
         splits = [loaders.create_dataset(**where, split=split) for split in ("train", "validation")]
@@ -309,27 +342,25 @@ def imagenet_deit(
             f"ImageNet-1k is not at hand: put its classes' folders in imagenet/train and imagenet/validation of {data.VARIABLE}, "
             f"or install datasets and log in to the hub, which asks to accept its terms; timm could not load it ({error})"
         ) from error
-    augmentation = dict(auto_augment="rand-m9-mstd0.5-inc1", re_prob=0.25, re_mode="pixel", color_jitter=0.3)
-    training = loaders.create_loader(
-        splits[0], is_training=True, collate_fn=loaders.FastCollateMixup(**mixed), **augmentation, **shared
-    )
-    validation = loaders.create_loader(splits[1], is_training=False, crop_pct=0.9, **shared)
+    collate = None if mixed is None else loaders.FastCollateMixup(**mixed)
+    inside = loaders.create_loader(splits[0], is_training=True, collate_fn=collate, **training, **shared)
+    outside = loaders.create_loader(splits[1], is_training=False, **validation, **shared)
 
     def forever() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
-            yield from training
+            yield from inside
 
     def logits(images: Tensor) -> Tensor:
         with torch.autocast(torch.device(device).type, torch.bfloat16):
             return net(images)
 
     def loss(pair: tuple[Tensor, Tensor]) -> Tensor:
-        return criterion(logits(pair[0]).float(), pair[1])
+        return F.cross_entropy(logits(pair[0]).float(), pair[1])  # labels are classes, or shares of them where mixed
 
     def results() -> dict[str, float]:
         total, right, count = 0.0, 0, 0
         with _evaluation(net):
-            for images, labels in validation:
+            for images, labels in outside:
                 scores = logits(images).float()
                 total += F.cross_entropy(scores, labels, reduction="sum").item()
                 right += int((scores.argmax(1) == labels).sum())
@@ -338,7 +369,7 @@ def imagenet_deit(
 
     accumulate = max(1, batch // micro_batch)
     problem = Problem(model=net, batches=forever(), loss=loss, results=results, watched=results, accumulate=accumulate)
-    return problem, max(1, len(training) // accumulate)
+    return problem, max(1, len(inside) // accumulate)
 
 
 def digit_images(device: str) -> tuple[Tensor, Tensor]:

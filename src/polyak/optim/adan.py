@@ -187,20 +187,6 @@ class Adan(RuleOptimizer):
             for name in ("exp_avg", "exp_avg_diff", "exp_avg_sq", "step"):
                 state[name].zero_()
 
-    def _adopt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        # The official code counts steps in the param group.
-        state = dict(state_dict["state"])
-        for group in state_dict["param_groups"]:
-            for i in group["params"] if "step" in group else ():
-                if i in state and "step" not in state[i]:
-                    state[i] = {**state[i], "step": torch.tensor(float(group["step"]))}
-        # It chose its backend with options of other meanings: ours is chosen anew.
-        theirs = {"step": None, "foreach": None, "fused": None}
-        groups = [
-            {k: v for k, v in g.items() if k not in theirs} if "step" in g else g for g in state_dict["param_groups"]
-        ]
-        return super()._adopt({"state": state, "param_groups": groups})
-
 
 def global_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
     """The Euclidean norm of all gradients together, on the device of the first; shards of a DTensor are summed over."""

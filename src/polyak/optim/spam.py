@@ -75,19 +75,23 @@ class SPAM(RuleOptimizer):
         density: part of a matrix's entries that have moments and are updated, in (0, 1]; below 1 for matrices only.
         decay_masked: weight decay of matrices with ``density < 1``: "masked" entries alone, or "all". (In the official code
             it has no effect on them.)
-        nonfinite: what to do with infinite and NaN entries of the gradient: "clip" (an infinite one is a spike, and counted;
-            a NaN makes its own entry NaN), or "raise" before anything is changed, which waits for the device.
+        nonfinite: what to do with infinite and NaN entries of the gradient: "clip" (an infinite one is a spike, clipped and
+            counted; where nothing is clipped, as in the grace period, it makes its own entry NaN, as a NaN always does), or
+            "raise" before anything is changed, which waits for the device.
         reset_bias_correction: count the bias correction's steps from the last reset.
         generator: draws the seed of the masks (None: torch's own seed, without drawing from it) and of stochastic rounding.
+            Replicas of a model (DDP) need the same masks: generators of one seed, or one seed for torch.
         maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.Adam``; by default the fastest is chosen.
-            In a captured CUDA graph masks stay as they are until :meth:`redraw_masks` is called between replays.
+            With ``capturable=True`` masks stay as they are until :meth:`redraw_masks` is called between steps.
         state_dtype: type of the moments, None for the parameter's (the second moment of low-precision ones: float32).
         rounding: as in :class:`polyak.optim.Adan`; "kahan" needs ``density=1``.
 
     State: exp_avg, exp_avg_sq and step, per tensor; with ``density < 1`` the moments of the ``int(density * numel)`` entries
     alone, and ``mask``, ``mask_bases`` which say where they are: a byte an entry. The official code draws later masks entry by
     entry; here all have the same size. Masks depend on the seed, the reset's number and the parameter's name (its position,
-    where parameters come without names), on nothing else. The number of steps is ``param_groups[i]["total_step"]``.
+    where parameters come without names), on nothing else. The number of steps is ``param_groups[i]["total_step"]``. A reset
+    also reaches parameters that have no gradient in its step (with ``capturable=True`` it passes them by). Checkpoints of the
+    official code load where their momentum is not sparse; those of Adam, too: the schedule of resets starts then.
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -181,6 +185,8 @@ class SPAM(RuleOptimizer):
             for p in group["params"]:
                 if p.dim() != 2:
                     raise ValueError(f"density below 1 is for matrices, got a parameter of shape {tuple(p.shape)}")
+                if p.is_complex():
+                    raise ValueError(f"density below 1 is for real parameters, got {p.dtype}")
                 if is_dtensor(p):
                     raise ValueError("density below 1 is not for sharded parameters (DTensor): use density=1")
             if group["rounding"] == "kahan":
@@ -219,10 +225,7 @@ class SPAM(RuleOptimizer):
             extras.append({})
             group["total_step"] += 1
             if group["total_step"] % group["reset_interval"] == 0:
-                # Of all tensors, also those that have no gradient in this step.
-                states = [self.state[p] for p in group["params"] if self.state.get(p)]
-                torch._foreach_zero_([state[name] for state in states for name in self.state_names])
-                self._redraw(group)
+                self._reset(group, group["total_step"])
         self._extra_values = extras
 
     def _on_device(self, group: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -258,12 +261,17 @@ class SPAM(RuleOptimizer):
         loss = super().step(closure)
         for group in self.param_groups:
             if group["density"] < 1 and group["decay_masked"] == "all" and group["weight_decay"] != 0:
-                with torch.no_grad():
-                    factor = 1 - group["lr"] * group["weight_decay"]
-                    updated = [p for p in group["params"] if p.grad is not None]
-                    if updated:
-                        torch._foreach_mul_(updated, factor)
+                self._decay_all(group)
         return loss
+
+    @torch.no_grad()
+    def _decay_all(self, group: dict[str, Any]) -> None:
+        updated = [p for p in group["params"] if p.grad is not None]
+        decay = group["lr"] * group["weight_decay"]
+        if (found := getattr(self, "found_inf", None)) is not None:
+            decay = decay * (1 - found.double().reshape(()))  # a step that the scaler skips leaves no trace
+        if updated:
+            torch._foreach_mul_(updated, 1 - decay)
 
     @property
     def last_clipped(self) -> torch.Tensor:
@@ -280,7 +288,7 @@ class SPAM(RuleOptimizer):
         if group["density"] < 1:
             for p in params:
                 if p.numel():
-                    places = self._draw(group, p)
+                    places = self._draw(group, p, int(group["total_step"]))
                     self.state[p].update(mask=places.gaps, mask_bases=places.bases)
         super()._init_state(group, params)
 
@@ -293,36 +301,43 @@ class SPAM(RuleOptimizer):
     def _shape(self, p: torch.Tensor, values: Mapping[str, Any]) -> torch.Size:
         return values["mask"].shape if "mask" in values else p.shape
 
-    def _draw(self, group: dict[str, Any], p: torch.Tensor) -> Places:
-        """The mask of one parameter between two resets."""
+    def _draw(self, group: dict[str, Any], p: torch.Tensor, step: int) -> Places:
+        """The mask of one parameter at the step of this number (1 is the first)."""
         names, position = group.get("param_names"), next(i for i, q in enumerate(group["params"]) if q is p)
         number = sum(len(g["params"]) for g in self.param_groups[: _index_of(self.param_groups, group)]) + position
         who = zlib.crc32(names[position].encode()) if names else number
-        reset = int(group["total_step"]) // group["reset_interval"]
+        reset = step // group["reset_interval"]
         count = max(1, int(group["density"] * p.numel()))
         keys = _mix(torch.arange(p.numel(), device=p.device) + _mixed_number(group["mask_seed"], who, reset))
         return Places.of(keys.topk(count, largest=False, sorted=False).indices.sort().values)
 
-    def _redraw(self, group: dict[str, Any]) -> None:
-        for p in group["params"]:
-            state = self.state.get(p)
-            if state and "mask" in state:
-                places = self._draw(group, p)
-                if places.gaps.dtype == state["mask"].dtype:
+    def _reset(self, group: dict[str, Any], step: int) -> bool:
+        """Forget all moments, also of tensors without a gradient, and draw masks; False where one has moved in memory."""
+        in_place = True
+        states = {p: self.state[p] for p in group["params"] if self.state.get(p)}
+        if states:
+            torch._foreach_zero_([state[name] for state in states.values() for name in self.state_names])
+        for p, state in states.items():
+            if "mask" in state:
+                places = self._draw(group, p, step)
+                if places.gaps.dtype.itemsize <= state["mask"].dtype.itemsize:
                     # In place: the addresses in a kernel's table stay good.
                     state["mask"].copy_(places.gaps)
                     state["mask_bases"].copy_(places.bases)
                 else:
                     state.update(mask=places.gaps, mask_bases=places.bases)
+                    in_place = False
+        return in_place
 
     @torch.no_grad()
-    def redraw_masks(self) -> None:
-        """Draw the masks for the present number of steps and forget the moments: for use between replays of a CUDA graph."""
-        for group in self.param_groups:
-            if group["density"] < 1:
-                states = [self.state[p] for p in group["params"] if self.state.get(p)]
-                torch._foreach_zero_([state[name] for state in states for name in self.state_names])
-                self._redraw(group)
+    def redraw_masks(self) -> bool:
+        """Draw the masks of the next step and forget the moments: for use between replays of a CUDA graph, before each reset.
+
+        Returns False where a mask has moved, for its gaps need a wider type than those before: then capture the graph anew.
+        """
+        groups = [group for group in self.param_groups if group["density"] < 1]
+        in_place = [self._reset(group, int(group["total_step"]) + 1) for group in groups]
+        return all(in_place)
 
     def mask(self, p: torch.Tensor) -> torch.Tensor:
         """Which entries of a parameter are updated: a bool tensor of its shape."""
@@ -331,6 +346,14 @@ class SPAM(RuleOptimizer):
             return torch.ones(p.shape, dtype=torch.bool, device=p.device)
         flat = torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
         return flat.index_fill_(0, places.indices(), True).view(p.shape)
+
+    def _adopt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        # The official code keeps its counters beside the parameters' states.
+        state, groups = dict(state_dict["state"]), state_dict["param_groups"]
+        if isinstance(total := state.get("total_step"), int):
+            state = {i: values for i, values in state.items() if i not in ("total_step", "current_step")}
+            groups = [{**group, "total_step": total} for group in groups]
+        return super()._adopt({"state": state, "param_groups": groups})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint. One of another optimizer, or for other shapes, raises ValueError and changes nothing."""
@@ -414,11 +437,14 @@ def clip_spikes_(
         The number of clipped entries, on the first gradient's device.
 
     Raises:
-        ValueError: lists of unequal length, or a threshold that is not positive.
+        ValueError: lists of unequal length or tensors of unequal shape, or a threshold that is not positive.
     """
     checks.positive("threshold", threshold)
     if len(grads) != len(exp_avg_sqs):
         raise ValueError(f"exp_avg_sqs has {len(exp_avg_sqs)} tensors where grads has {len(grads)}")
+    for i, (g, v) in enumerate(zip(grads, exp_avg_sqs, strict=True)):
+        if g.shape != v.shape:
+            raise ValueError(f"exp_avg_sqs[{i}] has shape {tuple(v.shape)} where grads[{i}] has {tuple(g.shape)}")
     total = torch.zeros((), dtype=torch.int64, device=grads[0].device if grads else None)
     for g, v in zip(grads, exp_avg_sqs, strict=True):
         value, bound = g.to(v.dtype), threshold * v
@@ -429,7 +455,9 @@ def clip_spikes_(
 
 
 class SpikeMonitor:
-    """Counts spikes of the gradient: entries above ``threshold`` times the mean size of that entry (the paper's GSS).
+    """Counts spikes of the gradient: entries above ``threshold`` times their own mean size before (the paper's GSS).
+
+    Entries that are not finite are spikes, and left out of the mean. Those that were always zero have no size to compare with.
 
     Args:
         window: steps that the mean goes over. It is kept as one number an entry: the plain mean of the first ``window`` steps,
@@ -459,11 +487,11 @@ class SpikeMonitor:
                 continue
             size = p.grad.abs().float() if p.dtype in LOW else p.grad.abs()
             mean, seen = self._means.get(name, (torch.zeros_like(size), 0))
-            if seen:
-                spikes = (size > self.threshold * mean).sum()
-                self.counts[name] = self.counts.get(name, torch.zeros_like(spikes)) + spikes
+            finite = size.isfinite()
+            spikes = (~finite | ((size > self.threshold * mean) & (mean > 0))).sum()
+            self.counts[name] = self.counts.get(name, torch.zeros_like(spikes)) + spikes
             seen = min(seen + 1, self.window)
-            self._means[name] = (mean + (size - mean) / seen, seen)
+            self._means[name] = (torch.where(finite, mean + (size - mean) / seen, mean), seen)
 
     @property
     def total(self) -> int:

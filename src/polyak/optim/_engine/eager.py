@@ -24,8 +24,10 @@ def eager(
 ) -> torch.Tensor | None:
     """The reference: the rule itself on one tensor, written back in place. Returns the number of elements it counted."""
     compute = compute_dtype(p.dtype)
-    value = p.to(compute) if remainder is None else p.to(compute) + remainder.to(compute)
-    inputs = {"p": value, **{name: s.to(compute) for name, s in state.items()}}
+    # What is differentiated must not be written over: autograd may need it for the rule's backward.
+    kept = torch.is_grad_enabled()
+    value = p.to(compute, copy=kept) if remainder is None else p.to(compute) + remainder.to(compute)
+    inputs = {"p": value, **{name: s.to(compute, copy=kept) for name, s in state.items()}}
     new, new_state = rule(value, g.to(compute), SimpleNamespace(**inputs), h)
     count = new_state.pop("count", None)
     outputs: dict[str, Any] = {"p": new, **new_state}

@@ -257,6 +257,8 @@ class RuleOptimizer(Optimizer):
                         f"this state_dict is not one of {type(self).__name__}: state {sorted(values)} "
                         f"where {sorted(self.state_names)} is needed"
                     )
+                if values and self.counts_steps and "step" not in values:
+                    raise ValueError(f"state_dict: parameter {i} has no step, which {type(self).__name__} counts")
                 for name in self.state_names:
                     if name in values and values[name].shape != (shape := self._shape(p, values)):
                         raise ValueError(
@@ -304,12 +306,22 @@ class RuleOptimizer(Optimizer):
 
     def _adopt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Translate checkpoints of other implementations; a subclass knows which. Missing options take the defaults."""
-        # What else is in a group is kept: schedulers have their own entries there.
-        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
-        for group in groups:
+        state, groups = dict(state_dict["state"]), []
+        for group in state_dict["param_groups"]:
+            group = dict(group)
+            # Some count steps in the param group, and choose a backend with options of other meanings: ours is chosen anew.
+            step = group.pop("step", None)
+            if step is not None:
+                group = {name: value for name, value in group.items() if name not in ("foreach", "fused")}
+                for i in group["params"] if self.counts_steps else ():
+                    if state.get(i) and "step" not in state[i]:
+                        state[i] = {**state[i], "step": torch.tensor(float(step))}
+            # What else is in a group is kept: schedulers have their own entries there.
+            group = {**self.defaults, **group}
             if isinstance(group["state_dtype"], str):
                 group["state_dtype"] = getattr(torch, group["state_dtype"], group["state_dtype"])
-        return {"state": state_dict["state"], "param_groups": groups}
+            groups.append(group)
+        return {"state": state, "param_groups": groups}
 
     # The step.
 

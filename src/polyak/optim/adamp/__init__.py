@@ -139,7 +139,8 @@ class AdamP(_Projected):
         state_dtype, rounding, generator: as in :class:`polyak.optim.Adan`.
 
     State: exp_avg, exp_avg_sq and step, per tensor; checkpoints of the official code and of timm load. A zero gradient counts
-    as orthogonal, as in the official code. A NaN gradient makes its own elements NaN, and its row's where that is projected.
+    as orthogonal, as in the official code. A tensor whose gradient is not finite fails the test: those elements become NaN, no
+    others (with "channel" and "layer" their rows, or the tensor).
 
     Raises:
         ValueError: a hyperparameter is out of range.
@@ -204,7 +205,8 @@ class SGDP(_Projected):
             projected in place). The paper projects the step alone.
         maximize, foreach, capturable, differentiable, fused, record, state_dtype, rounding, generator: as in :class:`AdamP`.
 
-    State: momentum_buffer and step, per tensor; checkpoints of the official code and of timm load.
+    State: momentum_buffer, per tensor, as in ``torch.optim.SGD``; checkpoints of that, of the official code and of timm load.
+    Gradients that are not finite: as in :class:`AdamP`, but an infinite one makes its element infinite.
 
     Raises:
         ValueError: a hyperparameter is out of range.
