@@ -59,9 +59,8 @@ def _timed(t: Trial) -> Iterator[Measurement]:
         if n:
             yield measure({"step": n}, step_ms=1e3 * spans[-1])
     ordinary, updating = statistics.median(spans[1::2]), statistics.median(spans[2::2])
-    update = max(updating - ordinary, 0.0)
     # As it is in training, where one step in ten updates.
-    yield measure(step_ms=1e3 * (ordinary + update / 10), update_ms=1e3 * update)
+    yield measure(step_ms=1e3 * (0.9 * ordinary + 0.1 * updating))
 
 
 def _stepper(t: Trial, model: Any) -> Any:
@@ -227,10 +226,6 @@ CRITERIA = (
         name="width_step", says="At width 1024, a step of MKOR takes at most half the time of one of K-FAC",
         task="width", metric="step_ms", arm="mkor_wide", against="kfac_wide", bound=0.5,
     ),
-    Criterion(
-        name="width_update", says="At width 1024, an update of the factors takes MKOR at most half the time that it takes K-FAC",
-        task="width", metric="update_ms", arm="mkor_wide", against="kfac_wide", bound=0.5, gating=False,
-    ),
 )  # fmt: skip
 
 CLAIM = Claim(
@@ -268,7 +263,6 @@ CLAIM = Claim(
         Metric(name="steps", label="Steps to the target loss", unit="steps"),
         Metric(name="seconds", label="Time to the target loss", unit="s"),
         Metric(name="step_ms", label="Time of a step", unit="ms"),
-        Metric(name="update_ms", label="Time of an update of the factors", unit="ms"),
     ),
     criteria=CRITERIA,
     trial=trial,
@@ -283,7 +277,7 @@ CLAIM = Claim(
         "diverges at 3; so 1.0 takes the place of 0.01.",
         "K-FAC is an implementation for this claim; it looks at a batch and inverts every 10 steps, as MKOR does, and clips its "
         "steps by 1e-3 as the public implementations do by default. MKOR's time has its preconditioning in it, which is O(d^3) "
-        "for K-FAC and MKOR alike and outweighs an update that is made in one of ten steps.",
+        "for K-FAC and MKOR alike and outweighs an update that is made in one of ten steps; bench/mkor.py times updates alone.",
         "The official code's coefficients 0.95 and 0.05 are used; the paper's text has others. Its stabilizer never acts. "
         "MKOR-H's switch is a rule of our own: none is published.",
     ),
