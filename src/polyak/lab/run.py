@@ -331,7 +331,6 @@ class _Run:
         self._report(task.trial.claim)
 
     def _bury(self, task: _Task, death: Died) -> None:
-        task.plan.unheard(task.trial)
         if task.attempts < _ATTEMPTS:
             self.queue.insert(0, task)
             return

@@ -97,8 +97,10 @@ class Plan:
         """Take in a measurement of a trial that asks. Whether it should go on."""
         return True
 
-    def unheard(self, trial: Planned) -> None:
-        """Forget the measurements of a trial whose worker died: it begins anew."""
+    @property
+    def tunes(self) -> bool:
+        """Whether any arm is tuned."""
+        return bool(self._tuning)
 
     @property
     def total(self) -> int:
@@ -172,7 +174,7 @@ class Plan:
             trials=trials,
             chosen=chosen,
             seeds=self.seeds,
-            tuning_seeds=self.tuning_seeds if self._tuning else (),
+            tuning_seeds=self.tuning_seeds if self.tunes else (),
             date=latest.finished,
             seconds=sum(t.seconds for t in trials),
             versions=self.versions,
