@@ -54,7 +54,7 @@ def index_page(entries: Sequence[Entry], *, linked: Collection[str]) -> str:
     for entry in entries:
         rooms.setdefault(entry.claim.room, []).append(entry)
     counts = {v: sum(words.verdict_of(e.result) == v for e in entries) for v in words.GLYPHS}
-    return _templates().get_template("index.html").render(rooms=rooms, counts=counts, total=len(entries), linked=linked)
+    return templates().get_template("index.html").render(rooms=rooms, counts=counts, total=len(entries), linked=linked)
 
 
 def claim_page(entry: Entry) -> str:
@@ -64,7 +64,7 @@ def claim_page(entry: Entry) -> str:
     # Where a scale leaves a criterion's task out, its outcome does not count whatever the claim declares.
     counts = {c.name: outcomes[c.name].gating if c.name in outcomes else c.gating for c in claim.criteria}
     return (
-        _templates()
+        templates()
         .get_template("claim.html")
         .render(
             entry=entry,
@@ -75,9 +75,9 @@ def claim_page(entry: Entry) -> str:
             asked=[c for c in claim.criteria if counts[c.name]],
             outcomes=outcomes,
             tasks=[_task(claim, task, result) for task in _tasks(claim, result)],
-            arms=[_arm(claim, arm, result) for arm in claim.arms],
-            trials=_trial_rows(claim, result) if result else [],
-            data=_embedded(result) if result and result.trials else "",
+            arms=[arm_facts(claim, arm, result) for arm in claim.arms],
+            trials=trial_rows(claim, result) if result else [],
+            data=embedded(result.to_json()) if result and result.trials else "",
             diverged=_diverged(t for t in result.trials if t.purpose == "report") if result else 0,
         )
     )
@@ -113,7 +113,7 @@ def _finals(claim: Claim, task: Task, result: ClaimResult) -> dict[str, Any]:
         reported = [t for t in result.trials if (t.purpose, t.task, t.arm) == ("report", task.name, arm.name)]
         if reported:
             cells = [_spread([t.values[m.name] for t in reported if m.name in t.values]) for m in seen]
-            rows.append({"arm": _arm(claim, arm, result), "cells": cells, "diverged": _diverged(reported)})
+            rows.append({"arm": arm_facts(claim, arm, result), "cells": cells, "diverged": _diverged(reported)})
     return {"metrics": seen, "rows": rows}
 
 
@@ -129,7 +129,8 @@ def _spread(values: Sequence[float]) -> tuple[str, str]:
     return middle, f"{words.number(min(known))} to {words.number(max(known))}" if len(known) > 1 else ""
 
 
-def _arm(claim: Claim, arm: Arm, result: ClaimResult | None) -> dict[str, Any]:
+def arm_facts(claim: Claim, arm: Arm, result: ClaimResult | None) -> dict[str, Any]:
+    """What a page says of an arm: its swatch, role, and what tuning chose."""
     from markupsafe import Markup
 
     chosen = {
@@ -140,7 +141,8 @@ def _arm(claim: Claim, arm: Arm, result: ClaimResult | None) -> dict[str, Any]:
     return {"arm": arm, "swatch": Markup(plots.swatch(claim, arm)), "chosen": chosen, "role": ROLES[arm.role]}
 
 
-def _trial_rows(claim: Claim, result: ClaimResult) -> list[dict[str, Any]]:
+def trial_rows(claim: Claim, result: ClaimResult) -> list[dict[str, Any]]:
+    """All trials, for the table of them."""
     labels = {a.name: a.label for a in claim.arms} | {t.name: t.label for t in claim.tasks}
     return [
         {
@@ -153,24 +155,25 @@ def _trial_rows(claim: Claim, result: ClaimResult) -> list[dict[str, Any]]:
     ]
 
 
-def _embedded(result: ClaimResult):
+def embedded(data: Any):
     """JSON that no parser of HTML can mistake for the end of its script element."""
     from markupsafe import Markup
 
-    text = json.dumps(result.to_json(), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return Markup(text)
 
 
-def _strip(c: CriterionResult, criterion: Criterion):
+def strip(c: CriterionResult, criterion: Criterion):
     from markupsafe import Markup
 
     return Markup(plots.strip(c, criterion.compare))
 
 
 @cache
-def _templates():
+def templates():
+    """The environment of the pages' templates."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -180,5 +183,5 @@ def _templates():
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals |= {"words": words, "strip": _strip, "rules": RULES}
+    environment.globals |= {"words": words, "strip": strip, "rules": RULES}
     return environment

@@ -214,7 +214,11 @@ def names(kind: Kind) -> dict[str, str]:
 # What an optimizer's rate and decay are, relative to AdamW's, and who says so.
 _RELATIVE: Mapping[str, tuple[float, float, str]] = {
     "adan": (10**0.85, 2.0, "its paper: 5 to 10 times AdamW's learning rate, weight decay 0.02"),
-    "lion": (10**-0.75, 10**0.75, "its paper: a third to a tenth of AdamW's learning rate, 3 to 10 times its weight decay"),
+    "lion": (
+        10**-0.75,
+        10**0.75,
+        "its paper: a third to a tenth of AdamW's learning rate, 3 to 10 times its weight decay",
+    ),
     "sgd": (100.0, 0.05, "usual for SGD: learning rate 0.1, weight decay 5e-4"),
     "sgdp": (100.0, 0.05, "usual for SGD: learning rate 0.1, weight decay 5e-4"),
     "muon": (20.0, 1.0, "its authors: learning rate 0.02"),
@@ -234,15 +238,18 @@ def _optimizer(text: str, target: str, cls: Any, values: dict[str, Any]) -> ArmS
     rate, decay, says = _RELATIVE.get(cls.__name__.lower(), (None, 1.0, ""))
     if rate is None:
         default = parameters.get("lr")
-        known = isinstance(default, float) and default > 0 and cls.__name__.lower() not in _LIKE_ADAMW
-        rate = default / LR if known else 1.0
-        says = f"its default: learning rate {default:g}" if known else "AdamW's usual values"
+        if isinstance(default, float) and default > 0 and cls.__name__.lower() not in _LIKE_ADAMW:
+            rate, says = default / LR, f"its default: learning rate {default:g}"
+        else:
+            rate, says = 1.0, "AdamW's usual values"
     usual = {"lr": _around(LR * rate, LR_SPAN), "weight_decay": _around(WEIGHT_DECAY * decay, WEIGHT_DECAY_SPAN)}
     # The learning rate comes first: the grid is over it.
     space = {name: values.get(name, usual[name]) for name in usual if name in parameters or name in values}
     space = {name: value for name, value in (space | values).items() if isinstance(value, Range)}
     fixed = {name: value for name, value in values.items() if not isinstance(value, Range)}
-    return ArmSpec(text=text, target=target, fixed=fixed, space=space, says=says if any(r.open for r in space.values()) else "")
+    return ArmSpec(
+        text=text, target=target, fixed=fixed, space=space, says=says if any(r.open for r in space.values()) else ""
+    )
 
 
 def _around(centre: float, span: float) -> Range:

@@ -9,6 +9,7 @@ from typing import Literal
 from polyak.lab import words
 
 Unit = Literal["steps", "evaluations", "seconds"]
+_NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]+)\s*(/\s*trial)?")
 _SECONDS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
 _COUNTS: dict[str, Unit] = {
     "step": "steps",
@@ -17,7 +18,7 @@ _COUNTS: dict[str, Unit] = {
     "evaluation": "evaluations",
     "evaluations": "evaluations",
 }
-FORMS = "a time for the whole comparison (90s, 5m, 1h), a time for each trial (20s/trial), or a count for each trial (500steps, 20nfe)"
+FORMS = "a time for all (90s, 5m, 1h), a time for each trial (20s/trial), or a count for each trial (500steps, 20nfe)"
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,21 @@ class Budget:
         return 60.0 + 4 * self.amount if self.unit == "seconds" else 1800.0
 
 
+def seconds(name: str, text: str) -> float:
+    """A time such as 90s, 5m or 1h, in seconds; ValueError for anything else."""
+    match = _NUMBER.fullmatch(text.strip().lower())
+    if match is None or match[2] not in _SECONDS or match[3] or not float(match[1]):
+        raise ValueError(f"{name} must be a time such as 90s, 5m or 1h, got {text!r}")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
 def parse(text: str, trials: int) -> Budget:
     """A budget from words; a time for the whole is shared out among this many trials.
 
     Raises:
         ValueError: the words are none of :data:`FORMS`, or there is nothing to spend.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]+)\s*(/\s*trial)?", text.strip().lower())
+    match = _NUMBER.fullmatch(text.strip().lower())
     unit = match[2] if match else ""
     if match is None or unit not in {*_SECONDS, *_COUNTS}:
         raise ValueError(f"budget must be {FORMS}, got {text!r}")
@@ -69,7 +78,7 @@ def parse(text: str, trials: int) -> Budget:
         return Budget(_COUNTS[unit], int(amount))
     if amount <= 0:
         raise ValueError(f"budget must be more than no time, got {text!r}")
-    seconds = amount * _SECONDS[unit]
-    # Two digits: the same for those who count their trials the same.
-    each = seconds if match[3] else float(f"{seconds / trials:.2g}")
-    return Budget("seconds", each, None if match[3] else seconds)
+    time = amount * _SECONDS[unit]
+    if match[3]:
+        return Budget("seconds", time)
+    return Budget("seconds", float(f"{time / trials:.2g}"), total=time)

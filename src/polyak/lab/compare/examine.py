@@ -136,7 +136,9 @@ def _take_steps(task: TrainingTask, batches: list[Any], file: str) -> float:
             what = f"one of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
             raise TaskError(f"{name}: loss(model, batch) must return a tensor of one element, got {what}")
         if not loss.requires_grad:
-            raise TaskError(f"{name}: the loss has no gradient: it does not depend on the model's parameters, or was detached")
+            raise TaskError(
+                f"{name}: the loss has no gradient: it does not depend on the model's parameters, or was detached"
+            )
         if i == 0 and not math.isfinite(float(loss.detach())):
             raise TaskError(f"{name}: the loss of the first batch is {float(loss.detach())}, before any step")
         with blame(f"{name}: the gradient of loss(model, batch)", file):

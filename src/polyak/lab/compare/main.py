@@ -100,10 +100,10 @@ def compare(
     kind = versions.device_kind(device)
     files = task_files(tasks)
     facts = {file: _examine(file, device) for file in files}
-    kinds = {f.kind for f in facts.values()}
-    if len(kinds) > 1:
+    kind_of_task = next(iter(facts.values())).kind
+    if any(f.kind != kind_of_task for f in facts.values()):
         raise TaskError("tasks must be alike: some are of training and some of sampling")
-    competitors = specs.parse(arms, kinds.pop())
+    competitors = specs.parse(arms, kind_of_task)
     first = _baseline(baseline, competitors)
     competitors = (first, *(arm for arm in competitors if arm is not first))
     tuned = sum(bool(arm.space) for arm in competitors)
@@ -156,7 +156,9 @@ def task_files(tasks: str | Path | Sequence[str | Path]) -> list[Path]:
         elif path.is_file():
             found.append(path)
         else:
-            near = checks.suggestion(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+            near = (
+                checks.suggestion(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+            )
             raise TaskError(f"{path}: there is no such file{near or '; `polyak init-task` writes an example'}")
     if not found:
         raise TaskError("name a task file, or a folder of them")
@@ -186,7 +188,9 @@ def _baseline(name: str | None, arms: Sequence[ArmSpec]) -> ArmSpec:
     found = [arm for arm in arms if name.lower() in (arm.text.lower(), arm.label.lower())]
     if not found:
         texts = [arm.text for arm in arms]
-        raise ValueError(f"baseline must be one of the arms {', '.join(texts)}, got {name!r}{checks.suggestion(name, texts)}")
+        raise ValueError(
+            f"baseline must be one of the arms {', '.join(texts)}, got {name!r}{checks.suggestion(name, texts)}"
+        )
     return found[0]
 
 
@@ -198,8 +202,8 @@ def _check_unit(limit: Budget, facts: Mapping[Path, Facts]) -> None:
     slowest = max(f.seconds for f in facts.values())
     if limit.unit == "seconds" and limit.amount < 2 * slowest:
         raise ValueError(
-            f"budget is too small: {limit.amount:.3g} s for each trial, and one step alone takes {slowest:.2g} s; give more time, or "
-            "fewer seeds, trials or arms"
+            f"budget is too small: {limit.amount:.3g} s for each trial, and one step alone takes {slowest:.2g} s; give more time, "
+            "or fewer seeds, trials or arms"
         )
 
 

@@ -144,10 +144,10 @@ class TaskComparison:
         decided.sort(key=lambda r: r.difference.verdict != "holds" if r.difference else True)
         parts = [self._decided(r, base.label) for r in decided]
         if rest and not decided:
-            parts.append(
-                f"Nothing is decided between {words.listing([r.label for r in rest])} and {base.label} at {self.setup.budget.equal}"
-                f" ({'; '.join(self._undecided(r, named=len(rest) > 1) for r in rest)})"
-            )
+            verb = "is" if len(rest) == 1 else "are"
+            why = "; ".join(self._undecided(r, named=len(rest) > 1) for r in rest)
+            names = words.listing([r.label for r in rest])
+            parts.append(f"{names} {verb} undecided against {base.label} at {self.setup.budget.equal} ({why})")
         else:
             parts += [f"{r.label} is undecided ({self._undecided(r)})" for r in rest]
         if decided:
@@ -195,7 +195,9 @@ class TaskComparison:
         lower = better == "lower"
         for row in self.rows:
             finals = [t.values[name] for t in self.trials(row.arm)]
-            perfect = all(v == 0.0 for v in finals) if lower else self.main.worst == 0.0 and all(v == 1.0 for v in finals)
+            perfect = (
+                all(v == 0.0 for v in finals) if lower else self.main.worst == 0.0 and all(v == 1.0 for v in finals)
+            )
             if perfect:
                 yield (
                     f"{row.label} is perfect on every seed ({self.main.label} {words.number(finals[0])}): is the target among the "
@@ -204,22 +206,24 @@ class TaskComparison:
         for row in self.rows[1:]:
             if lower and 0 < row.final * _MANY_TIMES < base.final < math.inf:
                 yield (
-                    f"{row.label} is more than {_MANY_TIMES:g} times as good as {base.label}: so large a difference is more often a "
-                    "leak, or a baseline whose best learning rate is outside of its range, than a better method"
+                    f"{row.label} is more than {_MANY_TIMES:g} times as good as {base.label}: so large a difference is more often "
+                    "a leak, or a baseline whose best learning rate is outside of its range, than a better method"
                 )
         if self.facts.validates:
             for row in self.rows:
                 gap = self._leaking_gap(row)
                 if gap:
                     yield gap
-        untrained = self.facts.initial.get(name)
-        if self.facts.kind == "training" and untrained is not None and not any(r.diverged == r.seeds for r in self.rows):
-            if all((r.best >= untrained) if lower else (r.best <= untrained) for r in self.rows):
-                yield f"no arm improves on the untrained model ({self.main.label} {words.number(untrained)}): nothing is learned"
+        untrained = self.facts.initial.get(name, math.nan)
+        trains = self.facts.kind == "training" and not any(row.diverged == row.seeds for row in self.rows)
+        if trains and all(row.best >= untrained if lower else row.best <= untrained for row in self.rows):
+            yield f"no arm improves on the untrained model ({self.main.label} {words.number(untrained)}): nothing is learned"
 
     def _leaking_gap(self, row: Row) -> str:
         """A word where what was tuned by is far better than what is reported, beyond what seeds explain."""
-        tuned = [t.values["validation"] for t in self.trials(row.arm, "tuning") if t.point == row.point and not t.diverged]
+        tuned = [
+            t.values["validation"] for t in self.trials(row.arm, "tuning") if t.point == row.point and not t.diverged
+        ]
         finals = [t.values[self.main.name] for t in self.trials(row.arm) if not t.diverged]
         if not tuned or len(finals) < 3:
             return ""
@@ -365,7 +369,9 @@ def profile(costs: Mapping[str, Sequence[float]]) -> dict[str, list[tuple[float,
             for cost, all_ in zip(own, problems, strict=True)
             if math.isfinite(cost)
         )
-        steps = [(r, (i + 1) / len(problems)) for i, r in enumerate(ratios) if i + 1 == len(ratios) or ratios[i + 1] > r]
+        steps = [
+            (r, (i + 1) / len(problems)) for i, r in enumerate(ratios) if i + 1 == len(ratios) or ratios[i + 1] > r
+        ]
         found[arm] = steps if steps and steps[0][0] == 1.0 else [(1.0, 0.0), *steps]
     return found
 

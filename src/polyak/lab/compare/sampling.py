@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from polyak.lab.claim import Diverged, Measurement, Trial, measure
+from polyak.lab.claim import Diverged, Measurement, Trial
 from polyak.lab.compare.arms import find, split_options
 from polyak.lab.compare.task import SamplingTask, TaskError, load, metrics
 
@@ -44,7 +44,9 @@ class Draw:
         main = trial.options.get("main")
         given = split_options({**trial["fixed"], **{name: trial[name] for name in trial["tuned"]}})
         cls = find(trial["class"])
-        sampler: _Sampler = _Solver(task, cls, given, trial.device) if task.pipeline is None else _Pipeline(task, cls, given)
+        sampler: _Sampler = (
+            _Solver(task, cls, given, trial.device) if task.pipeline is None else _Pipeline(task, cls, given)
+        )
         with torch.no_grad():
             limit = _limit(sampler, trial)
             values: dict[str, float] = {}
@@ -58,8 +60,10 @@ class Draw:
                         continue
                     raise
                 values = _judged(task, samples, main, self.file)
-                yield measure({"used": part, "evaluations": spent, "seconds": seconds}, **values)
-        yield measure(**values, evaluations=spent, seconds=seconds, memory=_memory(trial.device))
+                at = {"used": part, "evaluations": spent, "seconds": seconds}
+                yield Measurement(values=values, at=at)
+        final = {"evaluations": spent, "seconds": seconds, "memory": _memory(trial.device)}
+        yield Measurement(values={**values, **final})
 
 
 def _limit(sampler: _Sampler, trial: Trial) -> int:

@@ -2,9 +2,9 @@
 
 An arm's first trials are a grid of its learning rate over its whole range (all else at its centre), which also gives the curve of
 its sensitivity. While the best rate is at an end of the range, the next trial goes one step of the grid beyond, whichever arm it
-is. The rest are asked of a tree-structured Parzen estimator, one after the other, and may be stopped early by the median rule: a
-trial that is worse, at a point of its budget, than the median of the earlier ones was there. The grid runs to its end. What is asked
-follows from what was told alone, in order, so that a run that was interrupted asks the same again.
+is. The rest are asked of a tree-structured Parzen estimator, one after the other, and may be stopped early by the median rule:
+a trial that is worse, at a point of its budget, than the median of the earlier ones was there. The grid runs to its end. What is
+asked follows from what was told alone, in order, so that a run that was interrupted asks the same again.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class Search:
             self._study = optuna.create_study(
                 direction="minimize" if better == "lower" else "maximize",
                 sampler=optuna.samplers.TPESampler(seed=0, multivariate=True, n_startup_trials=self.grid),
-                pruner=optuna.pruners.MedianPruner(n_startup_trials=self.grid, n_warmup_steps=round(_PATIENCE * points)),
+                pruner=optuna.pruners.MedianPruner(
+                    n_startup_trials=self.grid, n_warmup_steps=round(_PATIENCE * points)
+                ),
             )
         self._asked: list[optuna.trial.Trial] = []
         self._told = 0
@@ -101,7 +103,9 @@ class Search:
             trial = self._study.ask({name: _distribution(r) for name, r in self.space.items()})
         self._asked.append(trial)
         # Short numbers read well, and are the same however they were come by.
-        self._points_asked.append({n: float(f"{v:.4g}") if isinstance(v, float) else v for n, v in trial.params.items()})
+        self._points_asked.append(
+            {n: float(f"{v:.4g}") if isinstance(v, float) else v for n, v in trial.params.items()}
+        )
         return self._points_asked[-1]
 
     def heard(self, number: int, used: float, value: float) -> bool:

@@ -151,7 +151,9 @@ def _function(file: str) -> Callable[[int, str], Any]:
     if function is None:
         near = difflib.get_close_matches(FUNCTION, [n for n, v in vars(module).items() if callable(v)], n=1, cutoff=0.5)
         hint = f"; did you mean to call {near[0]!r} so?" if near else ""
-        raise TaskError(f"{path.name} has no function {FUNCTION}(seed, device){hint} `polyak init-task` writes an example")
+        raise TaskError(
+            f"{path.name} has no function {FUNCTION}(seed, device){hint} `polyak init-task` writes an example"
+        )
     if not callable(function):
         raise TaskError(f"{path.name}: {FUNCTION} must be a function {FUNCTION}(seed, device), got {function!r}")
     return function
@@ -225,7 +227,9 @@ def _check_training(task: TrainingTask, name: str) -> None:
     _need(name, "batches", isinstance(task.batches, Iterable), "an iterable of batches", task.batches)
     _need(name, "loss", callable(task.loss), "a function loss(model, batch)", task.loss)
     _need(name, "evaluate", callable(task.evaluate), "a function evaluate(model)", task.evaluate)
-    _need(name, "validate", task.validate is None or callable(task.validate), "a function validate(model)", task.validate)
+    _need(
+        name, "validate", task.validate is None or callable(task.validate), "a function validate(model)", task.validate
+    )
     _need(name, "params", task.params is None or callable(task.params), "a function params(model)", task.params)
     known = ", ".join(SCHEDULES)
     good = task.schedule in SCHEDULES if isinstance(task.schedule, str) else callable(task.schedule)
@@ -241,9 +245,17 @@ def _check_sampling(task: SamplingTask, name: str) -> None:
     if task.denoiser is not None:
         _need(name, "denoiser", callable(task.denoiser), "a Denoiser, or a function of (x, t)", task.denoiser)
         counts = isinstance(task.shape, Sequence) and len(task.shape) > 0
-        _need(name, "shape", counts and all(isinstance(n, int) and n > 0 for n in task.shape), "(count, ...)", task.shape)
+        _need(
+            name, "shape", counts and all(isinstance(n, int) and n > 0 for n in task.shape), "(count, ...)", task.shape
+        )
     else:
-        _need(name, "pipeline", callable(task.pipeline) and hasattr(task.pipeline, "scheduler"), "a pipeline", task.pipeline)
+        _need(
+            name,
+            "pipeline",
+            callable(task.pipeline) and hasattr(task.pipeline, "scheduler"),
+            "a pipeline",
+            task.pipeline,
+        )
 
 
 def _need(name: str, what: str, good: bool, wanted: str, got: object) -> None:
@@ -269,7 +281,7 @@ def metrics(given: Any, what: str, file: str) -> dict[str, float]:
     if not found:
         raise TaskError(f"{name}: {what} must return a number or a dictionary of numbers, got an empty one")
     for key, value in found.items():
-        if hasattr(value, "item") and getattr(value, "numel", lambda: getattr(value, "size", 0))() == 1:
+        if hasattr(value, "item") and not getattr(value, "shape", ()):  # a tensor or array of one element
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, Real):
             of = f" for {key!r}" if isinstance(given, Mapping) else ""
@@ -300,7 +312,7 @@ def betters(task: AnyTask, names: Iterable[str], file: str) -> dict[str, Better]
             raise TaskError(
                 f"{name}: is more of {key!r} better? Return better={{{key!r}: 'higher'}} (or 'lower') with the others"
             )
-        found[key] = value or "lower"
+        found[key] = "higher" if value == "higher" else "lower"
     return found
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyak.lab.claim import Diverged, Measurement, Trial, measure
+from polyak.lab.claim import Diverged, Measurement, Trial
 from polyak.lab.compare.arms import find
 from polyak.lab.compare.task import TaskError, TrainingTask, endless, load, metrics
 
@@ -97,7 +97,7 @@ class _Training:
         for group, base in zip(groups, self.bases, strict=True):
             group["lr"] = base * factor
 
-    def _gradient(self, batch: Any) -> torch.Tensor:
+    def _gradient(self, batch: Any) -> Any:
         loss = _gradient(self.task, self.task.model, self.optimizer, batch)
         self.loss = self.loss + loss.detach()
         self.gradients += 1
@@ -153,8 +153,8 @@ def _train(training: _Training) -> Iterator[Measurement]:
     points = training.options["points"]
     training.task.model.train()
     training.warm_up()
-    yield measure({"used": 0.0, "step": 0, "seconds": 0.0}, **training.evaluated())
-    done = 0
+    yield Measurement(values=training.evaluated(), at={"used": 0.0, "step": 0, "seconds": 0.0})
+    done, loss, found = 0, 0.0, {}
     while training.used < 1.0:
         training.step()
         # One long step may pass several of the points at which is measured: the last one counts.
@@ -164,15 +164,9 @@ def _train(training: _Training) -> Iterator[Measurement]:
             training.clock.wait()
             at = {"used": done / points, "step": training.steps, "seconds": training.clock.seconds}
             loss, found = training.mean_loss(), training.evaluated()
-            yield measure(at, train_loss=loss, **found)
-    yield measure(
-        **found,
-        train_loss=loss,
-        steps=training.steps,
-        evaluations=training.gradients,
-        seconds=training.clock.seconds,
-        memory=training.memory(),
-    )
+            yield Measurement(values={**found, "train_loss": loss}, at=at)
+    final = {"steps": training.steps, "evaluations": training.gradients, "seconds": training.clock.seconds}
+    yield Measurement(values={**found, **final, "train_loss": loss, "memory": training.memory()})
 
 
 def build(task: TrainingTask, model: nn.Module, trial: Trial) -> torch.optim.Optimizer:
@@ -184,7 +178,8 @@ def build(task: TrainingTask, model: nn.Module, trial: Trial) -> torch.optim.Opt
     return find(trial["class"])(params, **fixed, **tuned)
 
 
-def _gradient(task: TrainingTask, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> torch.Tensor:
+def _gradient(task: TrainingTask, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> Any:
+    """The loss of a batch, a tensor of one element, with its gradient in the parameters."""
     optimizer.zero_grad()
     loss = task.loss(model, batch)
     loss.backward()
@@ -256,7 +251,7 @@ def _parts(device: str) -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any
     import torch
 
     yield random.getstate, random.setstate
-    yield np.random.get_state, np.random.set_state  # noqa: NPY002
+    yield np.random.get_state, np.random.set_state
     yield torch.get_rng_state, torch.set_rng_state
     if device != "cpu":
         yield (lambda: torch.cuda.get_rng_state(device)), (lambda state: torch.cuda.set_rng_state(state, device))
