@@ -13,7 +13,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -177,9 +177,8 @@ def _target(name: str, kind: Kind) -> str:
         return known[name.lower()]
     if kind == "sampling" and _has(f"diffusers:{name}"):
         return f"diffusers:{name}"
-    room = "polyak.optim and torch.optim" if kind == "training" else "polyak.generate"
     raise ArmError(
-        f"no arm is called {name!r}{checks.suggestion(name.lower(), known)}; {room} have {', '.join(sorted(known))}, and "
+        f"no arm is called {name!r}{checks.suggestion(name.lower(), known)}; there are {', '.join(sorted(known))}, and "
         "anything else is named by module:Class"
     )
 
@@ -233,8 +232,10 @@ _LIKE_ADAMW = ("adamw", "adam", "radam", "nadam", "adamp", "spam", "amsgrad", "a
 def _optimizer(text: str, target: str, cls: Any, values: dict[str, Any]) -> ArmSpec:
     if not callable(cls):
         raise ArmError(f"arm {text!r}: {target} is no optimizer class")
-    parameters, takes_any = _options(cls)
+    parameters, takes_any = _defaults(cls)
+    parameters = dict(list(parameters.items())[1:])  # the first is what is optimized
     _check_options(text, cls, values, parameters, takes_any)
+    values = {name: _typed(value, parameters.get(name)) for name, value in values.items()}
     rate, decay, says = _RELATIVE.get(cls.__name__.lower(), (None, 1.0, ""))
     if rate is None:
         default = parameters.get("lr")
@@ -252,14 +253,21 @@ def _optimizer(text: str, target: str, cls: Any, values: dict[str, Any]) -> ArmS
     )
 
 
+def _typed(value: Any, default: Any) -> Any:
+    """A range of whole numbers is one of integers only where the option's default is an integer, too."""
+    if isinstance(value, Range) and not (isinstance(default, int) and not isinstance(default, bool)):
+        return replace(value, whole=False)
+    return value
+
+
 def _around(centre: float, span: float) -> Range:
     return Range(float(f"{centre / span:.3g}"), float(f"{centre * span:.3g}"), open=True)
 
 
-def _options(cls: Any) -> tuple[dict[str, Any], bool]:
-    """A class's options after the first, with their defaults, and whether it takes any others."""
+def _defaults(cls: Any) -> tuple[dict[str, Any], bool]:
+    """A class's options with their defaults, and whether it takes any others."""
     try:
-        parameters = list(inspect.signature(cls).parameters.values())[1:]
+        parameters = list(inspect.signature(cls).parameters.values())
     except (TypeError, ValueError):
         return {}, True
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -283,20 +291,21 @@ _CALL = ("grid",)  # sample's own
 def _sampler(text: str, target: str, cls: Any, values: dict[str, Any]) -> ArmSpec:
     if not isinstance(cls, type):
         raise ArmError(f"arm {text!r}: {target} is no class of solvers or schedulers")
-    own = inspect.signature(cls).parameters
-    known, takes_any = {n: p.default for n, p in own.items()}, any(p.kind is p.VAR_KEYWORD for p in own.values())
-    pipeline = not hasattr(cls, "times")
-    for part in () if pipeline else _PARTS:
-        inner = {name.partition(".")[2]: None for name in values if name.startswith(f"{part}.")}
+    known, takes_any = _defaults(cls)
+    known |= dict.fromkeys((*_PARTS, *_CALL))
+    for part in _PARTS:
+        inner = [name for name in values if name.startswith(f"{part}.")]
         if part in values:
-            found = _part(str(values[part]), text)
-            values[part] = found
-            options = inspect.signature(find(found, text)).parameters
-            _check_options(text, find(found, text), inner, {n: p.default for n, p in options.items()}, False)
+            values[part] = _part(str(values[part]), text)
+            cls_of_part = find(values[part], text)
+            options, _ = _defaults(cls_of_part)
+            _check_options(text, cls_of_part, [name.partition(".")[2] for name in inner], options, False)
+            known |= {f"{part}.{name}": default for name, default in options.items()}
         elif inner:
-            raise ArmError(f"arm {text!r}: {part}.{next(iter(inner))} needs {part}=, e.g. guidance=CFG")
-    plain = [n for n in values if n.partition(".")[0] not in _PARTS and n not in _CALL and not n.startswith("call.")]
-    _check_options(text, cls, plain, {**known, **dict.fromkeys((*_PARTS, *_CALL))}, takes_any)
+            raise ArmError(f"arm {text!r}: {inner[0]} needs {part}=, e.g. guidance=CFG")
+    plain = [name for name in values if name.partition(".")[0] not in (*_PARTS, "call")]
+    _check_options(text, cls, plain, known, takes_any)
+    values = {name: _typed(value, known.get(name)) for name, value in values.items()}
     space = {name: value for name, value in values.items() if isinstance(value, Range)}
     fixed = {name: value for name, value in values.items() if not isinstance(value, Range)}
     return ArmSpec(text=text, target=target, fixed=fixed, space=space)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from polyak.core import checks
@@ -36,7 +37,7 @@ def figure(comparison: Comparison, what: str, task: str = "") -> Figure:
         if what == "sensitivity":
             lines, plot = sensitivity_lines(t), sensitivity_plot(t)
         else:
-            plot = claim.tasks[0].plots[0]
+            plot = _scaled(t, claim.tasks[0].plots[0])
             lines = plots.lines(claim, claim.tasks[0], plot, regular(t))
         above = _above(t, plot)
     if not lines:
@@ -47,14 +48,23 @@ def figure(comparison: Comparison, what: str, task: str = "") -> Figure:
 
 def curves(t: TaskComparison) -> list[tuple[str, str]]:
     """(title, SVG) of the reported trials' curves."""
-    result, task = regular(t), t.claim.tasks[0]
     drawn = []
-    for plot in task.plots:
+    for plot in t.claim.tasks[0].plots:
+        plot = _scaled(t, plot)
         label = t.claim.metric(plot.y).label
-        svg = plots.curves(t.claim, task, plot, result)
+        svg = plots.curves(t.claim, t.claim.tasks[0], plot, regular(t))
         if svg:
             drawn.append((f"{label[:1].upper()}{label[1:]} against {plot.x_label}", svg))
     return drawn
+
+
+def _scaled(t: TaskComparison, plot: Plot) -> Plot:
+    """With a logarithmic axis for a loss that falls far."""
+    values = [
+        v[plot.y] for trial in t.result.trials if trial.purpose == "report" for _, v in trial.curve if plot.y in v
+    ]
+    wide = bool(values) and 0 < min(values) * _WIDE < max(values)
+    return replace(plot, log_y=wide and t.claim.metric(plot.y).better == "lower")
 
 
 def sensitivity(t: TaskComparison) -> str:

@@ -87,6 +87,8 @@ def compare(
         KeyboardInterrupt: on SIGINT or SIGTERM; finished trials are kept.
         StoreError: the store cannot be read or written.
 
+    Workers are processes that are started afresh: a script that calls this must do so under ``if __name__ == "__main__":``.
+
     Finished trials are stored by what determines them (the task's code, the arm, its options, seed, budget, versions), and are not
     run again.
     """
@@ -99,7 +101,7 @@ def compare(
         checks.positive("deadline", deadline)
     kind = versions.device_kind(device)
     files = task_files(tasks)
-    facts = {file: _examine(file, device) for file in files}
+    facts = {file: _examine(file, device, deadline or EXAMINATION_S) for file in files}
     kind_of_task = next(iter(facts.values())).kind
     if any(f.kind != kind_of_task for f in facts.values()):
         raise TaskError("tasks must be alike: some are of training and some of sampling")
@@ -168,12 +170,12 @@ def task_files(tasks: str | Path | Sequence[str | Path]) -> list[Path]:
     return [path.resolve() for path in found]
 
 
-def _examine(file: Path, device: str) -> Facts:
+def _examine(file: Path, device: str, patience: float) -> Facts:
     try:
-        found = call_apart(examine, str(file), device, timeout=EXAMINATION_S)
+        found = call_apart(examine, str(file), device, timeout=patience)
     except TimeoutError:
         raise TaskError(
-            f"{file.name}: not ready after {EXAMINATION_S:g} s: a call of task, loss or evaluate does not end"
+            f"{file.name}: not ready after {patience:g} s: a call of task, loss or evaluate does not end"
         ) from None
     except RuntimeError as error:
         raise TaskError(f"{file.name}: {str(error).strip().splitlines()[-1]}") from error

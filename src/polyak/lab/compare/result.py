@@ -188,7 +188,15 @@ class TaskComparison:
     @cached_property
     def warnings(self) -> tuple[str, ...]:
         """What makes the numbers doubtful: too good, or a task that gives itself away."""
-        return (*self.facts.warnings, *self._too_good())
+        return (*self.facts.warnings, *self._too_good(), *self._too_short())
+
+    def _too_short(self) -> Iterable[str]:
+        for row in self.rows:
+            if self.facts.kind == "training" and row.spent is not None and row.spent < self.setup.points:
+                yield (
+                    f"{row.label} had time for {words.number(row.spent)} steps only, fewer than the {self.setup.points} points at "
+                    "which is measured: give a larger budget"
+                )
 
     def _too_good(self) -> Iterable[str]:
         name, better, base = self.main.name, self.main.better, self.rows[0]
@@ -235,7 +243,7 @@ class TaskComparison:
             )
         return ""
 
-    @cached_property
+    @property
     def notes(self) -> tuple[str, ...]:
         return self.result.notes
 
