@@ -29,6 +29,7 @@ from polyak.lab.workers import Executor, call_apart
 EXAMINATION_S = 300.0  # a task that has not been built and looked at by then is taken to hang
 # The files that decide what a trial yields, beside the task's and the arm's.
 _OWN_CODE = ("trial", "sampling", "task")
+_GUARD = "; a script that calls compare must do so under `if __name__ == \"__main__\":`"
 _OWN_METRICS = (
     Metric(name="train_loss", label="training loss"),
     Metric(name="steps", label="steps", better="higher"),
@@ -178,7 +179,10 @@ def _examine(file: Path, device: str, patience: float) -> Facts:
             f"{file.name}: not ready after {patience:g} s: a call of task, loss or evaluate does not end"
         ) from None
     except RuntimeError as error:
-        raise TaskError(f"{file.name}: {str(error).strip().splitlines()[-1]}") from error
+        why = str(error).strip().splitlines()[-1]
+        # A script without the guard runs itself again in every process that it starts.
+        hint = _GUARD if why.endswith("exit status 1") else ""
+        raise TaskError(f"{file.name}: {why}{hint}") from error
     if isinstance(found, str):
         raise TaskError(found)
     return found

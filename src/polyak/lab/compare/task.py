@@ -189,8 +189,6 @@ def blame(doing: str, file: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-        if isinstance(error, SyntaxError) and error.filename == file:
-            at = [error.lineno]
         line = f" ({Path(file).name}, line {at[-1]})" if at else ""
         raise TaskError(f"{doing} raised {type(error).__name__}: {error}{line}") from error
 
