@@ -199,6 +199,8 @@ def _pipeline_metrics(task: SamplingTask, file: str, device: str) -> dict[str, f
 
     name = Path(file).name
     generator = torch.Generator(device).manual_seed(SEED)
+    if hasattr(task.pipeline, "set_progress_bar_config"):
+        task.pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad(), blame(f"{name}: the pipeline", file):
         made = task.pipeline(**{**task.call, "num_inference_steps": 2, "generator": generator})
     with blame(f"{name}: metric(samples)", file):
