@@ -435,7 +435,9 @@ def test_schedulers_of_a_pipeline(tmp_path: Path) -> None:
     arms = "DDIMScheduler,DPMSolverMultistepScheduler,dpmsolver:order=2:form=data:method=multistep"
     found = compare(path, arms, store=tmp_path, **{**SMALL, "budget": "9nfe", "seeds": 2})
     assert [r.spent for r in found.task().rows] == [9, 9, 9]
-    assert len({r.final for r in found.task().rows}) == 3
+    ddim, theirs, ours = (r.final for r in found.task().rows)
+    assert ours == pytest.approx(theirs, rel=1e-5), "one method, in diffusers' scheduler and in ours"
+    assert abs(ddim - ours) > 1e-3
     assert {t.seed for t in trials(found, "report")} == {0, 1}
 
 
