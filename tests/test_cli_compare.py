@@ -96,6 +96,22 @@ def test_a_task_that_cannot_be_used(call, tmp_path) -> None:
     assert "did you mean 'optim'?" in err
 
 
+def test_what_a_task_prints_does_not_get_into_the_data(tmp_path) -> None:
+    write(tmp_path, REGRESSION, replaced={"import torch\n": "import torch\nprint('hello')\n"})
+    command = [
+        "import sys; from polyak.cli import main; main(sys.argv[1:])",
+        "compare",
+        "line.py",
+        "--arms",
+        "adamw,sgd",
+    ]
+    options = ["--json", "--seeds", "1", "--home", "home", *QUICK]
+    done = subprocess.run([sys.executable, "-c", *command, *options], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["table"]) == 2
+    assert "hello" in done.stderr
+
+
 def test_ctrl_c_keeps_what_is_finished(tmp_path) -> None:
     slow = {'{"distance": (': '{"distance": time.sleep(0.2) or (', "import torch\n": "import time\nimport torch\n"}
     write(tmp_path, REGRESSION, replaced=slow)

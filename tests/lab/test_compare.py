@@ -345,6 +345,16 @@ def test_an_optimizer_that_cannot_train_the_task(tmp_path: Path, task: Path) -> 
 
 
 @pytest.mark.usefixtures("here")
+def test_arms_may_be_beside_the_task_whatever_it_is_called(tmp_path: Path) -> None:
+    path = write(tmp_path, REGRESSION, "random.py")
+    (tmp_path / "own_optimizer.py").write_text("import torch\n\n\nclass Mine(torch.optim.SGD):\n    pass\n")
+    found = compare(path, "sgd,own_optimizer:Mine", store=tmp_path, **{**SMALL, "seeds": 1, "trials": 1})
+    theirs, mine = found.task().rows
+    assert theirs.final == mine.final
+    assert mine.label == "Mine"
+
+
+@pytest.mark.usefixtures("here")
 def test_a_store_of_a_newer_polyak(tmp_path: Path, task: Path) -> None:
     Store(tmp_path).close()
     with sqlite3.connect(tmp_path / FILE) as db:
@@ -489,6 +499,8 @@ def test_the_answer_over_tasks() -> None:
         made_up({"adamw": BETTER, "adan": A, "lion": MIXED}, name="three"),
     ]
     each = "wins 1, loses 1, is undecided on 1"
+    few = [made_up({arm: values[:3] for arm, values in (("adamw", A), ("adan", BETTER))}, name=n) for n in "ab"]
+    assert together(*few).answer.endswith("Adan is undecided on 2. 3 seeds cannot decide anything: at least 5 can.")
     assert together(*tasks).answer == f"Against AdamW at equal steps, of 3 tasks: Adan {each}; Lion {each}."
 
 

@@ -287,6 +287,9 @@ def _call(connection: Connection) -> None:
 def _begin() -> None:
     # Before numpy or torch are imported, which read these once.
     os.environ.update(dict.fromkeys(_THREADS, "1"))
+    # What a trial prints must not get into what the command prints, which may be JSON.
+    with suppress(OSError):
+        os.dup2(2, 1)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
