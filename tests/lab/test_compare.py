@@ -74,7 +74,7 @@ def test_every_arm_gets_the_same(small: Comparison) -> None:
     assert [at["used"] for at, _ in reported[0].curve] == [i / 10 for i in range(11)]
 
 
-def trial(task: Path, optimizer: str, seed: int = 0, **options: Any) -> tuple[list[Any], Any]:
+def trial(task: Path, optimizer: str, seed: int = 0, device: str = "cpu", **options: Any) -> tuple[list[Any], Any]:
     """Measurements of one trial in this process."""
     facts = {
         "class": optimizer,
@@ -87,9 +87,9 @@ def trial(task: Path, optimizer: str, seed: int = 0, **options: Any) -> tuple[li
     }
     job = Job(
         function=Train(str(task)),
-        trial=Trial(claim="c", scale="s", task="line", arm="a", seed=seed, options=facts),
+        trial=Trial(claim="c", scale="s", task="line", arm="a", seed=seed, device=device, options=facts),
         worst=dict.fromkeys(
-            ("distance", "train_loss", "steps", "evaluations", "seconds", "memory", "validation"), math.inf
+            ("distance", "train_loss", "steps", "evaluations", "seconds", "memory", "processor", "validation"), math.inf
         ),
         needed=frozenset(),
         libraries=("numpy", "torch"),
@@ -169,6 +169,26 @@ def test_an_optimizer_that_needs_a_closure_gets_one(task: Path) -> None:
     _, outcome = trial(task, "torch.optim:LBFGS", lr=0.5)
     assert outcome.values["evaluations"] > outcome.values["steps"] == 12
     assert outcome.values["distance"] < 0.5
+
+
+@pytest.mark.gpu
+def test_a_trial_on_a_gpu(tmp_path: Path) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    there = {
+        "nn.Linear(2, 1)": "nn.Linear(2, 1).to(device)",
+        "yield x[i], y[i]": "yield x[i].to(device), y[i].to(device)",
+    }
+    there["(model.weight - TRUTH)"] = "(model.weight - TRUTH.to(device))"
+    path = write(tmp_path, REGRESSION, "gpu.py", replaced=there)
+    (ours, on_gpu), (_, on_cpu) = trial(path, "torch.optim:SGD", device="cuda"), trial(path, "torch.optim:SGD")
+    assert on_gpu.values["memory"] > 0
+    assert on_gpu.values["distance"] == pytest.approx(on_cpu.values["distance"], rel=1e-4)
+    timed, outcome = trial(path, "torch.optim:SGD", device="cuda", budget={"seconds": 0.2})
+    assert 0.2 <= outcome.values["seconds"] < 0.3
+    assert len(ours) == len(timed) == 5
 
 
 @pytest.mark.parametrize("what", ["loss", "evaluation"])
@@ -348,7 +368,8 @@ def test_an_optimizer_that_cannot_train_the_task(tmp_path: Path, task: Path) -> 
 def test_arms_may_be_beside_the_task_whatever_it_is_called(tmp_path: Path) -> None:
     path = write(tmp_path, REGRESSION, "random.py")
     (tmp_path / "own_optimizer.py").write_text("import torch\n\n\nclass Mine(torch.optim.SGD):\n    pass\n")
-    found = compare(path, "sgd,own_optimizer:Mine", store=tmp_path, **{**SMALL, "seeds": 1, "trials": 1})
+    arms = "sgd:lr=0.1:weight_decay=0,own_optimizer:Mine:lr=0.1:weight_decay=0"
+    found = compare(path, arms, store=tmp_path, **{**SMALL, "seeds": 1, "trials": 1})
     theirs, mine = found.task().rows
     assert theirs.final == mine.final
     assert mine.label == "Mine"
@@ -484,6 +505,8 @@ def test_the_answer_is_a_sentence() -> None:
     assert higher.answer == "Adan loses to AdamW by 9 to 11 points of accuracy at equal time."
     nothing = made_up({"adamw": A, "lion": MIXED})
     assert nothing.answer.startswith("Lion is undecided against AdamW at equal steps (difference")
+    one_sided = made_up({"adamw": A, "adan": [*BETTER[:4], 0.54]})
+    assert one_sided.answer.endswith("in loss, but p = 0.062).")
     few = made_up({"adamw": A[:3], "adan": BETTER[:3]})
     assert few.answer.endswith("3 seeds cannot decide anything: at least 5 can.")
     lost = made_up({"adamw": A, "adan": [math.inf] * 5})
@@ -557,6 +580,10 @@ def test_performance_profiles_by_hand() -> None:
         (
             made_up({"adamw": A, "adan": BETTER}, validates=True, tuning={"adan": [(0.01, 0.05)]}),
             "Adan is far better on the data it was tuned by (0.05) than on the reported (0.412)",
+        ),
+        (
+            made_up({"adamw": A, "adan": BETTER}, unit="seconds", processor=0.43),
+            "trials of AdamW had a processor for 43 % of their time only",
         ),
         (made_up({"adamw": A, "adan": BETTER}, warnings=("the target is among the inputs",)), "the target is among"),
     ],
