@@ -5,22 +5,31 @@ import sys
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 import polyak
 from polyak import claims
-from polyak.cli import terminal
-from polyak.core import checks
+from polyak.cli import compare, terminal
+from polyak.cli.shared import (
+    INTERRUPTED,
+    Device,
+    Home,
+    Json,
+    Verbose,
+    check,
+    check_count,
+    check_device,
+    print_json,
+    stop,
+    trial_error,
+)
 from polyak.lab import scoreboard as board
 from polyak.lab import words
 from polyak.lab.claim import Claim
 from polyak.lab.report import Entry, write_report
 from polyak.lab.result import ClaimResult
-
-if TYPE_CHECKING:
-    from polyak.lab.run import TrialError
 
 CHECKOUT = Path(polyak.__file__).resolve().parents[2]  # the repository's root, if it is one that polyak runs from
 STATUSES = ("holds", "fails", "undecided", "not-run")
@@ -39,13 +48,7 @@ Slugs = Annotated[
     list[str] | None,
     typer.Argument(metavar="SLUG", help="Systems' slugs; `polyak list` shows all.", show_default=False),
 ]
-Home = Annotated[
-    Path | None,
-    typer.Option(help="Folder of stored results (default: POLYAK_HOME, else your data folder).", show_default=False),
-]
 Scale = Annotated[str, typer.Option(help="The size of the experiment; `polyak show SLUG` lists a claim's.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
@@ -55,16 +58,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="polyak")
     except (StoreError, OSError) as error:
-        _stop(str(error))
-
-
-def _stop(message: str, status: int = 3) -> NoReturn:
-    print(f"polyak: {message}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+        stop(str(error))
 
 
 # ------------------------------------------------------------------------------------------------------------ what there is
@@ -83,32 +77,9 @@ def _choose(slugs: Sequence[str], everything: bool) -> list[Claim]:
     return list(claims.catalogue().values()) if everything else [_load(slug) for slug in dict.fromkeys(slugs)]
 
 
-def _check(option: str, value: str, allowed: Sequence[str]) -> str:
-    try:
-        return checks.one_of(option, value, allowed)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
-
-
 def _check_scale(chosen: Sequence[Claim], scale: str) -> None:
     for claim in chosen:
-        _check(f"--scale of {claim.slug}", scale, [s.name for s in claim.scales])
-
-
-def _check_count(option: str, value: int | None) -> None:
-    try:
-        checks.integer(option, 1 if value is None else value, least=1)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
-
-
-def _check_device(device: str) -> None:
-    from polyak.lab.versions import device_kind
-
-    try:
-        device_kind(device)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--device") from None
+        check(f"--scale of {claim.slug}", scale, [s.name for s in claim.scales])
 
 
 def _entries(chosen: Sequence[Claim], home: Path | None, scale: str = "small", device: str = "cpu") -> list[Entry]:
@@ -176,13 +147,13 @@ def list_systems(
     """
     chosen = list(claims.catalogue().values())
     if room:
-        _check("--room", room, sorted({c.room for c in chosen}))
+        check("--room", room, sorted({c.room for c in chosen}))
         chosen = [c for c in chosen if c.room == room]
     if status:
-        _check("--status", status, STATUSES)
+        check("--status", status, STATUSES)
     entries = [e for e in _entries(chosen, home) if status in ("", words.verdict_of(e.result).replace(" ", "-"))]
     if as_json:
-        _print_json([_facts(e) for e in entries])
+        print_json([_facts(e) for e in entries])
     elif entries:
         terminal.console().print(terminal.listing(entries))
     else:
@@ -216,7 +187,7 @@ def show(slug: Slug, home: Home = None, as_json: Json = False) -> None:
     facts["criteria"] = [{"name": c.name, "says": c.says, "gating": c.gating} for c in claim.criteria]
     facts["departures"] = list(claim.departures)
     facts["result"] = board.published_record(entry.result) if entry.result else None
-    _print_json(facts)
+    print_json(facts)
 
 
 @app.command()
@@ -234,7 +205,7 @@ def reproduce(
     strict: Annotated[bool, typer.Option("--strict", help="Count undecided as failed in the exit status.")] = False,
     home: Home = None,
     as_json: Json = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Print the traceback of a trial that cannot run.")] = False,
+    verbose: Verbose = False,
 ) -> None:
     """Run claims and judge them.
 
@@ -247,19 +218,19 @@ def reproduce(
     from polyak.lab.store import Store
 
     chosen = _choose(slugs or [], everything)
-    _check_count("--seeds", seeds)
-    _check_count("--jobs", jobs)
+    check_count("--seeds", seeds)
+    check_count("--jobs", jobs)
     _check_scale(chosen, scale)
-    _check_device(device)
+    check_device(device)
     try:
         with Store(home) as store, terminal.progress() as tell:
             found = run_many(chosen, scale=scale, seeds=seeds, device=device, jobs=jobs, store=store, on_progress=tell)
     except TrialError as error:
-        _stop(_trial_error(error, verbose))
+        stop(trial_error(error, verbose))
     except KeyboardInterrupt:
-        _stop("interrupted. Finished trials are kept: the same command goes on from there.", 130)
+        stop(INTERRUPTED, 130)
     if as_json:
-        _print_json({slug: board.published_record(result) for slug, result in found.items()})
+        print_json({slug: board.published_record(result) for slug, result in found.items()})
     else:
         out = terminal.console()
         for claim in chosen:
@@ -268,14 +239,6 @@ def reproduce(
         out.print(f"Plots and all numbers: polyak report {' '.join(c.slug for c in chosen)}{options}", soft_wrap=True)
     failing = {"fails", "undecided"} if strict else {"fails"}
     raise typer.Exit(1 if any(r.verdict in failing for r in found.values()) else 0)
-
-
-def _trial_error(error: "TrialError", verbose: bool) -> str:
-    """What could not run and why; the traceback only if asked for."""
-    if verbose:
-        return str(error)
-    what, why = str(error).splitlines()[0], error.trace.strip().splitlines()[-1:]
-    return "\n".join([what, *(f"  {line}" for line in why), "(--verbose prints all; finished trials are kept)"])
 
 
 @app.command()
@@ -293,7 +256,7 @@ def report(
     """
     named = [_load(slug) for slug in slugs or []]
     _check_scale(named, scale)
-    _check_device(device)
+    check_device(device)
     entries = _entries(list(claims.catalogue().values()), home, scale, device)
     pages = {c.slug for c in named} or None
     index = write_report(entries, out, pages=pages)
@@ -306,12 +269,16 @@ def report(
         webbrowser.open(first.resolve().as_uri())
 
 
+app.command("compare")(compare.compare)
+app.command("init-task")(compare.init_task)
+
+
 # --------------------------------------------------------------------------------------------------------------- publishing
 
 
 def _need_checkout() -> None:
     if not (CHECKOUT / "pyproject.toml").exists() or not (CHECKOUT / "README.md").exists():
-        _stop("verdicts are published in a checkout of polyak, and this is an installed package")
+        stop("verdicts are published in a checkout of polyak, and this is an installed package")
 
 
 def _generated() -> dict[Path, str]:
@@ -321,7 +288,7 @@ def _generated() -> dict[Path, str]:
     try:
         text = board.with_table(readme.read_text(encoding="utf-8"), board.systems_table(entries))
     except ValueError as error:
-        _stop(str(error))
+        stop(str(error))
     return {CHECKOUT / "SCOREBOARD.md": board.scoreboard(entries), readme: text}
 
 
@@ -340,14 +307,12 @@ def record(slugs: Slugs = None, scale: Scale = "small", device: Device = "cpu", 
     _need_checkout()
     chosen = _choose(slugs or [], False)
     _check_scale(chosen, scale)
-    _check_device(device)
+    check_device(device)
     _generated()  # what could not be written must stop this before anything is
     found = _stored(chosen, home, scale, device)
     if missing := [slug for slug, result in found.items() if result is None]:
         command = f"polyak reproduce {' '.join(missing)}{'' if scale == 'small' else f' --scale {scale}'}"
-        _stop(
-            f"the store has no complete run of {', '.join(missing)} at scale {scale} with the current code: {command}"
-        )
+        stop(f"the store has no complete run of {', '.join(missing)} at scale {scale} with the current code: {command}")
     for slug, result in found.items():
         if result is not None:
             text = json.dumps(board.published_record(result), indent=1, ensure_ascii=False, allow_nan=False)
@@ -376,4 +341,4 @@ def write_scoreboard(
         if not path.exists() or path.read_text(encoding="utf-8") != text
     ]
     if stale:
-        _stop(f"{' and '.join(stale)} do not match the published verdicts: run `polyak scoreboard`", 1)
+        stop(f"{' and '.join(stale)} do not match the published verdicts: run `polyak scoreboard`", 1)

@@ -20,6 +20,7 @@ from polyak.lab.report import Entry
 from polyak.lab.result import ClaimResult
 
 if TYPE_CHECKING:
+    from polyak.lab.compare.result import Comparison
     from polyak.lab.run import Progress
 
 STYLES = {"holds": "green", "fails": "red", "undecided": "yellow", "not run": "dim"}
@@ -80,6 +81,40 @@ def outcome(out: Console, claim: Claim, result: ClaimResult, *, published: bool 
     if lost := sum(t.diverged for t in result.trials if t.purpose == "report"):
         out.print(Text(f"{words.count(lost, 'reported trial')} diverged, counted at the worst value.", "yellow"))
     out.print(results(result, out.width))
+
+
+def comparison(out: Console, found: Comparison) -> None:
+    """What a comparison found: its answer, what makes it doubtful, and a row for each arm."""
+    out.print(Text(found.answer, "bold"))
+    for warning in found.warnings:
+        out.print(Text(f"! {warning}", "yellow"))
+    for t in found.tasks:
+        table = Table(
+            box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=t.name if len(found.tasks) > 1 else None
+        )
+        table.add_column("arm")
+        unit = "steps" if t.facts.kind == "training" else "evaluations"
+        goal = words.number(t.target)
+        heads = (t.main.label, f"against\n{t.rows[0].label}", "95 %\ninterval", "chance\nto win", f"{unit}\nto {goal}")
+        for head in (*heads, f"time\nto {goal}", "diverged"):
+            table.add_column(head, justify="right", no_wrap=True)
+        table.add_column("verdict", no_wrap=True)
+        for row in t.rows:
+            d = row.difference
+            against = (
+                (words.number(d.estimate), words.interval(d), f"{100 * d.improvement:.0f} %") if d else ("", "", "")
+            )
+            mark = Text.assemble((_OUTCOMES[d.verdict], STYLES[d.verdict])) if d else Text("baseline", "dim")
+            spent = words.number(row.spent_to_target)
+            seconds = "∞" if math.isinf(row.seconds_to_target) else words.duration(row.seconds_to_target)
+            lost = f"{row.diverged} of {row.seeds}"
+            table.add_row(Text(row.label), words.number(row.final), *against, spent, seconds, lost, mark)
+        out.print(table)
+        for note in t.notes:
+            out.print(Text(f"- {note}", "dim"))
+
+
+_OUTCOMES = {"holds": "✓ better", "fails": "✗ worse", "undecided": "? undecided"}
 
 
 def sheet(out: Console, entry: Entry) -> None:

@@ -11,18 +11,28 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from polyak.lab.compare.arms import ArmError
+    from polyak.lab.compare.main import compare
+    from polyak.lab.compare.result import Comparison
+    from polyak.lab.compare.task import SamplingTask, TaskError, TrainingTask
     from polyak.lab.data import DataError
     from polyak.lab.run import Progress, TrialError, collect, run, run_many
     from polyak.lab.statistics import judge, verdict
     from polyak.lab.store import Store, StoreError
 
 __all__ = [
+    "ArmError",
+    "Comparison",
     "DataError",
     "Progress",
+    "SamplingTask",
     "Store",
     "StoreError",
+    "TaskError",
+    "TrainingTask",
     "TrialError",
     "collect",
+    "compare",
     "judge",
     "run",
     "run_many",
@@ -30,6 +40,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "compare.arms": ("ArmError",),
+    "compare.main": ("compare",),
+    "compare.result": ("Comparison",),
+    "compare.task": ("SamplingTask", "TaskError", "TrainingTask"),
     "data": ("DataError",),
     "run": ("Progress", "TrialError", "collect", "run", "run_many"),
     "statistics": ("judge", "verdict"),
@@ -49,10 +63,10 @@ def __dir__() -> list[str]:
 
 
 class _Lab(ModuleType):
-    """This package. Importing its module ``run`` would put that module in the place of the function of the same name."""
+    """This package. Importing ``run`` or ``compare`` would put a module in the place of the function of that name."""
 
     def __setattr__(self, name: str, value: object) -> None:
-        if not (name == "run" and isinstance(value, ModuleType)):
+        if not (name in ("run", "compare") and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
 

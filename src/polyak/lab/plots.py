@@ -1,6 +1,6 @@
 """The report's drawings, as SVG that takes its colours and fonts from the page around it.
 
-Curves are drawn by matplotlib in placeholder colours that become CSS variables, so that one drawing serves light, dark and
+Curves are drawn by matplotlib in colours that become CSS variables, so that one drawing serves light, dark and
 print. A criterion's strip is written directly: its coordinates are percentages, so that its text never shrinks with its width.
 """
 
@@ -11,7 +11,8 @@ import math
 import re
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
 
 FONT, LEADING = 13, 15
 WIDTH, HEIGHT = 480, 310  # as drawn: two fit side by side on a desk, and one is legible on a phone
-SERIES = 6  # --series-1 ... in the style sheet
-INK, MUTED, GRID, NEUTRAL = "#010101", "#010102", "#010103", "#010104"
+# The style sheet's colours of a light page: a figure outside of a page has them, one inside its variables.
+INK, MUTED, GRID, NEUTRAL = "#1d1f22", "#5d6269", "#dcdcd6", "#6b7078"
+SERIES = ("#0068a8", "#c25400", "#00805f", "#a8467e", "#8a6a00", "#5a55b8")
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", NEUTRAL: "neutral"} | {
-    f"#01020{i}": f"series-{i}" for i in range(1, SERIES + 1)
+    color: f"series-{i + 1}" for i, color in enumerate(SERIES)
 }
 DASHES = {"baseline": "", "method": "", "ablation": "6 3", "control": "1.5 2.5"}
 
@@ -40,12 +42,12 @@ def style(claim: Claim, arm: Arm) -> tuple[str, str]:
     at = peers.index(arm)
     if arm.role == "baseline":
         return "neutral", ["", "6 3", "1.5 2.5"][at % 3]
-    return f"series-{at % SERIES + 1}", DASHES[arm.role] if at < SERIES else "9 3 2 3"
+    return f"series-{at % len(SERIES) + 1}", DASHES[arm.role] if at < len(SERIES) else "9 3 2 3"
 
 
 def _color(claim: Claim, arm: Arm) -> str:
     variable, _ = style(claim, arm)
-    return next(placeholder for placeholder, name in VARIABLES.items() if name == variable)
+    return next(color for color, name in VARIABLES.items() if name == variable)
 
 
 # ---------------------------------------------------------------------------------------------------------------- curves
@@ -114,13 +116,34 @@ def _drawable(x: float, y: float, plot: Plot) -> bool:
 
 def curves(claim: Claim, task: Task, plot: Plot, result: ClaimResult) -> str:
     """The SVG of one plot; "" where no trial has a point on it."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     shown = lines(claim, task, plot, result)
+    metric = claim.metric(plot.y)
+    unit = f" ({metric.unit})" if metric.unit else ""
+    log = ", log scale" if plot.log_y else ""
+    above = f"{metric.label}{unit}{log}; {metric.better} is better"
+    name = f"{claim.name} on {task.label}: {metric.label} over {plot.x_label or plot.x}, per arm"
+    return drawing(claim, shown, plot, above=above, name=name, prefix=f"{task.name}-{plot.x}-{plot.y}")
+
+
+def drawing(claim: Claim, shown: Sequence[Line], plot: Plot, *, above: str, name: str, prefix: str) -> str:
+    """The SVG of lines with their labels; "" where there are none.
+
+    ``above`` is said over the drawing, ``name`` to those who cannot see it; ``prefix`` is a word that no other drawing of the page
+    has.
+    """
     if not shown:
         return ""
-    metric = claim.metric(plot.y)
+    with styled():
+        buffer = io.StringIO()
+        draw(claim, shown, plot, above).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _adapt(buffer.getvalue(), name, prefix=prefix)
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """What figures are made and saved in, so that their text stays text."""
+    import matplotlib
+
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "polyak",
@@ -128,20 +151,21 @@ def curves(claim: Claim, task: Task, plot: Plot, result: ClaimResult) -> str:
         "font.size": FONT,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)  # one point is one CSS pixel
-        axes = figure.add_axes((0, 0, 1, 1))
-        for line in shown:
-            _draw(axes, claim, line)
-        _scales(axes, plot)
-        unit = f" ({metric.unit})" if metric.unit else ""
-        log = ", log scale" if plot.log_y else ""
-        above = f"{metric.label}{unit}{log}; {metric.better} is better"
-        _frame(figure, axes, above, plot.x_label or plot.x)
-        _label(figure, axes, claim, shown)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    name = f"{claim.name} on {task.label}: {metric.label} over {plot.x_label or plot.x}, per arm"
-    return _adapt(buffer.getvalue(), name, prefix=f"{task.name}-{plot.x}-{plot.y}")
+        yield
+
+
+def draw(claim: Claim, shown: Sequence[Line], plot: Plot, above: str) -> Figure:
+    """Lines as a figure, in a light page's colours."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)  # one point is one CSS pixel
+    axes = figure.add_axes((0, 0, 1, 1))
+    for line in shown:
+        _draw(axes, claim, line)
+    _scales(axes, plot)
+    _frame(figure, axes, above, plot.x_label or plot.x)
+    _label(figure, axes, claim, shown)
+    return figure
 
 
 def _draw(axes: Axes, claim: Claim, line: Line) -> None:
@@ -243,8 +267,8 @@ def _adapt(svg: str, name: str, prefix: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     head, _, body = svg.partition(">")
     box = re.search(r'viewBox="[^"]*"', head)
-    for placeholder, variable in VARIABLES.items():
-        body = body.replace(placeholder, f"var(--{variable})")
+    for color, variable in VARIABLES.items():
+        body = body.replace(color, f"var(--{variable})")
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
     key = re.sub(r"\W+", "-", prefix)
     body = re.sub(r'\bid="', f'id="{key}-', body)
@@ -256,8 +280,12 @@ def _adapt(svg: str, name: str, prefix: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------- strips
 
 
-def strip(c: CriterionResult, compare: str) -> str:
-    """A criterion's interval against its bound: estimate, 95 % interval, one dot per seed, the side that passes shaded."""
+def strip(c: CriterionResult, compare: str, asked: str = "") -> str:
+    """A criterion's interval against its bound: estimate, 95 % interval, one dot per seed, the side that passes shaded.
+
+    ``asked`` is said of the bound; by default its value.
+    """
+    asked = asked or f"asked: {words.bound(c)}"
     neutral = {"ratio": [1.0], "difference": [0.0]}.get(compare, [])
     values = [v for v in (c.estimate, c.low, c.high, c.bound, *c.per_seed, *neutral) if math.isfinite(v)]
     log = compare == "ratio" and min(values) > 0
@@ -281,8 +309,8 @@ def strip(c: CriterionResult, compare: str) -> str:
     if not math.isnan(c.estimate):
         parts.append(f'<circle class="estimate" cx="{axis.place(c.estimate):.2f}%" cy="34" r="5.5"/>')
     parts.append(f'<line class="bound" x1="{at:.2f}%" x2="{at:.2f}%" y1="16" y2="58"/>')
-    parts.append(_text(at, 11, f"asked: {words.bound(c)}", "bound"))
-    name = f"estimate {words.number(c.estimate)}, interval {words.interval(c)}, asked {words.bound(c)}"
+    parts.append(_text(at, 11, asked, "bound"))
+    name = f"estimate {words.number(c.estimate)}, interval {words.interval(c)}, {asked}"
     return f'<svg class="strip" height="82" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
 
 

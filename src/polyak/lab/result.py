@@ -75,7 +75,7 @@ class ClaimResult:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary; infinities and NaN become the strings "inf", "-inf", "nan"."""
-        return _plain(asdict(self))
+        return plain(asdict(self))
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ClaimResult:
@@ -92,13 +92,14 @@ class ClaimResult:
         )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Data for JSON: infinities and NaN become the strings "inf", "-inf", "nan"."""
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value
 
 
@@ -108,7 +109,7 @@ def _trial(data: Mapping[str, Any]) -> TrialResult:
 
 
 def _numbers(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Undo :func:`_plain` where numbers are: only these three words become floats again."""
+    """Undo :func:`plain` where numbers are: only these three words become floats again."""
     words = {"inf", "-inf", "nan"}
 
     def number(value: Any) -> Any:

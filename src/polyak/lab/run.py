@@ -1,47 +1,35 @@
-"""Carrying trials out: a few worker processes, one store, and a plan for each claim.
+"""Carrying trials out: an executor that runs them, one store, and a plan for each claim.
 
-Every trial runs in a worker process that lives for the whole run, on one thread. The process that was called hands out trials,
-takes in results and stores them; it alone writes. A worker that dies takes one trial with it, which is tried once more. Where
-another process has a trial of ours in flight, we go on with the others and come back to it.
+Every trial runs in a worker (:mod:`polyak.lab.workers`). The process that was called hands out trials, takes in results and
+stores them; it alone writes. A worker that dies takes one trial with it, which is tried once more. Where another process has a
+trial of ours in flight, we go on with the others and come back to it.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
+import itertools
 import pickle
-import random
 import signal
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from importlib import import_module
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
-from numbers import Real
 
 from polyak.core import checks
 from polyak.lab import versions as facts
-from polyak.lab.claim import Claim, Diverged, Measurement, Trial, TrialFunction
+from polyak.lab.claim import Claim, Trial
 from polyak.lab.result import ClaimResult, TrialResult
 from polyak.lab.store import Planned, Store, Stored, StoreError
 from polyak.lab.tuning import Plan
+from polyak.lab.workers import Died, Ended, Executor, Heard, Job, Processes, Trouble
 
 # How often signals and the trials of other processes are looked after.
 _TICK_S = 0.2
 # A worker that died may have been the victim of others' use of memory: its trial gets a second chance, and no third.
 _ATTEMPTS = 2
-_THREADS = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-)
+
+Listener = Callable[[Planned, Mapping[str, float], Mapping[str, float]], None]  # trial, at, values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +108,6 @@ def run_many(
             from there.
         StoreError: the store cannot be read or written.
     """
-    jobs = checks.integer("jobs", (facts.cores() if device == "cpu" else 1) if jobs is None else jobs, least=1)
     kind = facts.device_kind(device)
     plans: dict[str, Plan] = {}
     for claim in claims:
@@ -128,8 +115,37 @@ def run_many(
             raise ValueError(f"claims must have slugs of their own, got {claim.slug!r} twice")
         _check_importable(claim)
         plans[claim.slug] = Plan(claim, scale=scale, seeds=seeds, device=kind, versions=_versions(claim))
-    _Run(plans, device=device, jobs=jobs, store=store, on_progress=on_progress).carry_out()
+    carry_out(plans.values(), device=device, jobs=jobs, store=store, on_progress=on_progress)
     return {slug: plan.result() for slug, plan in plans.items()}
+
+
+def carry_out(
+    plans: Iterable[Plan],
+    *,
+    device: str = "cpu",
+    jobs: int | None = None,
+    store: Store,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_measurement: Listener | None = None,
+    executor: Executor | None = None,
+) -> None:
+    """Run what is missing of plans, until every plan is complete. Arguments and errors are those of :func:`run_many`.
+
+    Args:
+        on_measurement: hears every measurement on the way of every trial that runs here, as it is made, and once more the
+            final one, with empty coordinates. Trackers listen here.
+        executor: where trials run, in place of ``jobs`` processes of this machine. It is closed at the end.
+    """
+    default = facts.cores() if device == "cpu" else 1
+    jobs = checks.integer("jobs", default if jobs is None else jobs, least=1)
+    _Run(
+        {plan.claim.slug: plan for plan in plans},
+        device=device,
+        executor=executor or Processes(jobs),
+        store=store,
+        on_progress=on_progress,
+        on_measurement=on_measurement,
+    ).carry_out()
 
 
 def collect(
@@ -167,125 +183,6 @@ def _check_importable(claim: Claim) -> None:
         ) from error
 
 
-# -- in a worker process ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What a worker needs to know of a trial."""
-
-    function: TrialFunction
-    trial: Trial
-    worst: Mapping[str, float]  # every metric's worst value
-    needed: frozenset[str]  # metrics that the final measurement must hold
-    libraries: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    values: Mapping[str, float]
-    curve: tuple[tuple[Mapping[str, float], Mapping[str, float]], ...]
-    seconds: float
-    diverged: bool = False
-    message: str = ""
-
-
-@dataclass(frozen=True)
-class _Trouble:
-    """Why a trial gave no outcome: the traceback's text."""
-
-    trace: str
-
-
-def _work(connection: Connection) -> None:
-    """A worker's life: take a job, send its outcome, until nobody asks any more."""
-    # Before numpy or torch are imported, which read these once.
-    os.environ.update(dict.fromkeys(_THREADS, "1"))
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    while True:
-        try:
-            packed = connection.recv_bytes()
-        except EOFError:
-            return
-        try:
-            answer = _carry_out(pickle.loads(packed))
-        except (Exception, SystemExit):
-            answer = _Trouble(traceback.format_exc())
-        connection.send(answer)
-
-
-def _end_with(parent: BaseProcess) -> None:
-    """End at once when the parent is gone, in the middle of a trial too: nobody would take its result."""
-    wait([parent.sentinel])
-    os._exit(1)
-
-
-def _carry_out(job: _Job) -> _Outcome:
-    _settle(job.libraries, job.trial.seed)
-    curve: list[tuple[Mapping[str, float], Mapping[str, float]]] = []
-    final: Mapping[str, float] | None = None
-    began = time.perf_counter()
-    try:
-        for measurement in job.function(job.trial):
-            values, at = _checked(measurement, job.worst)
-            if final is not None:
-                raise ValueError(
-                    "a trial's final measurement (one without coordinates) must be its last, and the only one"
-                )
-            if at is None:
-                final = values
-            else:
-                curve.append((at, values))
-    except Diverged as error:
-        return _Outcome(job.worst, tuple(curve), time.perf_counter() - began, True, str(error) or "diverged")
-    seconds = time.perf_counter() - began
-    if final is None:
-        raise ValueError("a trial must end with a final measurement (one without coordinates), got none")
-    if missing := sorted(job.needed - final.keys()):
-        raise ValueError(
-            f"the final measurement must hold {missing}, which criteria or tuning use; it has {sorted(final)}"
-        )
-    if infinite := {name: value for name, value in final.items() if not abs(value) < float("inf")}:
-        message = "final " + ", ".join(f"{name} = {value}" for name, value in infinite.items())
-        return _Outcome(job.worst, tuple(curve), seconds, True, message)
-    return _Outcome(final, tuple(curve), seconds)
-
-
-def _settle(libraries: Sequence[str], seed: int) -> None:
-    """Make every trial start alike, whatever this worker did before: libraries loaded, one thread, generators seeded.
-
-    A trial makes its own generators; the global ones are seeded so that a use by oversight depends on the seed alone.
-    """
-    for name in libraries:
-        import_module(name)
-    random.seed(seed)
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(seed)
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(1)
-        torch.manual_seed(seed)
-
-
-def _checked(measurement: object, metrics: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float] | None]:
-    """A measurement's values and coordinates as plain floats."""
-    if not isinstance(measurement, Measurement):
-        raise TypeError(f"a trial must yield measurements (polyak.lab.claim.measure), got {measurement!r}")
-    for name in measurement.values:
-        checks.one_of("a measurement's metric", name, metrics)
-    values = {name: _number(name, value) for name, value in measurement.values.items()}
-    if measurement.at is None:
-        return values, None
-    return values, {name: _number(name, value) for name, value in measurement.at.items()}
-
-
-def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"measured {name} must be a number (a tensor's is had by .item()), got {value!r}")
-    return float(value)
-
-
 # -- in the process that was called ----------------------------------------------------------------------------------------
 
 
@@ -296,27 +193,22 @@ class _Task:
     plan: Plan
     trial: Planned
     attempts: int = 0
-
-
-@dataclass(eq=False)
-class _Worker:
-    process: BaseProcess
-    connection: Connection
-    task: _Task | None = None
     since: float = 0.0
 
 
 @dataclass(eq=False)
 class _Run:
-    """One call of :func:`run_many`."""
+    """One call of :func:`carry_out`."""
 
     plans: Mapping[str, Plan]
     device: str
-    jobs: int
+    executor: Executor
     store: Store
     on_progress: Callable[[Progress], None] | None
+    on_measurement: Listener | None
     queue: list[_Task] = field(default_factory=list)
-    workers: list[_Worker] = field(default_factory=list)
+    flight: dict[int, _Task] = field(default_factory=dict)  # by ticket
+    tickets: Iterator[int] = field(default_factory=itertools.count)
     expected: dict[tuple[str, str, str], float] = field(default_factory=dict)  # seconds, by claim, task, arm
     cached: dict[str, int] = field(default_factory=dict)
     errors: dict[str, TrialError] = field(default_factory=dict)
@@ -328,24 +220,16 @@ class _Run:
         self.machine = facts.machine(self.device)
 
     def carry_out(self) -> None:
-        for slug, plan in self.plans.items():
-            self._enqueue(plan, plan.load(self.store))
-            self.cached[slug] = len(plan.found)
-            self.libraries[slug] = facts.libraries(plan.claim)
-            durations = self.store.durations(slug, plan.scale, plan.device)
-            self.expected.update({(slug, task, arm): seconds for (task, arm), seconds in durations.items()})
-        self._sort()
-        for slug in self.plans:
-            self._report(slug)
         with _stop_signals() as stop:
             try:
+                self._prepare()
                 while not stop and self._hand_out():
-                    for connection in wait([w.connection for w in self.workers if w.task], timeout=_TICK_S):
-                        self._take_in(next(w for w in self.workers if w.connection is connection))
+                    for event in self.executor.events(_TICK_S):
+                        self._take_in(event)
+                    self._stop_overdue()
                 if stop:
-                    for worker in self.workers:
-                        if worker.task and worker.connection.poll():
-                            self._take_in(worker)
+                    for event in self.executor.events(0):
+                        self._take_in(event)
                     raise KeyboardInterrupt
             finally:
                 self._end()
@@ -353,11 +237,21 @@ class _Run:
             error = next(iter(self.errors.values()))
             raise TrialError(error.trial, error.trace, len(self.errors) - 1) if len(self.errors) > 1 else error
 
+    def _prepare(self) -> None:
+        for slug, plan in self.plans.items():
+            self._enqueue(plan, plan.load(self.store))
+            self.cached[slug] = len(plan.found)
+            self.libraries[slug] = plan.libraries()
+            durations = self.store.durations(slug, plan.scale, plan.device)
+            self.expected.update({(slug, task, arm): seconds for (task, arm), seconds in durations.items()})
+        self._sort()
+        for slug in self.plans:
+            self._report(slug)
+
     def _hand_out(self) -> bool:
-        """Give idle workers something to do. Whether there is anything left to wait for."""
-        busy = [w for w in self.workers if w.task]
+        """Fill the executor's slots. Whether there is anything left to wait for."""
         for task in list(self.queue):
-            if len(busy) == self.jobs:
+            if len(self.flight) == self.executor.slots:
                 break
             state = self.store.claim_trial(task.trial)
             if state == "elsewhere":
@@ -366,17 +260,14 @@ class _Run:
             if state == "done":
                 self._found(task, self.store.results([task.trial])[task.trial.digest])
             else:
-                busy.append(self._start(task))
-        if not busy and self.queue:
+                self._start(task)
+        if not self.flight and self.queue:
             time.sleep(_TICK_S)  # all that is left is in flight in other processes
-        return bool(busy or self.queue)
+        return bool(self.flight or self.queue)
 
-    def _start(self, task: _Task) -> _Worker:
-        worker = next((w for w in self.workers if not w.task), None) or self._hire()
-        worker.task, worker.since = task, time.monotonic()
-        task.attempts += 1
+    def _start(self, task: _Task) -> None:
         claim, trial = task.plan.claim, task.trial
-        job = _Job(
+        job = Job(
             function=claim.trial,
             trial=Trial(
                 claim=claim.slug,
@@ -388,36 +279,31 @@ class _Run:
                 options=trial.options,
             ),
             worst={metric.name: metric.worst_value for metric in claim.metrics},
-            needed=_needed(claim, trial),
+            needed=task.plan.needed(trial),
             libraries=self.libraries[claim.slug],
+            stream="ask" if task.plan.asks(trial) else "tell" if self.on_measurement else "",
         )
-        with suppress(OSError):  # a worker that has died meanwhile is found dead when its answer is waited for
-            worker.connection.send_bytes(pickle.dumps(job))
+        ticket = next(self.tickets)
+        self.flight[ticket] = task
+        task.since = time.monotonic()
+        task.attempts += 1
+        self.executor.start(ticket, job)
         self._report(claim.slug)
-        return worker
 
-    def _hire(self) -> _Worker:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs,), daemon=True)
-        with _sigint_blocked():
-            process.start()
-        theirs.close()
-        worker = _Worker(process, ours)
-        self.workers.append(worker)
-        return worker
-
-    def _take_in(self, worker: _Worker) -> None:
-        """A worker's answer, or its end."""
-        task, worker.task = worker.task, None
-        assert task is not None
-        trial = task.trial
-        try:
-            answer = worker.connection.recv()
-        except (EOFError, OSError):
-            self._bury(worker, task)
+    def _take_in(self, event: Heard | Ended) -> None:
+        if isinstance(event, Heard):
+            task = self.flight[event.ticket]
+            if self.on_measurement is not None:
+                self.on_measurement(task.trial, event.at, event.values)
+            if task.plan.asks(task.trial):
+                self.executor.answer(event.ticket, task.plan.heard(task.trial, event.at, event.values))
             return
-        if isinstance(answer, _Trouble):
+        task, answer = self.flight.pop(event.ticket), event.answer
+        trial = task.trial
+        if isinstance(answer, Died):
+            self._bury(task, answer)
+            return
+        if isinstance(answer, Trouble):
             self._fail(task, answer.trace)
             return
         result = TrialResult(
@@ -434,6 +320,8 @@ class _Run:
         )
         self.store.finish(trial, result, self.machine)
         self.expected[trial.claim, trial.task, trial.arm] = answer.seconds
+        if self.on_measurement is not None:
+            self.on_measurement(trial, {}, answer.values)
         # From the store, so that a result is the same whether it was just made or stored long ago.
         self._found(task, self.store.results([trial])[trial.digest])
 
@@ -442,16 +330,21 @@ class _Run:
         self._sort()
         self._report(task.trial.claim)
 
-    def _bury(self, worker: _Worker, task: _Task) -> None:
-        worker.process.join(5)
-        self.workers.remove(worker)
+    def _bury(self, task: _Task, death: Died) -> None:
         if task.attempts < _ATTEMPTS:
             self.queue.insert(0, task)
             return
-        code = worker.process.exitcode or 0
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        hint = "; the system kills processes where memory runs out" if code == -getattr(signal, "SIGKILL", 9) else ""
-        self._fail(task, f"its process died {task.attempts} times, the last time with {how}{hint}")
+        self._fail(task, f"its process died {task.attempts} times, the last time with {death.how}")
+
+    def _stop_overdue(self) -> None:
+        """A trial that is not done at its deadline never will be: its process is ended."""
+        now = time.monotonic()
+        for ticket, task in list(self.flight.items()):
+            limit = task.plan.deadline
+            if limit is not None and now - task.since > limit:
+                self.executor.stop(ticket)
+                del self.flight[ticket]
+                self._fail(task, f"it did not end, and was stopped at its deadline after {limit:g} s")
 
     def _fail(self, task: _Task, trace: str) -> None:
         slug = task.trial.claim
@@ -477,7 +370,7 @@ class _Run:
     def _report(self, slug: str) -> None:
         if self.on_progress is not None:
             plan = self.plans[slug]
-            running = tuple(w.task.trial.label for w in self.workers if w.task and w.task.trial.claim == slug)
+            running = tuple(task.trial.label for task in self.flight.values() if task.trial.claim == slug)
             self.on_progress(
                 Progress(
                     claim=slug,
@@ -499,38 +392,20 @@ class _Run:
             return None
         typical = sum(self.expected.values()) / len(self.expected)
         now = time.monotonic()
-        running = [w for w in self.workers if w.task]
-        rest = [max(0.0, self._expect(w.task.trial, typical) - (now - w.since)) for w in running if w.task]
+        running = list(self.flight.values())
+        rest = [max(0.0, self._expect(task.trial, typical) - (now - task.since)) for task in running]
         queued = [self._expect(task.trial, typical) for task in self.queue]
         unnamed = max(0, left - len(running) - len(queued)) * typical
         total = sum(rest) + sum(queued) + unnamed
-        return max(total / min(self.jobs, left), max(rest, default=0.0))
+        return max(total / min(self.executor.slots, left), max(rest, default=0.0))
 
     def _end(self) -> None:
-        """Stop the workers, which hold nothing that is worth an orderly end, and give up what is in flight."""
-        for worker in self.workers:
-            worker.process.kill()
-        for worker in self.workers:
-            worker.process.join(5)
-            worker.connection.close()
-            if worker.task:
-                # Where the store cannot be written any more, the marks end with this process.
-                with suppress(StoreError):
-                    self.store.release(worker.task.trial)
-
-
-def _needed(claim: Claim, trial: Planned) -> frozenset[str]:
-    """The metrics that the claim's criteria and tuning ask of a trial."""
-    needed: set[str] = set()
-    for c in claim.criteria:
-        if c.task == trial.task:
-            if trial.arm in (c.arm, c.control):
-                needed.add(c.metric)
-            if trial.arm in c.rivals:
-                needed.add(c.against_metric or c.metric)
-    if trial.purpose == "tuning":
-        return frozenset([claim.task(trial.task).tune])
-    return frozenset(needed)
+        """End what runs, and give up what is in flight."""
+        self.executor.close()
+        for task in self.flight.values():
+            # Where the store cannot be written any more, the marks end with this process.
+            with suppress(StoreError):
+                self.store.release(task.trial)
 
 
 @contextmanager
@@ -549,16 +424,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """A process started here never sees a terminal's Ctrl-C: it is ours to end it."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

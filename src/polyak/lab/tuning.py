@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from polyak.core import checks
 from polyak.lab import statistics
+from polyak.lab import versions as facts
 from polyak.lab.claim import Arm, Claim, Metric
 from polyak.lab.result import ClaimResult, TrialResult
 from polyak.lab.store import Planned, Store, Stored
@@ -68,6 +69,38 @@ class Plan:
             device=self.device,
             versions=self.versions,
         )
+
+    deadline: float | None = None  # seconds after which a trial is stopped
+
+    def libraries(self) -> tuple[str, ...]:
+        """Which of numpy and torch must be loaded before a trial begins."""
+        return facts.libraries(self.claim)
+
+    def needed(self, trial: Planned) -> frozenset[str]:
+        """The metrics that the claim's criteria and tuning ask of a trial."""
+        if trial.purpose == "tuning":
+            return frozenset([self.claim.task(trial.task).tune])
+        needed: set[str] = set()
+        for c in self.claim.criteria:
+            if c.task == trial.task:
+                if trial.arm in (c.arm, c.control):
+                    needed.add(c.metric)
+                if trial.arm in c.rivals:
+                    needed.add(c.against_metric or c.metric)
+        return frozenset(needed)
+
+    def asks(self, trial: Planned) -> bool:
+        """Whether a trial waits after each measurement to hear if it should go on."""
+        return False
+
+    def heard(self, trial: Planned, at: Mapping[str, float], values: Mapping[str, float]) -> bool:
+        """Take in a measurement of a trial that asks. Whether it should go on."""
+        return True
+
+    @property
+    def tunes(self) -> bool:
+        """Whether any arm is tuned."""
+        return bool(self._tuning)
 
     @property
     def total(self) -> int:
@@ -141,7 +174,7 @@ class Plan:
             trials=trials,
             chosen=chosen,
             seeds=self.seeds,
-            tuning_seeds=self.tuning_seeds if self._tuning else (),
+            tuning_seeds=self.tuning_seeds if self.tunes else (),
             date=latest.finished,
             seconds=sum(t.seconds for t in trials),
             versions=self.versions,

@@ -11,7 +11,7 @@ import importlib.util
 import platform
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -82,10 +82,37 @@ def fingerprint(claim: Claim) -> str:
     name is taken from a package, only the file that defines it does, so that a room's list of re-exports ties no system to
     another. The lab does not count, except for its data. Comments, docstrings and layout change nothing.
     """
+    return _digest(_closure(claim))
+
+
+def _digest(closure: Mapping[str, Path]) -> str:
     digest = hashlib.sha256()
-    for name, path in sorted(_closure(claim).items()):
+    for name, path in sorted(closure.items()):
         digest.update(f"{name} {_read(path).digest}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def code_of_file(path: Path) -> str:
+    """A digest of a file that is no module of a package, and of what it imports from polyak and from beside itself.
+
+    What is beside it is found where its folder is on ``sys.path``.
+    """
+    beside = {top for top in _read(path).tops if (path.parent / f"{top}.py").exists() or (path.parent / top).is_dir()}
+    return _digest(_follow([(path.stem, path)], {"polyak", *beside}))
+
+
+def code_of(target: str) -> str:
+    """What decides the behaviour of ``module:Name``: the version of the package that brings it, else a digest of its code.
+
+    PyTorch's needs none: its version is stored in any case.
+    """
+    module, _, name = target.partition(":")
+    top = module.partition(".")[0]
+    if top == "torch":
+        return ""
+    if top != "polyak" and (brought := metadata.packages_distributions().get(top)):
+        return f"{brought[0]} {metadata.version(brought[0])}"
+    return _digest(_follow(_taken(module, name), {top}))
 
 
 def libraries(claim: Claim) -> tuple[str, ...]:
@@ -111,8 +138,12 @@ def _closure(claim: Claim) -> dict[str, Path]:
     """Module -> file, of all modules that decide the claim's results."""
     start = [claim.trial.__module__, claim.part.partition(":")[0], *claim.sources]
     tops = {"polyak", *(name.partition(".")[0] for name in start)}
+    return _follow([pair for name in start for pair in _files(name, must=f"claim {claim.slug!r}")], tops)
+
+
+def _follow(waiting: list[tuple[str, Path]], tops: Collection[str]) -> dict[str, Path]:
+    """Module -> file, of these and all that they import from the packages ``tops``."""
     found: dict[str, Path] = {}
-    waiting = [pair for name in start for pair in _files(name, must=f"claim {claim.slug!r}")]
     while waiting:
         name, path = waiting.pop()
         own = name == _LAB_DATA or not (name == _LAB or name.startswith(_LAB + "."))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polyak.lab.claim import Claim
@@ -48,6 +48,11 @@ def seeds_passing(c: CriterionResult) -> str:
 def count(n: int, noun: str, plural: str = "") -> str:
     """ "1 seed", "5 seeds"."""
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+def listing(names: Sequence[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    return " and ".join([*([", ".join(names[:-1])] if len(names) > 1 else []), *names[-1:]])
 
 
 def duration(seconds: float) -> str:

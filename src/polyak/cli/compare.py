@@ -1,0 +1,147 @@
+"""``polyak compare`` and ``polyak init-task``: the user's own problem."""
+
+import webbrowser
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from polyak.cli import terminal
+from polyak.cli.shared import (
+    INTERRUPTED,
+    Device,
+    Home,
+    Json,
+    Verbose,
+    check,
+    check_count,
+    check_device,
+    print_json,
+    stop,
+    trial_error,
+)
+
+EXAMPLES = Path(__file__).parents[1] / "lab" / "templates"
+KINDS = {"optim": "optimizers", "sampler": "samplers"}
+TRY = {"optim": "adamw,adan,lion --budget 2m", "sampler": "ddim,dpmsolver,heun --budget 20nfe"}
+
+
+def compare(
+    tasks: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TASK", help="Task files, or a folder of them; `polyak init-task` writes one.", show_default=False
+        ),
+    ],
+    arms: Annotated[
+        str,
+        typer.Option(
+            help="What is compared, e.g. adamw,adan:weight_decay=0.02,pytorch_optimizer:Muon; name=low..high is tuned.",
+            show_default=False,
+        ),
+    ],
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="A time for all trials together (5m), for each (20s/trial), or a count for each (500steps, 20nfe)."
+        ),
+    ] = "5m",
+    seeds: Annotated[int, typer.Option(help="How many are reported; 5 or more can decide something.")] = 5,
+    trials: Annotated[int, typer.Option(help="Tuning trials of every arm.")] = 10,
+    baseline: Annotated[
+        str | None, typer.Option(help="The arm to compare with (default: the first).", show_default=False)
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="Say what it costs to reach this (default: where the baseline ends).", show_default=False),
+    ] = None,
+    points: Annotated[int, typer.Option(help="How often a reported trial is measured on the way.")] = 20,
+    device: Device = "cpu",
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            help="Trials at once (default: 1 where the budget is a time, else one per core).", show_default=False
+        ),
+    ] = None,
+    deadline: Annotated[
+        str | None,
+        typer.Option(
+            help="When a trial that does not end is stopped, e.g. 10m (default: generous).", show_default=False
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("polyak-report/compare.html"),
+    show_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    home: Home = None,
+    as_json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare optimizers or samplers on your own problem.
+
+    Every arm gets the same tuning trials, seeds, batches and budget. What has run is stored, and is not run again.
+
+    Exit status: 0 if it could be compared, 2 if the command is wrong, 3 if something could not run, 130 if interrupted.
+    """
+    from polyak.lab.compare.arms import ArmError
+    from polyak.lab.compare.budget import seconds
+    from polyak.lab.compare.main import compare as carry_out
+    from polyak.lab.compare.task import TaskError
+    from polyak.lab.run import TrialError
+    from polyak.lab.store import Store
+
+    for option, count in (("--seeds", seeds), ("--trials", trials), ("--points", points), ("--jobs", jobs)):
+        check_count(option, count)
+    check_device(device)
+    try:
+        limit = None if deadline is None else seconds("--deadline", deadline)
+        with Store(home) as store, terminal.progress() as tell:
+            found = carry_out(
+                tasks,
+                arms,
+                budget=budget,
+                seeds=seeds,
+                trials=trials,
+                baseline=baseline,
+                target=target,
+                points=points,
+                device=device,
+                jobs=jobs,
+                deadline=limit,
+                store=store,
+                on_progress=tell,
+            )
+    except TrialError as error:
+        stop(trial_error(error, verbose))
+    except KeyboardInterrupt:
+        stop(INTERRUPTED, 130)
+    except TaskError as error:
+        stop(str(error))
+    except ArmError as error:
+        raise typer.BadParameter(str(error), param_hint="--arms") from None
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    path = found.save(out)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        terminal.comparison(terminal.console(), found)
+        print(f"The page, with curves and all trials: {path}")
+    if show_it:
+        webbrowser.open(path.resolve().as_uri())
+
+
+def init_task(
+    kind: Annotated[str, typer.Argument(metavar="optim|sampler", help="What is to be compared.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("task.py"),
+) -> None:
+    """Write an example task, with comments.
+
+    It runs as it stands, on data at hand; replace its parts with yours. A file that is there is not overwritten.
+    """
+    check("KIND", kind, list(KINDS))
+    text = (EXAMPLES / f"{kind}_task.py").read_text(encoding="utf-8")
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        stop(f"{out} is there already; name another with --out")
+    print(f"Wrote {out}, a task for {KINDS[kind]}. Try it:\n  polyak compare {out} --arms {TRY[kind]} --open")

@@ -1,0 +1,84 @@
+"""What every arm may spend: optimizer steps or evaluations of each trial, or time."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from polyak.lab import words
+
+Unit = Literal["steps", "evaluations", "seconds"]
+_NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]+)\s*(/\s*trial)?")
+_SECONDS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
+_COUNTS: dict[str, Unit] = {
+    "step": "steps",
+    "steps": "steps",
+    "nfe": "evaluations",
+    "evaluation": "evaluations",
+    "evaluations": "evaluations",
+}
+FORMS = "a time for all (90s, 5m, 1h), a time for each trial (20s/trial), or a count for each trial (500steps, 20nfe)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """``amount`` of ``unit`` for each trial; of a time for the whole comparison each trial's share."""
+
+    unit: Unit
+    amount: float
+    total: float | None = None  # seconds of the whole comparison, where that was given
+
+    @property
+    def label(self) -> str:
+        """Under which results are stored: what one trial may spend."""
+        return f"{self.amount:g} {self.unit}"
+
+    @property
+    def words(self) -> str:
+        """ "6.7 s of training for each trial (5 min in all)"."""
+        if self.unit == "seconds":
+            whole = f" ({words.duration(self.total)} for the whole comparison)" if self.total else ""
+            return f"{self.amount:g} s for each trial{whole}"
+        return f"{self.amount:g} {self.unit} for each trial"
+
+    @property
+    def equal(self) -> str:
+        """ "equal time", "equal steps"."""
+        return "equal time" if self.unit == "seconds" else f"equal {self.unit}"
+
+    @property
+    def deadline(self) -> float:
+        """Seconds after which a trial is given up, where nobody says otherwise: what it holds beside training is not counted."""
+        return 60.0 + 4 * self.amount if self.unit == "seconds" else 1800.0
+
+
+def seconds(name: str, text: str) -> float:
+    """A time such as 90s, 5m or 1h, in seconds; ValueError for anything else."""
+    match = _NUMBER.fullmatch(text.strip().lower())
+    if match is None or match[2] not in _SECONDS or match[3] or not float(match[1]):
+        raise ValueError(f"{name} must be a time such as 90s, 5m or 1h, got {text!r}")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def parse(text: str, trials: int) -> Budget:
+    """A budget from words; a time for the whole is shared out among this many trials.
+
+    Raises:
+        ValueError: the words are none of :data:`FORMS`, or there is nothing to spend.
+    """
+    match = _NUMBER.fullmatch(text.strip().lower())
+    unit = match[2] if match else ""
+    if match is None or unit not in {*_SECONDS, *_COUNTS}:
+        raise ValueError(f"budget must be {FORMS}, got {text!r}")
+    amount = float(match[1])
+    if unit in _COUNTS:
+        if amount != int(amount) or amount < 1:
+            raise ValueError(f"budget must be a whole number of {_COUNTS[unit]}, at least 1, got {text!r}")
+        return Budget(_COUNTS[unit], int(amount))
+    if amount <= 0:
+        raise ValueError(f"budget must be more than no time, got {text!r}")
+    time = amount * _SECONDS[unit]
+    if match[3]:
+        return Budget("seconds", time)
+    return Budget("seconds", float(f"{time / trials:.2g}"), total=time)

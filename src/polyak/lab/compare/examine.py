@@ -1,0 +1,256 @@
+"""Looking at a task before it is compared on: does it run, is it a pure function of its seed, does it give itself away?
+
+:func:`examine` runs in a process of its own, so that what the user's code does to it is forgotten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from polyak.lab.compare.task import (
+    AnyTask,
+    Facts,
+    SamplingTask,
+    TaskError,
+    TrainingTask,
+    betters,
+    blame,
+    endless,
+    load,
+    metrics,
+    says,
+)
+from polyak.lab.workers import settle
+
+SEED = 20_000  # neither tuned on nor reported
+_BATCHES = 3  # are compared
+_LEAST_ROWS = 16  # below, a column equals the target by chance
+_SAME = 1 - 1e-6
+
+
+def examine(file: str, device: str) -> Facts | str:
+    """The facts of a task, or what is wrong with it, in a sentence."""
+    try:
+        first = _load(file, device)
+        if isinstance(first, SamplingTask):
+            return _examine_sampling(first, file, device)
+        return _examine_training(first, file, device)
+    except TaskError as error:
+        return str(error)
+
+
+def _load(file: str, device: str) -> AnyTask:
+    settle(("numpy", "torch"), SEED)
+    return load(file, SEED, device)
+
+
+def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
+    name = Path(file).name
+    weights = digest(first.model.state_dict())
+    with blame(f"{name}: taking a batch", file):
+        batches = list(islice(endless(first.batches, name), _BATCHES))
+    contents = digest(batches)
+    untrained = _evaluate(first, "evaluate", file)
+    validated = _evaluate(first, "validate", file) if first.validate else None
+    better = betters(first, untrained, file)
+    if validated is not None and len(untrained) > 1 and next(iter(untrained)) not in validated:
+        raise TaskError(f"{name}: validate must return {next(iter(untrained))!r}, too, which arms are compared by")
+    seconds = _take_steps(first, batches, file)
+    # A second call with the same seed must not meet what the first one left: trained weights, drawn random numbers.
+    second = _load(file, device)
+    assert isinstance(second, TrainingTask)
+    ours, theirs = ({p.data_ptr() for p in t.model.parameters() if p.numel()} for t in (first, second))
+    if ours & theirs:
+        raise TaskError(
+            f"{name}: task returns the same model twice: it would go on training where the last trial ended. Make the model inside "
+            "the function"
+        )
+    if digest(second.model.state_dict()) != weights:
+        raise TaskError(
+            f"{name}: two calls with one seed give different initial weights: something is left from one call to the next "
+            "(a generator made outside of the function?). Make it inside, from the seed"
+        )
+    with blame(f"{name}: taking a batch", file):
+        again = digest(list(islice(endless(second.batches, name), _BATCHES)))
+    if again != contents:
+        raise TaskError(
+            f"{name}: two calls with one seed give different batches: something is left from one call to the next (an iterator or "
+            "generator made outside of the function?). Make it inside, from the seed"
+        )
+    warnings = list(_targets(batches, name))
+    if first.validate and validated == untrained:
+        warnings.append(
+            f"{name}: validate and evaluate agree to the last digit on the untrained model: if they look at the same data, what is "
+            "reported was also chosen by"
+        )
+    return Facts(
+        kind="training",
+        says=says(file),
+        better=better,
+        initial=untrained,
+        parameters=sum(p.numel() for p in first.model.parameters() if p.requires_grad),
+        schedule=first.schedule if isinstance(first.schedule, str) else "of the task's own",
+        validates=first.validate is not None,
+        seconds=seconds,
+        warnings=tuple(warnings),
+    )
+
+
+def _evaluate(task: TrainingTask, what: str, file: str) -> dict[str, float]:
+    import torch
+
+    name = Path(file).name
+    task.model.eval()
+    with torch.no_grad(), blame(f"{name}: {what}(model)", file):
+        found = metrics(getattr(task, what)(task.model), what, file)
+    for key, value in found.items():
+        if not math.isfinite(value):
+            of = "" if key == what else f" for {key!r}"
+            raise TaskError(f"{name}: {what} gives {value}{of} on the untrained model, before any step")
+    return found
+
+
+def _take_steps(task: TrainingTask, batches: list[Any], file: str) -> float:
+    """A few plain gradient steps: the loss is one finite number with a gradient. Seconds for one."""
+    import torch
+
+    name = Path(file).name
+    task.model.train()
+    took = []
+    for i, batch in enumerate(batches):
+        began = time.perf_counter()
+        with blame(f"{name}: loss(model, batch)", file):
+            loss = task.loss(task.model, batch)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            what = f"one of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
+            raise TaskError(f"{name}: loss(model, batch) must return a tensor of one element, got {what}")
+        if not loss.requires_grad:
+            raise TaskError(
+                f"{name}: the loss has no gradient: it does not depend on the model's parameters, or was detached"
+            )
+        if i == 0 and not math.isfinite(float(loss.detach())):
+            raise TaskError(f"{name}: the loss of the first batch is {float(loss.detach())}, before any step")
+        with blame(f"{name}: the gradient of loss(model, batch)", file):
+            loss.backward()
+        with torch.no_grad():
+            for p in task.model.parameters():
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-1e-3)
+                    p.grad = None
+        took.append(time.perf_counter() - began)
+    return min(took)
+
+
+def _examine_sampling(first: SamplingTask, file: str, device: str) -> Facts:
+    import torch
+
+    name = Path(file).name
+    warnings: list[str] = []
+    seconds, shape = 0.0, tuple(first.shape)
+    if first.denoiser is not None:
+        process = first.process or getattr(first.denoiser, "process", None)
+        if process is None:
+            raise TaskError(f"{name}: the denoiser does not have a process: return one, e.g. process=VP()")
+        answers = []
+        for task in (first, _load(file, device)):
+            assert isinstance(task, SamplingTask)
+            generator = torch.Generator(device).manual_seed(SEED)
+            x = process.prior(shape, generator=generator, dtype=task.dtype, device=device)
+            began = time.perf_counter()
+            with torch.no_grad(), blame(f"{name}: denoiser(x, t)", file):
+                prediction = task.denoiser(x, process.t_max)
+            seconds = time.perf_counter() - began
+            output = getattr(prediction, "output", None)
+            if not isinstance(output, torch.Tensor):
+                raise TaskError(
+                    f"{name}: denoiser(x, t) must return a polyak.generate.Prediction, got a {type(prediction).__name__}; "
+                    "wrap a network in polyak.generate.Denoiser"
+                )
+            if not bool(output.isfinite().all()):
+                raise TaskError(f"{name}: the denoiser's first prediction is not finite")
+            answers.append(output)
+        if digest(answers[0]) != digest(answers[1]):
+            raise TaskError(
+                f"{name}: two calls with one seed give denoisers that differ: something is left from one call to the next"
+            )
+        with blame(f"{name}: metric(samples)", file):
+            found = metrics(first.metric(x), "metric", file)
+    else:
+        found = _pipeline_metrics(first, file, device)
+    better = betters(first, found, file)
+    return Facts(
+        kind="sampling", says=says(file), better=better, initial=found, seconds=seconds, warnings=tuple(warnings)
+    )
+
+
+def _pipeline_metrics(task: SamplingTask, file: str, device: str) -> dict[str, float]:
+    import torch
+
+    name = Path(file).name
+    generator = torch.Generator(device).manual_seed(SEED)
+    if hasattr(task.pipeline, "set_progress_bar_config"):
+        task.pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad(), blame(f"{name}: the pipeline", file):
+        made = task.pipeline(**{**task.call, "num_inference_steps": 2, "generator": generator})
+    with blame(f"{name}: metric(samples)", file):
+        return metrics(task.metric(made[0] if isinstance(made, tuple) else made.images), "metric", file)
+
+
+def digest(value: Any) -> str:
+    """A digest of what a structure of tensors, arrays and plain values holds."""
+    running = hashlib.sha256()
+    _feed(running, value)
+    return running.hexdigest()
+
+
+def _feed(running: Any, value: Any) -> None:
+    import numpy as np
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        running.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        running.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    elif isinstance(value, np.ndarray):
+        running.update(f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            running.update(str(key).encode())
+            _feed(running, part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _feed(running, part)
+    elif isinstance(value, (str, int, float, bool, type(None))):
+        running.update(repr(value).encode())
+
+
+def _targets(batches: list[Any], name: str) -> list[str]:
+    """A warning where a column of the inputs is the target, or one class's indicator: batches that are (inputs, target)."""
+    import torch
+
+    pairs = [b for b in batches if isinstance(b, (list, tuple)) and len(b) == 2]
+    if not pairs or not all(isinstance(part, torch.Tensor) and part.ndim for pair in pairs for part in pair):
+        return []
+    inputs, target = (torch.cat([pair[i].detach().cpu() for pair in pairs]) for i in (0, 1))
+    rows = len(target)
+    if rows < _LEAST_ROWS or len(inputs) != rows or target.numel() != rows or inputs.is_complex():
+        return []
+    x, y = inputs.reshape(rows, -1).double(), target.reshape(rows, 1).double()
+    if not target.is_floating_point():
+        classes = torch.unique(target)
+        indicators = [(target.reshape(rows, 1) == c).double() for c in classes[:100]]
+        y = torch.cat([y, *(i for i in indicators if 3 <= float(i.sum()) <= rows - 3)], 1)
+    x, y = (v - v.mean(0) for v in (x, y))
+    norms = x.norm(dim=0)[:, None] * y.norm(dim=0)
+    correlation = torch.where(norms > 0, (x.T @ y).abs() / norms, 0.0).amax(1)
+    found = torch.nonzero(correlation > _SAME).flatten().tolist()
+    if not found:
+        return []
+    which = f"number {found[0]}" if len(found) == 1 else f"numbers {', '.join(map(str, found[:3]))}"
+    return [f"{name}: the target is among the inputs (column {which}, correlation 1 over {rows} rows)"]

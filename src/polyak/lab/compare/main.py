@@ -1,0 +1,372 @@
+"""``compare``: from files and words to a result."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from polyak.core import checks
+from polyak.lab import versions
+from polyak.lab.claim import Arm, Claim, Criterion, Metric, Paper, Plot, Scale, Task
+from polyak.lab.compare import arms as specs
+from polyak.lab.compare import budget as budgets
+from polyak.lab.compare.arms import ArmSpec
+from polyak.lab.compare.budget import Budget
+from polyak.lab.compare.examine import examine
+from polyak.lab.compare.result import Comparison, Setup, TaskComparison
+from polyak.lab.compare.sampling import Draw
+from polyak.lab.compare.search import MEASURE, ComparisonPlan
+from polyak.lab.compare.task import Facts, TaskError, add_folder
+from polyak.lab.compare.trial import Train
+from polyak.lab.run import Listener, Progress, carry_out
+from polyak.lab.store import Store
+from polyak.lab.workers import Executor, call_apart
+
+EXAMINATION_S = 300.0  # a task that has not been built and looked at by then is taken to hang
+# The files that decide what a trial yields, beside the task's and the arm's.
+_OWN_CODE = ("trial", "sampling", "task")
+_GUARD = '; a script that calls compare must do so under `if __name__ == "__main__":`'
+_OWN_METRICS = (
+    Metric(name="train_loss", label="training loss"),
+    Metric(name="steps", label="steps", better="higher"),
+    Metric(name="evaluations", label="evaluations", better="higher"),
+    Metric(name="seconds", label="seconds", unit="s"),
+    Metric(name="memory", label="memory", unit="MB"),
+    Metric(name="processor", label="share of a processor", better="higher"),
+)
+
+
+def compare(
+    tasks: str | Path | Sequence[str | Path],
+    arms: str | Sequence[str],
+    *,
+    budget: str = "5m",
+    seeds: int = 5,
+    trials: int = 10,
+    baseline: str | None = None,
+    target: float | None = None,
+    points: int = 20,
+    device: str = "cpu",
+    jobs: int | None = None,
+    deadline: float | None = None,
+    store: Store | Path | str | None = None,
+    progress: bool = True,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_measurement: Listener | None = None,
+    executor: Executor | None = None,
+) -> Comparison:
+    """Compare optimizers or samplers on tasks of one's own, at an equal budget for tuning and for each trial.
+
+    Args:
+        tasks: a task file (see :mod:`polyak.lab.compare.task`), several, or a folder of them.
+        arms: what is compared, e.g. ``"adamw,adan,lion"`` (see :mod:`polyak.lab.compare.arms`).
+        budget: a time for the whole comparison ("5m"), which all trials share equally; a time for each trial ("20s/trial"); or a
+            count for each trial ("500steps", for samplers "20nfe").
+        seeds: how many are reported, the same for all arms; 5 or more can decide something.
+        trials: tuning trials of every arm, on a seed that is not reported.
+        baseline: the arm that the others are compared with. Default: the first.
+        target: a value of the main metric; the report then says what it costs to reach it. Default: the baseline's final value.
+        points: how often a reported trial is measured on the way (a tuning trial: half as often).
+        device: "cpu", "cuda" or "cuda:N".
+        jobs: trials at once. Default: with a budget in time 1, since trials that run at once slow each other down; else one for
+            each core.
+        deadline: seconds after which a trial is given up. Default: generous (``Budget.deadline``).
+        store: where results are kept, a folder or an open store. Default: as for all of polyak.
+        progress: show a bar (in a notebook or a terminal), where ``on_progress`` is not given.
+        on_progress: called with the progress of each task's trials.
+        on_measurement: hears every measurement as it is made (see :func:`polyak.lab.run.carry_out`).
+        executor: where trials run, in place of ``jobs`` processes of this machine.
+
+    Raises:
+        TaskError: a task file cannot be used.
+        ArmError: an arm is unknown, or has an unknown option.
+        ValueError: another argument is wrong.
+        TrialError: a trial could not be run; finished ones are kept, and the same call goes on from there.
+        KeyboardInterrupt: on SIGINT or SIGTERM; finished trials are kept.
+        StoreError: the store cannot be read or written.
+
+    Workers are processes that are started afresh: a script that calls this must do so under ``if __name__ == "__main__":``.
+
+    Finished trials are stored by what determines them (the task's code, the arm, its options, seed, budget, versions), and are not
+    run again.
+    """
+    checks.integer("seeds", seeds, least=1)
+    checks.integer("trials", trials, least=1)
+    checks.integer("points", points, least=2)
+    if target is not None:
+        checks.real("target", target)
+    if deadline is not None:
+        checks.positive("deadline", deadline)
+    kind = versions.device_kind(device)
+    files = task_files(tasks)
+    for file in files:
+        add_folder(file)  # arms may be beside the tasks
+    facts = {file: _examine(file, device, deadline or EXAMINATION_S) for file in files}
+    kind_of_task = next(iter(facts.values())).kind
+    if any(f.kind != kind_of_task for f in facts.values()):
+        raise TaskError("tasks must be alike: some are of training and some of sampling")
+    competitors = specs.parse(arms, kind_of_task)
+    first = _baseline(baseline, competitors)
+    competitors = (first, *(arm for arm in competitors if arm is not first))
+    tuned = sum(bool(arm.space) for arm in competitors)
+    limit = budgets.parse(budget, len(files) * (tuned * trials + len(competitors) * seeds))
+    _check_unit(limit, facts)
+    at_once = jobs if jobs is not None else 1 if limit.unit == "seconds" else None
+    plans = [
+        _plan(file, f, competitors, limit, seeds=seeds, trials=trials, points=points, kind=kind, deadline=deadline)
+        for file, f in facts.items()
+    ]
+    with _opened(store) as opened, _bar(progress and on_progress is None) as tell:
+        carry_out(
+            plans,
+            device=device,
+            jobs=at_once,
+            store=opened,
+            on_progress=on_progress or tell,
+            on_measurement=on_measurement,
+            executor=executor,
+        )
+    setup = Setup(
+        budget=limit,
+        arms=competitors,
+        trials=trials,
+        points=points,
+        target=target,
+        alone=at_once == 1 and executor is None,
+    )
+    done = [
+        TaskComparison(name=plan.claim.tasks[0].name, facts=f, claim=plan.claim, result=plan.result(), setup=setup)
+        for plan, f in zip(plans, facts.values(), strict=True)
+    ]
+    return Comparison(setup=setup, tasks=tuple(done))
+
+
+def task_files(tasks: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that are meant: of a folder, all Python files whose names do not begin with an underscore.
+
+    Raises:
+        TaskError: there is no such file, a folder has none, or two have one name.
+    """
+    found: list[Path] = []
+    for given in [tasks] if isinstance(tasks, (str, Path)) else tasks:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            inside = sorted(p for p in path.glob("*.py") if not p.name.startswith("_"))
+            if not inside:
+                raise TaskError(f"{path} has no task files (*.py)")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            near = (
+                checks.suggestion(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+            )
+            raise TaskError(f"{path}: there is no such file{near or '; `polyak init-task` writes an example'}")
+    if not found:
+        raise TaskError("name a task file, or a folder of them")
+    stems = [path.stem for path in found]
+    if twice := sorted({s for s in stems if stems.count(s) > 1}):
+        raise TaskError(f"task files must have names of their own, {twice[0]!r} is there twice")
+    return [path.resolve() for path in found]
+
+
+def _examine(file: Path, device: str, patience: float) -> Facts:
+    try:
+        found = call_apart(examine, str(file), device, timeout=patience)
+    except TimeoutError:
+        raise TaskError(
+            f"{file.name}: not ready after {patience:g} s: a call of task, loss or evaluate does not end"
+        ) from None
+    except RuntimeError as error:
+        why = str(error).strip().splitlines()[-1]
+        # A script without the guard runs itself again in every process that it starts.
+        hint = _GUARD if why.endswith("exit status 1") else ""
+        raise TaskError(f"{file.name}: {why}{hint}") from error
+    if isinstance(found, str):
+        raise TaskError(found)
+    return found
+
+
+def _baseline(name: str | None, arms: Sequence[ArmSpec]) -> ArmSpec:
+    if name is None:
+        return arms[0]
+    found = [arm for arm in arms if name.lower() in (arm.text.lower(), arm.label.lower())]
+    if not found:
+        texts = [arm.text for arm in arms]
+        raise ValueError(
+            f"baseline must be one of the arms {', '.join(texts)}, got {name!r}{checks.suggestion(name, texts)}"
+        )
+    return found[0]
+
+
+def _check_unit(limit: Budget, facts: Mapping[Path, Facts]) -> None:
+    kind = next(iter(facts.values())).kind
+    wrong, right = ("evaluations", "500steps") if kind == "training" else ("steps", "20nfe")
+    if limit.unit == wrong:
+        raise ValueError(f"budget for {kind} is a time or a count like {right}, got {limit.label}")
+    slowest = max(f.seconds for f in facts.values())
+    if limit.unit == "seconds" and limit.amount < 2 * slowest:
+        raise ValueError(
+            f"budget is too small: {limit.amount:.3g} s for each trial, and one step alone takes {slowest:.2g} s; give more time, "
+            "or fewer seeds, trials or arms"
+        )
+
+
+# -- the experiment --------------------------------------------------------------------------------------------------------
+
+
+def _plan(
+    file: Path,
+    facts: Facts,
+    arms: Sequence[ArmSpec],
+    budget: Budget,
+    *,
+    seeds: int,
+    trials: int,
+    points: int,
+    kind: str,
+    deadline: float | None,
+) -> ComparisonPlan:
+    tuning_points = max(2, points // 2)
+    by_name = {arm.text: arm for arm in arms}
+
+    def options(name: str, purpose: str) -> dict[str, Any]:
+        arm = by_name[name]
+        shared = {"class": arm.target, "fixed": dict(arm.fixed), "budget": {budget.unit: budget.amount}}
+        if purpose == "tuning":
+            return {**shared, "points": tuning_points, "main": facts.main}
+        return {**shared, "points": points}
+
+    code = versions.code_of_file(file)
+    own = [versions.code_of_file(Path(__file__).with_name(f"{name}.py")) for name in _OWN_CODE]
+    return ComparisonPlan(
+        experiment(file, facts, arms, budget, seeds),
+        seeds=seeds,
+        device=kind,
+        options=options,
+        specs=by_name,
+        trials=trials,
+        points=tuning_points,
+        fingerprints={arm.text: _fingerprint(code, *own, *_codes(arm)) for arm in arms},
+        deadline=budget.deadline if deadline is None else deadline,
+    )
+
+
+def _codes(arm: ArmSpec) -> list[str]:
+    parts = [value for name, value in arm.fixed.items() if name in ("guidance", "steering")]
+    return [versions.code_of(target) for target in (arm.target, *parts)]
+
+
+def _fingerprint(*codes: str) -> str:
+    return hashlib.sha256("\n".join(codes).encode()).hexdigest()[:16]
+
+
+def experiment(file: Path, facts: Facts, arms: Sequence[ArmSpec], budget: Budget, seeds: int) -> Claim:
+    """The comparison in the lab's words: a claim that nobody has made, whose criteria are that an arm is better than the first."""
+    name, better = file.stem, facts.better[facts.main]
+    labels = _labels(arms)
+    measured = [_metric(key, value, facts) for key, value in facts.better.items()]
+    x, x_label = {
+        "seconds": ("seconds", "seconds of training"),
+        "steps": ("step", "optimizer step"),
+        "evaluations": ("evaluations", "evaluations of the model"),
+    }[budget.unit]
+    if facts.kind == "sampling":
+        x, x_label = "evaluations", "evaluations of the model"
+    sampled = facts.kind == "sampling"
+    plots = [Plot(x=x, y=m.name, x_label=x_label, log_x=sampled) for m in measured[:3]]
+    if not sampled:
+        plots.append(Plot(x=x, y="train_loss", x_label=x_label))
+        if x == "step":
+            plots.insert(1, Plot(x="seconds", y=facts.main, x_label="seconds of training"))
+    return Claim(
+        slug=f"compare-{name}",
+        room="compare",
+        name=name,
+        summary=facts.says,
+        says="",
+        paper=Paper(title="", year=0),
+        part="",
+        budget=budget.unit,
+        tasks=(Task(name=name, label=name, says=facts.says, tune=MEASURE, plots=tuple(plots)),),
+        arms=tuple(
+            Arm(
+                name=arm.text,
+                label=labels[arm.text],
+                role="baseline" if arm is arms[0] else "method",
+                options=arm.fixed,
+                says=arm.says,
+            )
+            for arm in arms
+        ),
+        scales=(Scale(name=budget.label, says=budget.words, seeds=seeds),),
+        metrics=(
+            *measured,
+            Metric(name=MEASURE, label=f"{facts.main.replace('_', ' ')} in tuning", better=better),
+            *(m for m in _OWN_METRICS if m.name not in facts.better),
+        ),
+        criteria=tuple(
+            Criterion(
+                name=arm.text,
+                says=f"{labels[arm.text]} is better than {labels[arms[0].text]}",
+                task=name,
+                metric=facts.main,
+                arm=arm.text,
+                against=arms[0].text,
+                compare="difference",
+                op="<=" if better == "lower" else ">=",
+                bound=0.0,
+            )
+            for arm in arms[1:]
+        ),
+        trial=(Draw if sampled else Train)(str(file)),
+    )
+
+
+def _labels(arms: Sequence[ArmSpec]) -> dict[str, str]:
+    """Class names; where several arms share one, with their fixed options; where these are the same, too, as they were given."""
+    found = {arm.text: arm.class_name for arm in arms}
+    for fuller in ("label", "text"):
+        labels = list(found.values())
+        found = {a.text: found[a.text] if labels.count(found[a.text]) == 1 else getattr(a, fuller) for a in arms}
+    return found
+
+
+def _metric(name: str, better: Any, facts: Facts) -> Metric:
+    # What lies between 0 and 1 has a worst value; a loss has none.
+    bounded = better == "higher" and 0 <= facts.initial.get(name, math.nan) <= 1
+    return Metric(name=name, label=name.replace("_", " "), better=better, worst=0.0 if bounded else None)
+
+
+# -- around it -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(store: Store | Path | str | None) -> Iterator[Store]:
+    with nullcontext(store) if isinstance(store, Store) else Store(store) as opened:
+        yield opened
+
+
+@contextmanager
+def _bar(wanted: bool) -> Iterator[Callable[[Progress], None] | None]:
+    """A bar of all tasks' trials, in a notebook as in a terminal."""
+    if not wanted:
+        yield None
+        return
+    from tqdm.auto import tqdm
+
+    news: dict[str, Progress] = {}
+    with tqdm(desc="trials", unit="trial") as bar:
+
+        def tell(p: Progress) -> None:
+            news[p.claim] = p
+            bar.total = sum(n.total for n in news.values())
+            bar.n = sum(n.done for n in news.values())
+            bar.set_postfix_str("; ".join(label for n in news.values() for label in n.running), refresh=False)
+            bar.refresh()
+
+        yield tell

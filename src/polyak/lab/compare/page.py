@@ -1,0 +1,150 @@
+"""A comparison's page: one HTML file in the report's style, and a short form for notebooks."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from polyak.lab import plots, report, words
+from polyak.lab.compare import figures
+from polyak.lab.compare.result import Comparison, Row, TaskComparison
+
+OUTCOME = {"holds": "better", "fails": "worse", "undecided": "undecided"}
+
+
+def page(comparison: Comparison) -> str:
+    """The whole page."""
+    several = len(comparison.tasks) > 1
+    return (
+        report.templates()
+        .get_template("compare.html")
+        .render(
+            c=comparison,
+            setup=comparison.setup,
+            title=comparison.tasks[0].name if not several else words.count(len(comparison.tasks), "task"),
+            tasks=[_task(t) for t in comparison.tasks],
+            fair=fair(comparison),
+            profiles=Markup(figures.profile_svg(comparison)) if several else "",
+            data=report.embedded(comparison.to_json()),
+            outcome=OUTCOME,
+        )
+    )
+
+
+def summary(comparison: Comparison) -> str:
+    """The answer and the table, for a notebook: no style sheet, no script."""
+    head = "".join(
+        f"<th>{escape(h)}</th>" for h in ("task", "arm", "at the end", "difference", "95 % interval", "verdict")
+    )
+    rows = []
+    for t in comparison.tasks:
+        for row in t.rows:
+            d = row.difference
+            cells = [t.name, row.label, words.number(row.final)]
+            cells += [words.number(d.estimate), words.interval(d), OUTCOME[d.verdict]] if d else ["", "", "baseline"]
+            rows.append("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>")
+    warnings = "".join(f"<li>{escape(w)}</li>" for w in comparison.warnings)
+    return (
+        f"<p><strong>{escape(comparison.answer)}</strong></p>"
+        + (f"<ul>{warnings}</ul>" if warnings else "")
+        + f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _task(t: TaskComparison) -> dict[str, Any]:
+    criteria = {c.name: c for c in t.claim.criteria}
+    svg = figures.sensitivity(t)
+    return {
+        "t": t,
+        "rows": [_row(t, row) for row in t.rows],
+        "strips": [
+            (row, Markup(plots.strip(row.difference, criteria[row.arm].compare, asked="no difference")))
+            for row in t.rows
+            if row.difference
+        ],
+        "curves": [(title, Markup(svg)) for title, svg in figures.curves(t)],
+        "sensitivity": Markup(svg),
+        "trials": report.trial_rows(t.claim, t.result),
+        "arms": [{**report.arm_facts(t.claim, t.claim.arm(arm.text), t.result), "spec": arm} for arm in t.setup.arms],
+    }
+
+
+def _row(t: TaskComparison, row: Row) -> dict[str, Any]:
+    finals = [trial.values[t.main.name] for trial in t.trials(row.arm)]
+    base = t.rows[0]
+    return {
+        "row": row,
+        "swatch": Markup(plots.swatch(t.claim, t.claim.arm(row.arm))),
+        "range": f"{words.number(min(finals))} to {words.number(max(finals))}" if len(finals) > 1 else "",
+        "median": statistics.median(finals),
+        "reach": _reach(row, base),
+    }
+
+
+def _reach(row: Row, base: Row) -> tuple[str, str]:
+    """What it costs to reach the target, and how that compares with the baseline's cost."""
+    if math.isinf(row.seconds_to_target):
+        return "not reached", f"by {row.reached} of {row.seeds} seeds" if row.reached else ""
+    seconds = row.seconds_to_target
+    time = words.duration(seconds) if seconds >= 10 else f"{words.number(seconds, 2)} s"
+    ratio = seconds / base.seconds_to_target if base.seconds_to_target else math.nan
+    beside = f"{words.number(ratio, 2)} of the baseline's time" if row is not base and 0 < ratio < math.inf else ""
+    return f"{words.number(row.spent_to_target)}, {time}", beside
+
+
+def fair(comparison: Comparison) -> list[tuple[str, str]]:
+    """How it was compared: what was the same for all arms, and where that ends."""
+    setup, first = comparison.setup, comparison.tasks[0]
+    sampled = first.facts.kind == "sampling"
+    said = [("Budget", f"{setup.budget.words}, the same for every arm.")]
+    if setup.budget.unit == "seconds" and not sampled:
+        said.append(("The clock", f"{_CLOCK} {_ALONE if setup.alone else _BESIDE}"))
+    said.append(("Tuning", _tuning(comparison)))
+    seeds = f"{', '.join(map(str, first.result.seeds))} are reported"
+    tuning = ", ".join(map(str, first.result.tuning_seeds))
+    said.append(("Seeds", f"{seeds}; tuning used {tuning}, which is not." if tuning else f"{seeds}."))
+    same = "the initial noise of one seed, the model, and the metric."
+    if not sampled:
+        same = (
+            "initial weights, and batches in the same order, of one seed; the learning rate's schedule "
+            f"({first.facts.schedule})."
+        )
+    said.append(("Same for all arms", same))
+    others = len(setup.arms) - 1
+    many = f" Each of the {others} comparisons stands for itself: no correction for their number." if others > 1 else ""
+    return [*said, ("Intervals", _INTERVALS + many)]
+
+
+_CLOCK = (
+    "counts taking batches, gradients and the optimizer's steps, so that what an optimizer costs counts. Evaluations, building the "
+    "task, and two steps to warm up do not count."
+)
+_ALONE = "Trials ran one at a time, on one thread."
+_BESIDE = "Trials ran beside each other, which makes times rough."
+_INTERVALS = (
+    "95 %, by bootstrap of the differences seed by seed. An arm is better or worse where the interval and an exact sign-flip test "
+    "agree on it; else it is undecided. A diverged trial counts as the worst value."
+)
+_APART = "Chosen by the task's validate(model), on data apart from what is reported."
+_TOGETHER = (
+    "Chosen by the same numbers that are reported, on another seed: a little too good, for every arm alike; a task may return "
+    "validate to keep them apart."
+)
+
+
+def _tuning(comparison: Comparison) -> str:
+    setup = comparison.setup
+    if not any(arm.space for arm in setup.arms):
+        return "none: all options were given."
+    how = (
+        f"{setup.trials} trials for every arm: a grid of the learning rate over its range, then beyond it while the best is at its "
+        "end, then Optuna's TPE over all that is tuned; the last ones may be stopped early by the median rule."
+    )
+    if untuned := [arm.label for arm in setup.arms if not arm.space]:
+        how += f" Nothing was tuned of {words.listing(untuned)}: all options were given."
+    if comparison.tasks[0].facts.kind == "sampling":
+        return how.replace("the learning rate", "the first option")
+    return f"{how} {_APART if comparison.tasks[0].facts.validates else _TOGETHER}"

@@ -1,0 +1,439 @@
+"""What a comparison found: numbers for each arm, and a sentence that says what they mean."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyak.lab import words
+from polyak.lab.claim import Claim, Metric
+from polyak.lab.compare.arms import ArmSpec
+from polyak.lab.compare.budget import Budget
+from polyak.lab.compare.task import Facts
+from polyak.lab.result import ClaimResult, CriterionResult, TrialResult, plain
+from polyak.lab.statistics import LEAST_SEEDS_MEAN
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+SCHEMA = 1
+_BUSY = 0.8  # of the time: a trial that had a processor for less was held up
+_MANY_TIMES = 10.0  # better than the baseline: rarely real
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How all tasks were compared."""
+
+    budget: Budget
+    arms: tuple[ArmSpec, ...]  # the baseline first
+    trials: int
+    points: int
+    target: float | None
+    alone: bool  # whether trials ran one at a time
+
+    @property
+    def baseline(self) -> ArmSpec:
+        return self.arms[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One arm on one task. Means, medians and counts are over the reported seeds; None where nothing can be said."""
+
+    arm: str
+    label: str
+    point: Mapping[str, Any]  # what tuning chose
+    final: float  # mean of the main metric at the end, a diverged seed at its worst
+    best: float  # mean of its best value on the way
+    difference: CriterionResult | None  # to the baseline, seed by seed; None for the baseline itself
+    diverged: int
+    seeds: int
+    spent: float | None  # steps, or evaluations, of a trial: median of those that did not diverge
+    seconds: float | None
+    memory: float | None  # MB
+    spent_to_target: float  # median over seeds, infinite where less than half reach it
+    seconds_to_target: float
+    reached: int  # seeds that reach the target
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskComparison:
+    """What was found on one task."""
+
+    name: str
+    facts: Facts
+    claim: Claim
+    result: ClaimResult
+    setup: Setup
+
+    @property
+    def main(self) -> Metric:
+        return self.claim.metric(self.facts.main)
+
+    def trials(self, arm: str, purpose: str = "report") -> list[TrialResult]:
+        return [t for t in self.result.trials if t.arm == arm and t.purpose == purpose]
+
+    def criterion(self, arm: str) -> CriterionResult | None:
+        return next((c for c in self.result.criteria if c.name == arm), None)
+
+    @cached_property
+    def target(self) -> float:
+        """The main metric's value that arms are timed to: the one asked for, else the baseline's median at the end."""
+        if self.setup.target is not None:
+            return self.setup.target
+        return statistics.median(t.values[self.main.name] for t in self.trials(self.setup.baseline.text))
+
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(self._row(arm.name, arm.label) for arm in self.claim.arms)
+
+    def _row(self, arm: str, label: str) -> Row:
+        trials = self.trials(arm)
+        name, sound = self.main.name, [t for t in trials if not t.diverged]
+        spent = "steps" if self.facts.kind == "training" else "evaluations"
+        reached = [self.reach(t) for t in trials]
+        return Row(
+            arm=arm,
+            label=label,
+            point=self.result.chosen[self.name][arm],
+            final=_mean(t.values[name] for t in trials),
+            best=_mean(self._best(t) for t in trials),
+            difference=self.criterion(arm),
+            diverged=len(trials) - len(sound),
+            seeds=len(trials),
+            spent=_median(t.values[spent] for t in sound),
+            seconds=_median(t.values["seconds"] for t in sound),
+            memory=_median(t.values["memory"] for t in sound),
+            spent_to_target=statistics.median(r[0] for r in reached),
+            seconds_to_target=statistics.median(r[1] for r in reached),
+            reached=sum(math.isfinite(r[1]) for r in reached),
+        )
+
+    def _best(self, trial: TrialResult) -> float:
+        pick = min if self.main.better == "lower" else max
+        return pick([values[self.main.name] for _, values in trial.curve] or [self.main.worst_value])
+
+    def reach(self, trial: TrialResult) -> tuple[float, float]:
+        """(steps or evaluations, seconds) of the first measurement that reaches the target; infinite where none does."""
+        x = "step" if self.facts.kind == "training" else "evaluations"
+        for at, values in trial.curve:
+            value = values[self.main.name]
+            if value <= self.target if self.main.better == "lower" else value >= self.target:
+                return at[x], at["seconds"]
+        return math.inf, math.inf
+
+    # -- in words --------------------------------------------------------------------------------------------------------
+
+    @property
+    def as_points(self) -> bool:
+        """Whether the main metric is a share, whose differences are said in points of a hundred."""
+        values = [t.values[self.main.name] for t in self.result.trials if self.main.name in t.values and not t.diverged]
+        return "acc" in self.main.name.lower() and all(0 <= v <= 1 for v in values)
+
+    @cached_property
+    def answer(self) -> str:
+        """Which arm is better than the baseline, by how much, in a sentence."""
+        rows, base = self.rows[1:], self.rows[0]
+        decided = [r for r in rows if r.difference and r.difference.verdict != "undecided"]
+        rest = [r for r in rows if r not in decided]
+        decided.sort(key=lambda r: r.difference.verdict != "holds" if r.difference else True)
+        parts = [self._decided(r, base.label) for r in decided]
+        if rest and not decided:
+            verb = "is" if len(rest) == 1 else "are"
+            why = "; ".join(self._undecided(r, named=len(rest) > 1) for r in rest)
+            names = words.listing([r.label for r in rest])
+            parts.append(f"{names} {verb} undecided against {base.label} at {self.setup.budget.equal} ({why})")
+        else:
+            parts += [f"{r.label} is undecided ({self._undecided(r)})" for r in rest]
+        if decided:
+            parts[0] += f" at {self.setup.budget.equal}"
+        return "; ".join(parts) + "." + self.too_few
+
+    @property
+    def too_few(self) -> str:
+        """A sentence more where there are too few seeds to decide anything; else nothing."""
+        seeds = len(self.result.seeds)
+        if seeds >= LEAST_SEEDS_MEAN:
+            return ""
+        return f" {words.count(seeds, 'seed')} cannot decide anything: at least {LEAST_SEEDS_MEAN} can."
+
+    def _decided(self, row: Row, base: str) -> str:
+        d = row.difference
+        assert d is not None
+        verb = "beats" if d.verdict == "holds" else "loses to"
+        if not (math.isfinite(d.low) and math.isfinite(d.high)):
+            lost = row.diverged if d.verdict == "fails" else self.rows[0].diverged
+            who = row.label if d.verdict == "fails" else base
+            return f"{row.label} {verb} {base} ({lost} of {row.seeds} trials of {who} diverged)"
+        ends = sorted((abs(d.low), abs(d.high)))
+        return f"{row.label} {verb} {base} by {self._amount(ends[0])} to {self._amount(ends[1])}{self._of}"
+
+    def _undecided(self, row: Row, *, named: bool = False) -> str:
+        d = row.difference
+        assert d is not None
+        who = f"{row.label}: " if named else ""
+        if row.diverged:
+            return f"{who}{row.diverged} of {row.seeds} trials diverged"
+        if not (math.isfinite(d.low) and math.isfinite(d.high)):
+            return f"{who}difference {self._amount(d.estimate)}{self._of}"
+        said = f"{who}difference {self._amount(d.low)} to {self._amount(d.high)}{self._of}"
+        clear = d.low > 0 or d.high < 0
+        # The interval alone would decide: say what does not agree with it.
+        return f"{said}, but p = {words.number(d.p_value, 2)}" if clear and not self.too_few else said
+
+    def _amount(self, value: float) -> str:
+        return words.number(100 * value if self.as_points else value, 2)
+
+    @property
+    def _of(self) -> str:
+        return f" points of {self.main.label}" if self.as_points else f" in {self.main.label}"
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the numbers doubtful: too good, or a task that gives itself away."""
+        return (*self.facts.warnings, *self._too_good(), *self._too_short(), *self._too_busy())
+
+    def _too_busy(self) -> Iterable[str]:
+        """On a CPU whose cores were shared with other work, seconds say little."""
+        if self.setup.budget.unit != "seconds" or self.result.device != "cpu":
+            return
+        shares = {
+            row.label: [t.values["processor"] for t in self.trials(row.arm) if not t.diverged] for row in self.rows
+        }
+        means = {label: _mean(values) for label, values in shares.items() if values and self.facts.kind == "training"}
+        if means and min(means.values()) < _BUSY:
+            label = min(means, key=lambda name: means[name])
+            yield (
+                f"trials of {label} had a processor for {100 * means[label]:.0f} % of their time only: other work on this machine, "
+                "or waiting for data, makes a budget in time rough; a count (500steps) does not depend on it"
+            )
+
+    def _too_short(self) -> Iterable[str]:
+        for row in self.rows:
+            if self.facts.kind == "training" and row.spent is not None and row.spent < self.setup.points:
+                yield (
+                    f"{row.label} had time for {words.number(row.spent)} steps only, fewer than the {self.setup.points} points at "
+                    "which is measured: give a larger budget"
+                )
+
+    def _too_good(self) -> Iterable[str]:
+        name, better, base = self.main.name, self.main.better, self.rows[0]
+        lower = better == "lower"
+        for row in self.rows:
+            finals = [t.values[name] for t in self.trials(row.arm)]
+            perfect = (
+                all(v == 0.0 for v in finals) if lower else self.main.worst == 0.0 and all(v == 1.0 for v in finals)
+            )
+            if perfect:
+                yield (
+                    f"{row.label} is perfect on every seed ({self.main.label} {words.number(finals[0])}): is the target among the "
+                    "inputs, or evaluation data in the training data?"
+                )
+        for row in self.rows[1:]:
+            if lower and 0 < row.final * _MANY_TIMES < base.final < math.inf:
+                yield (
+                    f"{row.label} is more than {_MANY_TIMES:g} times as good as {base.label}: so large a difference is more often "
+                    "a leak, or a baseline whose best learning rate is outside of its range, than a better method"
+                )
+        if self.facts.validates:
+            for row in self.rows:
+                gap = self._leaking_gap(row)
+                if gap:
+                    yield gap
+        untrained = self.facts.initial.get(name, math.nan)
+        trains = self.facts.kind == "training" and not any(row.diverged == row.seeds for row in self.rows)
+        if trains and all(row.best >= untrained if lower else row.best <= untrained for row in self.rows):
+            yield f"no arm improves on the untrained model ({self.main.label} {words.number(untrained)}): nothing is learned"
+
+    def _leaking_gap(self, row: Row) -> str:
+        """A word where what was tuned by is far better than what is reported, beyond what seeds explain."""
+        tuned = [
+            t.values["validation"] for t in self.trials(row.arm, "tuning") if t.point == row.point and not t.diverged
+        ]
+        finals = [t.values[self.main.name] for t in self.trials(row.arm) if not t.diverged]
+        if not tuned or len(finals) < 3:
+            return ""
+        gap = statistics.mean(finals) - tuned[0] if self.main.better == "lower" else tuned[0] - statistics.mean(finals)
+        if gap > 6 * statistics.stdev(finals) and gap > 0.5 * abs(statistics.mean(finals)):
+            return (
+                f"{row.label} is far better on the data it was tuned by ({words.number(tuned[0])}) than on the reported "
+                f"({words.number(statistics.mean(finals))}): is the validation data in the training data?"
+            )
+        return ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.result.notes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The result of :func:`polyak.lab.compare`.
+
+    In a notebook it shows itself. :attr:`answer` is a sentence, :meth:`to_pandas` the table, :meth:`figure` a drawing,
+    :meth:`save` the page, :meth:`to_json` all data.
+    """
+
+    setup: Setup
+    tasks: tuple[TaskComparison, ...]
+
+    def task(self, name: str = "") -> TaskComparison:
+        """A task's part; of the only one, without its name."""
+        if not name and len(self.tasks) == 1:
+            return self.tasks[0]
+        found = {t.name: t for t in self.tasks}
+        if name not in found:
+            raise KeyError(f"task {name!r} is unknown; there are {', '.join(found)}")
+        return found[name]
+
+    @cached_property
+    def answer(self) -> str:
+        """What was found, in a sentence or two."""
+        if len(self.tasks) == 1:
+            return self.tasks[0].answer
+        labels = {arm.name: arm.label for arm in self.tasks[0].claim.arms}
+        parts = []
+        for arm in self.setup.arms[1:]:
+            verdicts = [c.verdict for t in self.tasks if (c := t.criterion(arm.text))]
+            counts = [(verdicts.count(v), word) for v, word in _VERDICTS.items() if verdicts.count(v)]
+            said = ", ".join(f"{word} {n}" for n, word in counts)
+            parts.append(f"{labels[arm.text]} {said}")
+        base, few = labels[self.setup.baseline.text], self.tasks[0].too_few
+        return f"Against {base} at {self.setup.budget.equal}, of {len(self.tasks)} tasks: {'; '.join(parts)}.{few}"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        several = len(self.tasks) > 1
+        return tuple(f"{t.name}: {w}" if several else w for t in self.tasks for w in t.warnings)
+
+    def profiles(self) -> dict[str, list[tuple[float, float]]]:
+        """Performance profiles (Dolan and More, 2002) of the seconds to each task's target, by arm.
+
+        Of an arm, points (ratio, share): on what share of tasks it took at most so many times as long as the fastest arm there. The
+        median over seeds counts; a task that no arm finishes is left out of none: nobody has a share of it.
+        """
+        costs = {arm.text: [t.rows[i].seconds_to_target for t in self.tasks] for i, arm in enumerate(self.setup.arms)}
+        return profile(costs)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A row for each task and arm.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ModuleNotFoundError as missing:
+            raise ModuleNotFoundError("to_pandas needs pandas: pip install pandas", name="pandas") from missing
+        return pandas.DataFrame(self.records())
+
+    def records(self) -> list[dict[str, Any]]:
+        """The table as plain dictionaries: a row for each task and arm."""
+        found = []
+        for t in self.tasks:
+            for row in t.rows:
+                d = row.difference
+                plain = {k: v for k, v in asdict(row).items() if k not in ("difference", "point")}
+                compared = {
+                    "difference": d.estimate if d else None,
+                    "low": d.low if d else None,
+                    "high": d.high if d else None,
+                    "improvement": d.improvement if d else None,
+                    "p_value": d.p_value if d else None,
+                    "verdict": _OUTCOMES[d.verdict] if d else "baseline",
+                }
+                found.append({"task": t.name, "metric": t.main.name, **plain, **compared, **row.point})
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """All data; infinities and NaN become the strings "inf", "-inf", "nan"."""
+        return plain(
+            {
+                "schema": SCHEMA,
+                "answer": self.answer,
+                "warnings": list(self.warnings),
+                "budget": asdict(self.setup.budget),
+                "arms": [{**asdict(arm), "label": arm.label} for arm in self.setup.arms],
+                "trials": self.setup.trials,
+                "table": self.records(),
+                "tasks": [{"name": t.name, "answer": t.answer, "result": asdict(t.result)} for t in self.tasks],
+            }
+        )
+
+    def figure(self, what: str = "curves", task: str = "") -> Figure:
+        """A matplotlib figure: "curves" of the main metric, "sensitivity" to the learning rate, or "profiles" over tasks."""
+        from polyak.lab.compare import figures
+
+        return figures.figure(self, what, task)
+
+    def save(self, path: Path | str) -> Path:
+        """Write the page, one HTML file that opens from disk; its path."""
+        from polyak.lab.compare.page import page
+
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page(self), encoding="utf-8")
+        return path
+
+    def _repr_html_(self) -> str:
+        from polyak.lab.compare.page import summary
+
+        return summary(self)
+
+
+_VERDICTS = {"holds": "wins", "fails": "loses", "undecided": "is undecided on"}
+_OUTCOMES = {"holds": "better", "fails": "worse", "undecided": "undecided"}
+
+
+def profile(costs: Mapping[str, Sequence[float]]) -> dict[str, list[tuple[float, float]]]:
+    """Performance profiles from costs by arm, each over the same problems: the steps of each arm's curve, from ratio 1 on."""
+    problems = list(zip(*costs.values(), strict=True))
+    found = {}
+    for arm, own in costs.items():
+        ratios = sorted(
+            1.0 if cost == min(all_) else cost / min(all_)
+            for cost, all_ in zip(own, problems, strict=True)
+            if math.isfinite(cost)
+        )
+        steps = [
+            (r, (i + 1) / len(problems)) for i, r in enumerate(ratios) if i + 1 == len(ratios) or ratios[i + 1] > r
+        ]
+        found[arm] = steps if steps and steps[0][0] == 1.0 else [(1.0, 0.0), *steps]
+    return found
+
+
+def regular(t: TaskComparison) -> ClaimResult:
+    """The result with the same places in every trial of an arm, where they differ: medians over seeds, at each part of the budget.
+
+    Seeds take different times for one step, or different steps in one time; a curve over seeds needs places that they share.
+    """
+    places: dict[tuple[str, float, str], list[float]] = {}
+    for trial in t.result.trials:
+        for at, _ in trial.curve:
+            for name, value in at.items():
+                if trial.purpose == "report":
+                    places.setdefault((trial.arm, at["used"], name), []).append(value)
+    medians = {key: statistics.median(values) for key, values in places.items()}
+    trials = []
+    for trial in t.result.trials:
+        if trial.purpose == "report":
+            curve = tuple(({n: medians[trial.arm, at["used"], n] for n in at}, values) for at, values in trial.curve)
+            trials.append(replace(trial, curve=curve))
+    return replace(t.result, trials=tuple(trials))
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None

@@ -1,0 +1,177 @@
+"""One trial of a comparison of samplers: an arm draws the task's samples with ever more evaluations, up to its budget.
+
+An evaluation is one call of the network for one sample: a guided pair counts twice, a population of k particles k times. Every arm
+starts from the same noise for one seed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from polyak.lab.claim import Diverged, Measurement, Trial
+from polyak.lab.compare.arms import find, split_options
+from polyak.lab.compare.task import SamplingTask, TaskError, load, metrics
+
+_PARTS = (0.125, 0.25, 0.5, 1.0)  # of the budget, at which samples are judged
+_FIRST = 8  # evaluations of the first runs of a budget in time, which tell how long one takes
+
+
+class _Sampler(Protocol):
+    """An arm that can be run with a number of evaluations."""
+
+    def draw(self, evaluations: int, seed: int) -> tuple[Any, int]:
+        """Samples, and how many evaluations they took; ValueError where so few do not suffice."""
+        ...
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The trial function for a task file: options are class, fixed, tuned, budget, points and, for tuning, main."""
+
+    file: str
+
+    def __call__(self, trial: Trial) -> Iterator[Measurement]:
+        import torch
+
+        task = load(self.file, trial.seed, trial.device)
+        if not isinstance(task, SamplingTask):
+            raise TaskError(f"{Path(self.file).name}: samplers need a task with a denoiser or a pipeline, and a metric")
+        main = trial.options.get("main")
+        given = split_options({**trial["fixed"], **{name: trial[name] for name in trial["tuned"]}})
+        cls = find(trial["class"])
+        sampler: _Sampler = (
+            _Solver(task, cls, given, trial.device) if task.pipeline is None else _Pipeline(task, cls, given)
+        )
+        with torch.no_grad():
+            limit = _limit(sampler, trial)
+            values: dict[str, float] = {}
+            spent, seconds = 0, 0.0
+            for part in _PARTS if main is None else (1.0,):
+                count = math.floor(part * limit)
+                try:
+                    samples, spent, seconds = _timed(sampler, count, trial)
+                except ValueError:
+                    if part < 1.0:  # a part of the budget may be too little for one step
+                        continue
+                    raise
+                values = _judged(task, samples, main, self.file)
+                at = {"used": part, "evaluations": spent, "seconds": seconds}
+                yield Measurement(values=values, at=at)
+        final = {"evaluations": spent, "seconds": seconds, "memory": _memory(trial.device)}
+        yield Measurement(values={**values, **final})
+
+
+def _limit(sampler: _Sampler, trial: Trial) -> int:
+    """The budget in evaluations; of a time, as many as fit by what a few take."""
+    budget: Mapping[str, float] = trial["budget"]
+    if "evaluations" in budget:
+        return int(budget["evaluations"])
+    _timed(sampler, _FIRST, trial)  # what is loaded at the first run is no cost of sampling
+    _, spent, seconds = _timed(sampler, _FIRST, trial)
+    return max(1, math.floor(budget["seconds"] / (seconds / spent)))
+
+
+def _timed(sampler: _Sampler, evaluations: int, trial: Trial) -> tuple[Any, int, float]:
+    import torch
+
+    def now() -> float:
+        if trial.device != "cpu":
+            torch.cuda.synchronize(trial.device)
+        return time.perf_counter()
+
+    began = now()
+    samples, spent = sampler.draw(evaluations, trial.seed)
+    return samples, spent, now() - began
+
+
+def _judged(task: SamplingTask, samples: Any, main: str | None, file: str) -> dict[str, float]:
+    import torch
+
+    if isinstance(samples, torch.Tensor) and not bool(samples.isfinite().all()):
+        raise Diverged("samples are not finite")
+    found = metrics(task.metric(samples), "metric", file)
+    if bad := [name for name, value in found.items() if not math.isfinite(value)]:
+        raise Diverged(f"{bad[0]} is {found[bad[0]]}")
+    return found if main is None else {"validation": found[main]}
+
+
+def _memory(device: str) -> float:
+    import torch
+
+    return 0.0 if device == "cpu" else torch.cuda.max_memory_allocated(device) / 1e6
+
+
+class _Solver:
+    """A solver of ``polyak.generate``, with its guidance and steering."""
+
+    def __init__(self, task: SamplingTask, cls: Any, given: Mapping[str, Mapping[str, Any]], device: str) -> None:
+        self._task, self._device = task, device
+        self._solver = cls(**given[""])
+        self._parts = {
+            name: find(given[name][""])(**{k: v for k, v in given[name].items() if k})
+            for name in ("guidance", "steering")
+            if given[name]
+        }
+        self._call = given["call"]
+
+    def draw(self, evaluations: int, seed: int) -> tuple[Any, int]:
+        import torch
+
+        sample = find("polyak.generate:sample")
+        generator = torch.Generator(self._device).manual_seed(seed)
+        # What one evaluation point costs in calls of the network per sample.
+        cost = 2 if getattr(self._parts.get("guidance"), "paired", False) else 1
+        cost *= getattr(self._parts.get("steering"), "particles", 1)
+        samples, info = sample(
+            self._task.denoiser,
+            tuple(self._task.shape),
+            process=self._task.process,
+            solver=self._solver,
+            nfe=max(evaluations // cost, 1),
+            generator=generator,
+            dtype=self._task.dtype,
+            device=self._device,
+            check_finite=False,
+            return_info=True,
+            **self._parts,
+            **self._call,
+        )
+        return samples, info.nfe * cost
+
+
+class _Pipeline:
+    """A scheduler in a diffusers pipeline; a solver of ours goes in by its adapter."""
+
+    def __init__(self, task: SamplingTask, cls: Any, given: Mapping[str, Mapping[str, Any]]) -> None:
+        self._pipeline, config = task.pipeline, task.pipeline.scheduler.config
+        if hasattr(cls, "from_config"):
+            self._pipeline.scheduler = cls.from_config(config, **given[""])
+        else:
+            adapter = find("polyak.generate.adapters.diffusers:PolyakScheduler")
+            self._pipeline.scheduler = adapter.from_config(config, solver=cls(**given[""]))
+        self._call = {**task.call, **given["call"]}
+        if hasattr(self._pipeline, "set_progress_bar_config"):
+            self._pipeline.set_progress_bar_config(disable=True)
+
+    def draw(self, evaluations: int, seed: int) -> tuple[Any, int]:
+        import torch
+
+        scheduler = self._pipeline.scheduler
+        steps, points = self._steps(scheduler, evaluations)
+        device = getattr(self._pipeline, "device", "cpu")
+        call = {**self._call, "num_inference_steps": steps, "generator": torch.Generator(device).manual_seed(seed)}
+        made = self._pipeline(**call)
+        return made[0] if isinstance(made, tuple) else made.images, points
+
+    def _steps(self, scheduler: Any, evaluations: int) -> tuple[int, int]:
+        """The most steps whose timesteps, one evaluation each, are within the budget."""
+        for steps in range(evaluations, 0, -1):
+            scheduler.set_timesteps(steps)
+            if len(scheduler.timesteps) <= evaluations:
+                return steps, len(scheduler.timesteps)
+        raise ValueError(f"{type(scheduler).__name__} takes more than {evaluations} evaluations for one step")

@@ -1,0 +1,345 @@
+"""The user's own problem: a file with one function, ``task(seed, device)``, and the checks that it is fit to compare on.
+
+What the function returns is a :class:`TrainingTask` (for optimizers) or a :class:`SamplingTask` (for samplers), or a plain
+dictionary with the same names. ``polyak init-task optim`` and ``polyak init-task sampler`` write examples.
+
+A file is imported once per worker process and its function is called for every trial. So nothing may be left behind by one
+call that another would meet: :func:`examine` calls it twice with one seed and compares.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import cache
+from numbers import Real
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+from polyak.core import checks
+from polyak.core.schedules import Constant, Cosine, Linear, Schedule, Warmup
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FUNCTION = "task"
+Better = Literal["lower", "higher"]
+OWN = (
+    "steps",
+    "seconds",
+    "memory",
+    "used",
+    "validation",
+    "train_loss",
+    "evaluations",
+    "processor",
+)  # the lab's own measurements
+_PARTS = 1000  # a schedule's steps from the first to the last
+SCHEDULES: Mapping[str, Schedule] = {
+    "cosine": Warmup(Cosine(1.0, 0.0, _PARTS * 19 // 20), _PARTS // 20),
+    "linear": Warmup(Linear(1.0, 0.0, _PARTS * 19 // 20), _PARTS // 20),
+    "constant": Constant(1.0),
+}
+_MORE_IS_BETTER = ("acc", "auc", "f1", "bleu", "r2", "psnr", "ssim", "precision", "recall", "iou", "score", "reward")
+
+
+class TaskError(ValueError):
+    """A task file cannot be used; the message says why, in a sentence."""
+
+
+@dataclass(kw_only=True)
+class TrainingTask:
+    """A model to be trained: what ``task(seed, device)`` returns where optimizers are compared.
+
+    Args:
+        model: with its initial weights, on the device.
+        batches: training batches: a DataLoader, list, or other iterable (begun anew when it ends), or an endless iterator.
+        loss: ``loss(model, batch)`` is the training loss, a tensor of one element.
+        evaluate: ``evaluate(model)`` is a number, or ``{"name": number}`` whose first name is what the arms are compared by. On
+            data that is not trained on. The model is in evaluation mode then, and gradients are off.
+        validate: as ``evaluate``, on data of its own: what learning rates are chosen by. Default: ``evaluate``, and the report
+            says so, since numbers by which something was chosen are a little too good.
+        better: "lower" or "higher", or one for each name: ``{"accuracy": "higher"}``.
+        params: ``params(model)`` are the param groups. Default: all parameters that need gradients, in one group.
+        schedule: factor of the learning rate by the part of the budget that is used, from 0 to 1: "cosine" (up over the first
+            20th, then half a cosine to 0), "linear", "constant", or a function. The same for all arms.
+    """
+
+    model: nn.Module
+    batches: Iterable[Any]
+    loss: Callable[[Any, Any], Tensor]
+    evaluate: Callable[[Any], float | Mapping[str, float]]
+    validate: Callable[[Any], float | Mapping[str, float]] | None = None
+    better: Better | Mapping[str, Better] | None = None
+    params: Callable[[Any], Any] | None = None
+    schedule: str | Callable[[float], float] = "cosine"
+
+    def factor(self, used: float) -> float:
+        """The learning rate's factor where this part of the budget is used."""
+        if isinstance(self.schedule, str):
+            return SCHEDULES[self.schedule](used * _PARTS)
+        return float(self.schedule(used))
+
+
+@dataclass(kw_only=True)
+class SamplingTask:
+    """A model to draw samples from: what ``task(seed, device)`` returns where samplers are compared.
+
+    Either ``denoiser`` and ``shape``, for the solvers of :mod:`polyak.generate`, or a diffusers ``pipeline``, for schedulers.
+
+    Args:
+        metric: ``metric(samples)`` is a number, or ``{"name": number}`` whose first name is what the arms are compared by.
+        denoiser: a ``polyak.generate.Denoiser``, or what takes ``(x, t)`` and returns a ``Prediction``.
+        shape: of the samples, ``(count, ...)``.
+        process: the noise, where the denoiser does not have its own.
+        dtype: of the samples, a torch dtype; None for torch's default.
+        pipeline: a diffusers pipeline, on the device.
+        call: what the pipeline is called with: prompt, height, width, ...
+        better: "lower" or "higher", or one for each name.
+    """
+
+    metric: Callable[[Any], float | Mapping[str, float]]
+    denoiser: Any = None
+    shape: Sequence[int] = ()
+    process: Any = None
+    dtype: Any = None
+    pipeline: Any = None
+    call: Mapping[str, Any] = field(default_factory=dict)
+    better: Better | Mapping[str, Better] | None = None
+
+
+AnyTask = TrainingTask | SamplingTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a task before anything is compared on it."""
+
+    kind: Literal["training", "sampling"]
+    says: str  # the file's first line of documentation
+    better: Mapping[str, Better]  # by metric; the first is what arms are compared by
+    initial: Mapping[str, float] = field(default_factory=dict)  # the untrained model's metrics
+    parameters: int = 0
+    schedule: str = ""
+    validates: bool = False  # whether what is tuned by is apart from what is reported
+    seconds: float = 0.0  # of one step, or of one evaluation of the denoiser
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def main(self) -> str:
+        return next(iter(self.better))
+
+
+# -- the file --------------------------------------------------------------------------------------------------------------
+
+
+def load(file: str, seed: int, device: str) -> AnyTask:
+    """Call a file's function, and check what it returns.
+
+    Raises:
+        TaskError: the file cannot be imported, lacks the function, or the function raises or returns something else.
+    """
+    name = Path(file).name
+    function = _function(file)
+    with blame(f"{name}: {FUNCTION}(seed, device)", file):
+        made = function(seed, device)
+    return _checked(made, name)
+
+
+def says(file: str) -> str:
+    """The first line of a file's documentation."""
+    text = (_module(file).__doc__ or "").strip()
+    return text.splitlines()[0] if text else ""
+
+
+def _function(file: str) -> Callable[[int, str], Any]:
+    name, module = Path(file).name, _module(file)
+    function = getattr(module, FUNCTION, None)
+    if function is None:
+        near = difflib.get_close_matches(FUNCTION, [n for n, v in vars(module).items() if callable(v)], n=1, cutoff=0.5)
+        hint = f"; did you mean to call {near[0]!r} so?" if near else ""
+        raise TaskError(f"{name} has no function {FUNCTION}(seed, device){hint} `polyak init-task` writes an example")
+    if not callable(function):
+        raise TaskError(f"{name}: {FUNCTION} must be a function {FUNCTION}(seed, device), got {function!r}")
+    return function
+
+
+@cache
+def _module(file: str) -> ModuleType:
+    path = Path(file)
+    # A file may be called like a module that others need.
+    taken = path.stem in sys.modules or path.stem in sys.stdlib_module_names
+    spec = importlib.util.spec_from_file_location(f"_task_{path.stem}" if taken else path.stem, path)
+    if spec is None or spec.loader is None:
+        raise TaskError(f"{path.name} is no Python file")
+    add_folder(path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    with blame(f"{path.name}: importing it", file):
+        spec.loader.exec_module(module)
+    return module
+
+
+def add_folder(path: Path) -> None:
+    """Let what is beside the file be imported, from now on; what is installed comes first, so that a random.py harms nobody."""
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:
+        sys.path.append(folder)
+
+
+@contextmanager
+def blame(doing: str, file: str) -> Iterator[None]:
+    """Say in a sentence which of the user's code raised, and where."""
+    try:
+        yield
+    except TaskError:
+        raise
+    except (Exception, SystemExit) as error:
+        at = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        line = f" ({Path(file).name}, line {at[-1]})" if at else ""
+        raise TaskError(f"{doing} raised {type(error).__name__}: {error}{line}") from error
+
+
+def _checked(made: Any, name: str) -> AnyTask:
+    if isinstance(made, Mapping):
+        kind = SamplingTask if {"denoiser", "pipeline", "metric"} & made.keys() else TrainingTask
+        known = [f.name for f in fields(kind)]
+        for key in made:
+            if key not in known:
+                raise TaskError(
+                    f"{name}: {FUNCTION} returned an unknown {key!r}{checks.suggestion(key, known)}; known are {', '.join(known)}"
+                )
+        needed = ["metric"] if kind is SamplingTask else ["model", "batches", "loss", "evaluate"]
+        if missing := [key for key in needed if key not in made]:
+            raise TaskError(f"{name}: {FUNCTION} must return {', '.join(needed)}; {', '.join(missing)} is missing")
+        made = kind(**made)
+    if isinstance(made, TrainingTask):
+        _check_training(made, name)
+    elif isinstance(made, SamplingTask):
+        _check_sampling(made, name)
+    else:
+        raise TaskError(
+            f"{name}: {FUNCTION} must return a dictionary with model, batches, loss and evaluate (or denoiser, shape and metric), "
+            f"got {_kind(made)}"
+        )
+    return made
+
+
+def _check_training(task: TrainingTask, name: str) -> None:
+    from torch import nn
+
+    _need(name, "model", isinstance(task.model, nn.Module), "a torch.nn.Module", task.model)
+    _need(name, "batches", isinstance(task.batches, Iterable), "an iterable of batches", task.batches)
+    _need(name, "loss", callable(task.loss), "a function loss(model, batch)", task.loss)
+    _need(name, "evaluate", callable(task.evaluate), "a function evaluate(model)", task.evaluate)
+    _need(
+        name, "validate", task.validate is None or callable(task.validate), "a function validate(model)", task.validate
+    )
+    _need(name, "params", task.params is None or callable(task.params), "a function params(model)", task.params)
+    known = ", ".join(SCHEDULES)
+    good = task.schedule in SCHEDULES if isinstance(task.schedule, str) else callable(task.schedule)
+    _need(name, "schedule", good, f"one of {known}, or a function", task.schedule)
+    if not any(p.requires_grad for p in task.model.parameters()):
+        raise TaskError(f"{name}: the model has no parameter that needs a gradient: there is nothing to train")
+
+
+def _check_sampling(task: SamplingTask, name: str) -> None:
+    _need(name, "metric", callable(task.metric), "a function metric(samples)", task.metric)
+    if (task.denoiser is None) == (task.pipeline is None):
+        raise TaskError(f"{name}: {FUNCTION} must return either a denoiser or a pipeline")
+    if task.denoiser is not None:
+        _need(name, "denoiser", callable(task.denoiser), "a Denoiser, or a function of (x, t)", task.denoiser)
+        counts = isinstance(task.shape, Sequence) and len(task.shape) > 0
+        _need(
+            name, "shape", counts and all(isinstance(n, int) and n > 0 for n in task.shape), "(count, ...)", task.shape
+        )
+    else:
+        _need(
+            name,
+            "pipeline",
+            callable(task.pipeline) and hasattr(task.pipeline, "scheduler"),
+            "a pipeline",
+            task.pipeline,
+        )
+
+
+def _need(name: str, what: str, good: bool, wanted: str, got: object) -> None:
+    if not good:
+        raise TaskError(f"{name}: {what} must be {wanted}, got {_kind(got)}")
+
+
+def _kind(value: object) -> str:
+    return repr(value) if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+
+
+# -- what its functions give -----------------------------------------------------------------------------------------------
+
+
+def metrics(given: Any, what: str, file: str) -> dict[str, float]:
+    """The numbers that evaluate, validate or metric returned, by name; one without a name is called after ``what``.
+
+    Raises:
+        TaskError: something else was returned.
+    """
+    name = Path(file).name
+    found = dict(given) if isinstance(given, Mapping) else {what: given}
+    if not found:
+        raise TaskError(f"{name}: {what} must return a number or a dictionary of numbers, got an empty one")
+    for key, value in found.items():
+        if hasattr(value, "item") and not getattr(value, "shape", ()):  # a tensor or array of one element
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, Real):
+            of = f" for {key!r}" if isinstance(given, Mapping) else ""
+            raise TaskError(f"{name}: {what} must return a number or a dictionary of numbers, got {_kind(value)}{of}")
+        if not isinstance(key, str) or key in OWN:
+            raise TaskError(f"{name}: {what} must not call a number {key!r}: the lab uses this name itself")
+        found[key] = float(value)
+    return found
+
+
+def betters(task: AnyTask, names: Iterable[str], file: str) -> dict[str, Better]:
+    """Whether lower or higher is better, by metric.
+
+    Raises:
+        TaskError: what is declared is neither, or names no metric; or nothing is, of a metric that looks like an accuracy.
+    """
+    name, names = Path(file).name, list(names)
+    declared = task.better if isinstance(task.better, Mapping) else dict.fromkeys(names, task.better)
+    for key, value in declared.items():
+        if key not in names:
+            raise TaskError(f"{name}: better names {key!r}, which is not measured{checks.suggestion(key, names)}")
+        if value not in ("lower", "higher", None):
+            raise TaskError(f"{name}: better must be 'lower' or 'higher', got {value!r} for {key!r}")
+    found: dict[str, Better] = {}
+    for key in names:
+        value = declared.get(key)
+        if value is None and any(word in key.lower() for word in _MORE_IS_BETTER) and "loss" not in key.lower():
+            raise TaskError(
+                f"{name}: is more of {key!r} better? Return better={{{key!r}: 'higher'}} (or 'lower') with the others"
+            )
+        found[key] = "higher" if value == "higher" else "lower"
+    return found
+
+
+def endless(batches: Iterable[Any], name: str) -> Iterator[Any]:
+    """Batches for ever: an iterable is begun anew when it ends.
+
+    Raises:
+        TaskError: it is empty, or an iterator that cannot be begun anew has ended.
+    """
+    while True:
+        count = 0
+        for batch in batches:
+            count += 1
+            yield batch
+        if not count:
+            raise TaskError(
+                f"{name}: batches came to an end. Give a DataLoader, a list, or an iterator that does not end "
+                "(a generator is used up after one pass)"
+            )

@@ -1,0 +1,263 @@
+"""One trial of a comparison: an optimizer trains the task's model until its budget is spent.
+
+The clock counts what a user waits for: taking a batch, the gradient, the optimizer's step. Evaluations stop it. Batches are drawn
+with global random generators of their own, and evaluations with others, so that whatever an optimizer draws, every arm meets the
+same batches in the same order.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyak.lab.claim import Diverged, Measurement, Trial
+from polyak.lab.compare.arms import find
+from polyak.lab.compare.task import TaskError, TrainingTask, endless, load, metrics
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_EVERY = 8  # on an accelerator, how many steps are enqueued before the clock waits for them
+
+
+@dataclass(frozen=True)
+class Train:
+    """The trial function for a task file: options are class, fixed, tuned, budget, points and, for tuning, main."""
+
+    file: str
+
+    def __call__(self, trial: Trial) -> Iterator[Measurement]:
+        task = load(self.file, trial.seed, trial.device)
+        if not isinstance(task, TrainingTask):
+            raise TaskError(f"{Path(self.file).name}: optimizers need a task with a model, batches and a loss")
+        return _train(_Training(task, self.file, trial))
+
+
+class _Training:
+    """A model on its way."""
+
+    def __init__(self, task: TrainingTask, file: str, trial: Trial) -> None:
+        self.task, self.file, self.name = task, file, Path(file).name
+        self.device, self.options = trial.device, trial.options
+        self.budget: Mapping[str, float] = trial["budget"]
+        self.clock = _Clock(trial.device)
+        self.streams = {what: _Generators(trial.device) for what in ("batches", "evaluation")}
+        self.batches = endless(task.batches, self.name)
+        self.trial = trial
+        self.optimizer = build(task, task.model, trial)
+        self.bases = [group["lr"] for group in self.optimizer.param_groups if "lr" in group]
+        self.steps = self.gradients = 0
+        self.loss: Any = 0.0
+        self.since = 0  # gradients that the loss has been summed over
+
+    @property
+    def used(self) -> float:
+        """The part of the budget that is spent."""
+        if "steps" in self.budget:
+            return self.steps / self.budget["steps"]
+        return min(self.clock.seconds / self.budget["seconds"], 1.0)
+
+    def step(self) -> None:
+        with self.streams["batches"], self.clock:
+            batch = next(self.batches)
+        with self.clock:
+            self._set_rates()
+            self.optimizer.step(lambda: self._gradient(batch))
+            self.steps += 1
+            if "seconds" in self.budget and self.steps % _EVERY == 0:
+                self.clock.wait()
+
+    def warm_up(self) -> None:
+        """Two steps of a copy, off the clock: what is compiled or loaded at a first step is no cost of training."""
+        with self.streams["batches"]:
+            first = next(self.batches)
+        self.batches = itertools.chain([first], self.batches)
+        with _Generators(self.device):
+            self._rehearse(first)
+        if self.device != "cpu":
+            import torch
+
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)  # the copy is gone
+
+    def _rehearse(self, batch: Any) -> None:
+        model = copy.deepcopy(self.task.model).train()
+        optimizer = build(self.task, model, self.trial)
+        for _ in range(2):
+            optimizer.step(lambda: _gradient(self.task, model, optimizer, batch))
+
+    def _set_rates(self) -> None:
+        factor = self.task.factor(self.used)
+        groups = (group for group in self.optimizer.param_groups if "lr" in group)
+        for group, base in zip(groups, self.bases, strict=True):
+            group["lr"] = base * factor
+
+    def _gradient(self, batch: Any) -> Any:
+        loss = _gradient(self.task, self.task.model, self.optimizer, batch)
+        self.loss = self.loss + loss.detach()
+        self.gradients += 1
+        self.since += 1
+        return loss
+
+    def mean_loss(self) -> float:
+        """The training loss since it was last asked for.
+
+        Raises:
+            Diverged: it is not finite.
+        """
+        mean, self.loss, self.since = float(self.loss) / max(self.since, 1), 0.0, 0
+        if not math.isfinite(mean):
+            raise Diverged(f"training loss {mean} by step {self.steps}")
+        return mean
+
+    def evaluated(self) -> dict[str, float]:
+        """The model's metrics; for tuning the one that is tuned by, as "validation".
+
+        Raises:
+            Diverged: one is not finite.
+        """
+        import torch
+
+        main = self.options.get("main")
+        function = self.task.evaluate if main is None else self.task.validate or self.task.evaluate
+        what = "validate" if main is not None and self.task.validate else "evaluate"
+        self.task.model.eval()
+        with torch.no_grad(), self.streams["evaluation"]:
+            found = metrics(function(self.task.model), what, self.file)
+        self.task.model.train()
+        if main is not None:
+            found = {"validation": found[main] if main in found else next(iter(found.values()))}
+        if bad := {name: value for name, value in found.items() if not math.isfinite(value)}:
+            name, value = next(iter(bad.items()))
+            raise Diverged(f"{name} is {value} at step {self.steps}")
+        return found
+
+    def memory(self) -> float:
+        """Megabytes: the accelerator's peak; on a CPU parameters, gradients and the optimizer's state."""
+        import torch
+
+        if self.device != "cpu":
+            return torch.cuda.max_memory_allocated(self.device) / 1e6
+        held = [p for group in self.optimizer.param_groups for p in group["params"]]
+        held += [p.grad for p in held if p.grad is not None]
+        held += list(_tensors(self.optimizer.state))
+        return sum(t.numel() * t.element_size() for t in {id(t): t for t in held}.values()) / 1e6
+
+
+def _train(training: _Training) -> Iterator[Measurement]:
+    points = training.options["points"]
+    training.task.model.train()
+    training.warm_up()
+    yield Measurement(values=training.evaluated(), at={"used": 0.0, "step": 0, "seconds": 0.0})
+    done, loss, found = 0, 0.0, {}
+    while training.used < 1.0:
+        training.step()
+        # One long step may pass several of the points at which is measured: the last one counts.
+        passed = math.floor(training.used * points + 1e-9)
+        if passed > done:
+            done = passed
+            training.clock.wait()
+            at = {"used": done / points, "step": training.steps, "seconds": training.clock.seconds}
+            loss, found = training.mean_loss(), training.evaluated()
+            yield Measurement(values={**found, "train_loss": loss}, at=at)
+    final = {"steps": training.steps, "evaluations": training.gradients, "seconds": training.clock.seconds}
+    final["processor"] = training.clock.processor / training.clock.seconds
+    yield Measurement(values={**found, **final, "train_loss": loss, "memory": training.memory()})
+
+
+def build(task: TrainingTask, model: nn.Module, trial: Trial) -> torch.optim.Optimizer:
+    """The arm's optimizer over a model's parameters, with its fixed and tuned options."""
+    params = task.params(model) if task.params else [p for p in model.parameters() if p.requires_grad]
+    tuned = {name: trial[name] for name in trial["tuned"]}
+    # JSON, through which options come, has lists where optimizers have tuples.
+    fixed = {name: tuple(value) if isinstance(value, list) else value for name, value in trial["fixed"].items()}
+    return find(trial["class"])(params, **fixed, **tuned)
+
+
+def _gradient(task: TrainingTask, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> Any:
+    """The loss of a batch, a tensor of one element, with its gradient in the parameters."""
+    optimizer.zero_grad()
+    loss = task.loss(model, batch)
+    loss.backward()
+    return loss
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part)
+
+
+class _Clock:
+    """Seconds inside of its ``with`` blocks, and for how many of them this process had a processor."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds, self.processor = 0.0, 0.0
+        self._device, self._began, self._processor_began = device, 0.0, 0.0
+
+    def __enter__(self) -> None:
+        self._began, self._processor_began = time.perf_counter(), time.process_time()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._began
+        self.processor += time.process_time() - self._processor_began
+        self._began = 0.0
+
+    def wait(self) -> None:
+        """Let the accelerator end what it was given, on this clock."""
+        if self._device != "cpu":
+            import torch
+
+            began = time.perf_counter()
+            torch.cuda.synchronize(self._device)
+            if not self._began:
+                self.seconds += time.perf_counter() - began
+
+
+class _Generators:
+    """The global random generators' states of one use: inside of its ``with`` blocks the global ones go on from there."""
+
+    def __init__(self, device: str) -> None:
+        self._parts = list(_parts(device))
+        self._own = self._taken()
+
+    def _taken(self) -> list[Any]:
+        return [get() for get, _ in self._parts]
+
+    def _put(self, states: list[Any]) -> None:
+        for (_, put), state in zip(self._parts, states, strict=True):
+            put(state)
+
+    def __enter__(self) -> None:
+        self._others = self._taken()
+        self._put(self._own)
+
+    def __exit__(self, *_: object) -> None:
+        self._own = self._taken()
+        self._put(self._others)
+
+
+def _parts(device: str) -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any]]]:
+    import numpy as np
+    import torch
+
+    yield random.getstate, random.setstate
+    yield np.random.get_state, np.random.set_state
+    yield torch.get_rng_state, torch.set_rng_state
+    if device != "cpu":
+        yield (lambda: torch.cuda.get_rng_state(device)), (lambda state: torch.cuda.set_rng_state(state, device))

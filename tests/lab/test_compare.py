@@ -1,0 +1,497 @@
+"""Comparisons from end to end, on a task of milliseconds."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polyak.lab import ArmError, Store, StoreError, TaskError, TrialError, compare
+from polyak.lab.claim import Trial
+from polyak.lab.compare.result import Comparison
+from polyak.lab.compare.search import Search
+from polyak.lab.compare.trial import Train
+from polyak.lab.store import FILE, SCHEMA
+from polyak.lab.tuning import FIRST_TUNING_SEED
+from polyak.lab.workers import Ended, Heard, Job, Processes, carry_out
+
+from .tasks_for_tests import PIPELINE, REGRESSION, SAMPLING, write
+
+ARMS = "adamw,adan,sgd:weight_decay=0"
+SMALL: dict[str, Any] = {"budget": "30steps", "seeds": 5, "trials": 4, "points": 10, "jobs": 1, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("tasks"), REGRESSION)
+
+
+@pytest.fixture(scope="module")
+def small(home: Path, task: Path) -> Comparison:
+    return compare(task, ARMS, store=home, **{**SMALL, "jobs": 2})
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks are examined in this process, which is faster than to start one."""
+    monkeypatch.setattr(sys.modules["polyak.lab.compare.main"], "call_apart", lambda f, *given, timeout: f(*given))
+
+
+def trials(comparison: Comparison, purpose: str) -> list[Any]:
+    return [t for t in comparison.task().result.trials if t.purpose == purpose]
+
+
+# ---------------------------------------------------------------------------------------------------------------- fairness
+
+
+def test_every_arm_gets_the_same(small: Comparison) -> None:
+    tuning, reported = trials(small, "tuning"), trials(small, "report")
+    names = ["adamw", "adan", "sgd:weight_decay=0"]
+    assert Counter(t.arm for t in tuning) == dict.fromkeys(names, 4)
+    assert Counter(t.arm for t in reported) == dict.fromkeys(names, 5)
+    assert {t.seed for t in tuning} == {FIRST_TUNING_SEED}
+    assert {t.seed for t in reported} == set(range(5))
+    assert {t.values["steps"] for t in reported} == {30}
+    for seed in range(5):
+        starts = {t.curve[0][1]["distance"] for t in reported if t.seed == seed}
+        assert len(starts) == 1, "the same initial weights"
+    assert len({t.curve[0][1]["distance"] for t in reported}) == 5
+    assert [at["used"] for at, _ in reported[0].curve] == [i / 10 for i in range(11)]
+
+
+def trial(task: Path, optimizer: str, seed: int = 0, device: str = "cpu", **options: Any) -> tuple[list[Any], Any]:
+    """Measurements of one trial in this process."""
+    facts = {
+        "class": optimizer,
+        "fixed": {},
+        "tuned": ["lr"],
+        "lr": 0.01,
+        "budget": {"steps": 12},
+        "points": 4,
+        **options,
+    }
+    job = Job(
+        function=Train(str(task)),
+        trial=Trial(claim="c", scale="s", task="line", arm="a", seed=seed, device=device, options=facts),
+        worst=dict.fromkeys(
+            ("distance", "train_loss", "steps", "evaluations", "seconds", "memory", "processor", "validation"), math.inf
+        ),
+        needed=frozenset(),
+        libraries=("numpy", "torch"),
+    )
+    heard: list[Any] = []
+    outcome = carry_out(job, lambda at, values: heard.append((at, values)), lambda *_: True)
+    return list(outcome.curve), outcome
+
+
+GREEDY = """
+import torch
+
+
+class Greedy(torch.optim.SGD):
+    def step(self, closure=None):
+        torch.rand(7)  # of the global generator, from which this task's batches come, too
+        return super().step(closure)
+"""
+GLOBAL = {"(8,), generator=g)": "(8,)); SEEN.append((seed, tuple(i.tolist())))", "TRUTH = ": "SEEN = []\nTRUTH = "}
+
+
+def test_batches_are_the_same_whatever_an_optimizer_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "greedy.py").write_text(GREEDY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = write(tmp_path, REGRESSION, "global_batches.py", replaced=GLOBAL)
+    curves = [trial(path, arm)[0] for arm in ("torch.optim:SGD", "greedy:Greedy")]
+    seen = sys.modules["global_batches"].SEEN
+    assert len(seen) == 24
+    assert seen[:12] == seen[12:]
+    assert [v for _, v in curves[0]] == [v for _, v in curves[1]]
+    assert len(set(seen[:12])) == 12
+
+
+def test_a_trial_is_training_as_one_writes_it(task: Path) -> None:
+    """Against the same loop by hand: schedule, batches, steps."""
+    import importlib.util
+
+    import torch
+
+    spec = importlib.util.spec_from_file_location("line_by_hand", task)
+    module = importlib.util.module_from_spec(spec)  # pyright: ignore[reportArgumentType]
+    spec.loader.exec_module(module)  # pyright: ignore[reportOptionalMemberAccess]
+    torch.manual_seed(3)
+    made = module.task(3, "cpu")
+    optimizer = torch.optim.AdamW(made["model"].parameters(), lr=0.01)
+    distances = []
+    for step, batch in zip(range(12), made["batches"], strict=False):
+        used = 1000 * step / 12
+        warm = (used + 1) / 51 if used < 50 else 0.5 * (1 + math.cos(math.pi * (used - 50) / 950))
+        optimizer.param_groups[0]["lr"] = 0.01 * warm
+        optimizer.zero_grad()
+        made["loss"](made["model"], batch).backward()
+        optimizer.step()
+        if step % 3 == 2:
+            distances.append(made["evaluate"](made["model"])["distance"].item())
+    curve, outcome = trial(task, "torch.optim:AdamW", 3)
+    assert [values["distance"] for _, values in curve[1:]] == distances
+    assert [at["step"] for at, _ in curve] == [0, 3, 6, 9, 12]
+    assert outcome.values["distance"] == distances[-1]
+    assert outcome.values["memory"] == pytest.approx((3 * 2 + 3 * 2 + 2) * 4 / 1e6), (
+        "3 weights, gradients, 2 moments, 2 counts"
+    )
+
+
+def test_a_time_budget_counts_training_and_not_evaluation(tmp_path: Path) -> None:
+    slow = {'{"distance": (': '{"distance": time.sleep(0.05) or (', "import torch\n": "import time\nimport torch\n"}
+    curve, outcome = trial(
+        write(tmp_path, REGRESSION, "slow.py", replaced=slow), "torch.optim:SGD", budget={"seconds": 0.2}
+    )
+    assert 0.2 <= outcome.values["seconds"] < 0.26
+    assert outcome.seconds > 0.2 + 4 * 0.05
+    assert [at["used"] for at, _ in curve] == [0, 0.25, 0.5, 0.75, 1]
+    assert curve[2][0]["seconds"] == pytest.approx(0.1, abs=0.03)
+
+
+def test_an_optimizer_that_needs_a_closure_gets_one(task: Path) -> None:
+    _, outcome = trial(task, "torch.optim:LBFGS", lr=0.5)
+    assert outcome.values["evaluations"] > outcome.values["steps"] == 12
+    assert outcome.values["distance"] < 0.5
+
+
+@pytest.mark.gpu
+def test_a_trial_on_a_gpu(tmp_path: Path) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    there = {
+        "nn.Linear(2, 1)": "nn.Linear(2, 1).to(device)",
+        "yield x[i], y[i]": "yield x[i].to(device), y[i].to(device)",
+    }
+    there["(model.weight - TRUTH)"] = "(model.weight - TRUTH.to(device))"
+    path = write(tmp_path, REGRESSION, "gpu.py", replaced=there)
+    (ours, on_gpu), (_, on_cpu) = trial(path, "torch.optim:SGD", device="cuda"), trial(path, "torch.optim:SGD")
+    assert on_gpu.values["memory"] > 0
+    assert on_gpu.values["distance"] == pytest.approx(on_cpu.values["distance"], rel=1e-4)
+    timed, outcome = trial(path, "torch.optim:SGD", device="cuda", budget={"seconds": 0.2})
+    assert 0.2 <= outcome.values["seconds"] < 0.3
+    assert len(ours) == len(timed) == 5
+
+
+@pytest.mark.parametrize("what", ["loss", "evaluation"])
+def test_divergence_is_a_measurement(tmp_path: Path, what: str) -> None:
+    blow = {
+        ".norm()}": ".norm() * (1 if SEEN.append(0) or len(SEEN) < 3 else float('inf'))}",
+        "TRUTH = ": "SEEN = []\nTRUTH = ",
+    }
+    path = write(tmp_path, REGRESSION, f"{what}.py", replaced=blow if what == "evaluation" else {})
+    _, outcome = trial(path, "torch.optim:SGD", lr=1e30 if what == "loss" else 0.01)
+    assert outcome.diverged
+    assert outcome.message.startswith("training loss" if what == "loss" else "distance is inf")
+    assert outcome.values["distance"] == math.inf
+
+
+# ------------------------------------------------------------------------------------------------------ the store, resuming
+
+
+@pytest.mark.usefixtures("here")
+def test_what_is_stored_is_not_run_again(small: Comparison, home: Path, task: Path) -> None:
+    begun: list[Any] = []
+    again = compare(task, ARMS, store=home, on_measurement=lambda *heard: begun.append(heard), **SMALL)
+    assert begun == []
+    assert again.to_json() == small.to_json()
+
+
+@pytest.mark.usefixtures("here")
+def test_another_arm_or_seed_leaves_the_others_as_they_are(small: Comparison, home: Path, task: Path) -> None:
+    ran: set[str] = set()
+    more = compare(
+        task, f"{ARMS},lion", store=home, on_measurement=lambda t, *_: ran.add(t.arm), **{**SMALL, "seeds": 5}
+    )
+    assert ran == {"lion"}
+    assert more.task().rows[:3] == small.task().rows
+    longer: Counter[tuple[str, int]] = Counter()
+
+    def note(t: Any, at: Any, values: Any) -> None:
+        longer[t.arm, t.seed] += not at
+
+    compare(task, ARMS, store=home, on_measurement=note, **{**SMALL, "seeds": 6})
+    assert set(longer) == {(arm.text, 5) for arm in small.setup.arms}
+
+
+@pytest.mark.usefixtures("here")
+def test_a_change_of_the_task_counts_and_one_of_its_comments_does_not(
+    small: Comparison, home: Path, task: Path, tmp_path: Path
+) -> None:
+    ran: list[Any] = []
+    text = task.read_text()
+    keywords = {**SMALL, "store": home, "on_measurement": lambda *heard: ran.append(heard)}
+    compare(write(tmp_path, "# New.\n" + text), ARMS, **keywords)
+    assert ran == [], "moved and commented"
+    compare(write(tmp_path, text.replace("0.05", "0.06")), "adamw,adan", **{**keywords, "seeds": 1, "trials": 1})
+    assert ran
+
+
+@pytest.mark.usefixtures("here")
+def test_an_interrupted_comparison_asks_the_same_again(small: Comparison, task: Path, tmp_path: Path) -> None:
+    class EnoughError(Exception):
+        pass
+
+    finished = 0
+
+    def stop(_: Any, at: Any, __: Any) -> None:
+        nonlocal finished
+        finished += not at
+        if finished == 11:
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        compare(task, ARMS, store=tmp_path, on_measurement=stop, **SMALL)
+    with Store(tmp_path) as store:
+        (run,) = {r.claim for r in store.runs()}
+        kept = sum(r.done for r in store.runs())
+    assert run == "compare-line"
+    assert kept >= 10
+    resumed = compare(task, ARMS, store=tmp_path, **SMALL)
+
+    def points(comparison: Comparison) -> list[Any]:
+        return sorted(
+            (t.arm, t.purpose, t.seed, str(t.point), t.values["train_loss"])
+            for t in comparison.task().result.trials
+            if "train_loss" in t.values
+        )
+
+    assert points(resumed) == points(small), "with one worker or two, at once or in two parts"
+
+
+@pytest.mark.usefixtures("here")
+def test_trials_stop_early_and_are_counted(tmp_path: Path, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hear = Search.heard
+
+    def strict(self: Search, number: int, used: float, value: float) -> bool:
+        hear(self, number, used, value)
+        return number != 6 or used < 0.5
+
+    monkeypatch.setattr(Search, "heard", strict)
+    keywords = {**SMALL, "seeds": 1, "trials": 8}
+    found = compare(task, "adamw,adan", store=tmp_path, **keywords)
+    tuning = trials(found, "tuning")
+    assert Counter(t.arm for t in tuning) == {"adamw": 8, "adan": 8}
+    stopped = [t for t in tuning if t.message == "stopped early"]
+    assert [t.arm for t in stopped] == ["adamw", "adan"]
+    for t in stopped:
+        assert t.curve[-1][0]["used"] == pytest.approx(0.6)
+        assert t.values["validation"] == t.curve[-1][1]["validation"]
+        assert t.point != found.task().result.chosen["line"][t.arm]
+    assert compare(task, "adamw,adan", store=tmp_path, **keywords).to_json() == found.to_json()
+
+
+# ------------------------------------------------------------------------------------------------------------ what goes wrong
+
+
+@pytest.mark.usefixtures("here")
+def test_a_trial_that_does_not_end_is_stopped_at_its_deadline(tmp_path: Path) -> None:
+    hang = {
+        '{"distance": (': '{"distance": seed == 2 and time.sleep(600) or (',
+        "import torch\n": "import time\nimport torch\n",
+    }
+    path = write(tmp_path, REGRESSION, "hang.py", replaced=hang)
+    with pytest.raises(TrialError, match=r"seed 2\n.*did not end, and was stopped at its deadline after 20 s"):
+        compare(
+            path,
+            "adamw:lr=0.01:weight_decay=0,sgd:lr=0.01:weight_decay=0",
+            store=tmp_path,
+            deadline=20,
+            **{**SMALL, "jobs": 1},
+        )
+    with Store(tmp_path) as store:
+        assert sum(r.done for r in store.runs()) >= 2, "finished trials are kept"
+
+
+def test_a_task_that_does_not_end_is_stopped(tmp_path: Path) -> None:
+    hang = {"    g = ": "    import time; time.sleep(600)\n    g = "}
+    with pytest.raises(TaskError, match=r"hang.py: not ready after 8 s"):
+        compare(write(tmp_path, REGRESSION, "hang.py", replaced=hang), ARMS, store=tmp_path, deadline=8, **SMALL)
+
+
+def test_a_task_that_kills_its_process_is_told(tmp_path: Path) -> None:
+    die = {"    g = ": "    import os; os._exit(5)\n    g = "}
+    with pytest.raises(TaskError, match=r"die.py: its process died with exit status 5"):
+        compare(write(tmp_path, REGRESSION, "die.py", replaced=die), ARMS, store=tmp_path, **SMALL)
+
+
+@pytest.mark.usefixtures("here")
+def test_arguments_are_checked(tmp_path: Path, task: Path) -> None:
+    def refused(
+        says: str, error: type[Exception] = ValueError, arms: str = ARMS, tasks: Any = task, **changes: Any
+    ) -> None:
+        with pytest.raises(error, match=says):
+            compare(tasks, arms, store=tmp_path, **{**SMALL, **changes})
+
+    refused("seeds must be at least 1, got 0", seeds=0)
+    refused("trials must be at least 1, got 0", trials=0)
+    refused("points must be at least 2, got 1", points=1)
+    refused("deadline must be > 0", deadline=0)
+    refused("device must be 'cpu', 'cuda' or 'cuda:N'", device="tpu")
+    refused("budget must be a time for all", budget="soon")
+    refused("budget for training is a time or a count like 500steps, got 20 evaluations", budget="20nfe")
+    refused("budget is too small", budget="0.00001s")
+    refused("baseline must be one of the arms .*; did you mean 'adamw'", baseline="adamww")
+    refused("did you mean 'lion'", ArmError, arms="adamw,lionn")
+    refused("no such file", TaskError, tasks=tmp_path / "none.py")
+    sampling = write(tmp_path, SAMPLING, "sampling.py")
+    refused("tasks must be alike", TaskError, tasks=[task, sampling])
+    refused("budget for sampling is a time or a count like 20nfe", arms="ddim,heun", tasks=sampling)
+    refused("no arm is called 'adamw'", ArmError, tasks=sampling)
+
+
+@pytest.mark.usefixtures("here")
+def test_an_optimizer_that_cannot_train_the_task(tmp_path: Path, task: Path) -> None:
+    with pytest.raises(TrialError, match="Muon only supports 2D parameters"):
+        compare(task, "adamw,torch.optim:Muon", store=tmp_path, **SMALL)
+
+
+@pytest.mark.usefixtures("here")
+def test_arms_may_be_beside_the_task_whatever_it_is_called(tmp_path: Path) -> None:
+    path = write(tmp_path, REGRESSION, "random.py")
+    (tmp_path / "own_optimizer.py").write_text("import torch\n\n\nclass Mine(torch.optim.SGD):\n    pass\n")
+    arms = "sgd:lr=0.1:weight_decay=0,own_optimizer:Mine:lr=0.1:weight_decay=0"
+    found = compare(path, arms, store=tmp_path, **{**SMALL, "seeds": 1, "trials": 1})
+    theirs, mine = found.task().rows
+    assert theirs.final == mine.final
+    assert mine.label == "Mine"
+
+
+@pytest.mark.usefixtures("here")
+def test_a_store_of_a_newer_polyak(tmp_path: Path, task: Path) -> None:
+    Store(tmp_path).close()
+    with sqlite3.connect(tmp_path / FILE) as db:
+        db.execute(f"PRAGMA user_version = {SCHEMA + 1}")
+    with pytest.raises(StoreError, match="written by a newer polyak"):
+        compare(task, ARMS, store=tmp_path, **SMALL)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, task: Path) -> None:
+    with Store(tmp_path) as store:
+        store._db.execute("PRAGMA max_page_count = 12")
+        with pytest.raises(StoreError, match="the disk is full"):
+            compare(task, ARMS, store=store, **SMALL)
+        kept = sum(r.done for r in store.runs())
+    assert kept > 0
+    ran: Counter[bool] = Counter()
+    compare(task, ARMS, store=tmp_path, on_measurement=lambda t, at, v: ran.update([not at]), **SMALL)
+    assert ran[True] == 3 * (4 + 5) - kept
+
+
+# -------------------------------------------------------------------------------------------------------------------- seams
+
+
+class Recorder(Processes):
+    """Another place where trials run: what a cluster's executor has to be."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.started, self.closed = 0, False
+
+    def start(self, ticket: int, job: Job) -> None:
+        self.started += 1
+        super().start(ticket, job)
+
+    def events(self, timeout: float) -> list[Heard | Ended]:
+        return super().events(timeout)
+
+    def close(self) -> None:
+        self.closed = True
+        super().close()
+
+
+@pytest.mark.usefixtures("here")
+def test_trials_run_where_an_executor_runs_them(tmp_path: Path, task: Path) -> None:
+    elsewhere = Recorder()
+    found = compare(task, "adamw,sgd", store=tmp_path, executor=elsewhere, **{**SMALL, "seeds": 1, "trials": 2})
+    assert elsewhere.closed
+    assert elsewhere.started == 2 * (2 + 1) == len(found.task().result.trials)
+
+
+@pytest.mark.usefixtures("here")
+def test_measurements_can_be_listened_to(tmp_path: Path, task: Path) -> None:
+    heard: list[tuple[Any, Any, Any]] = []
+    found = compare(
+        task,
+        "adamw:lr=0.01:weight_decay=0,sgd:lr=0.01:weight_decay=0",
+        store=tmp_path,
+        on_measurement=lambda *told: heard.append(told),
+        **{**SMALL, "seeds": 1},
+    )
+    assert not trials(found, "tuning"), "nothing was left to tune"
+    for t in trials(found, "report"):
+        told = [(at, values) for planned, at, values in heard if planned.arm == t.arm]
+        assert told == [*t.curve, ({}, t.values)]
+
+
+@pytest.mark.usefixtures("here")
+def test_samplers(tmp_path: Path) -> None:
+    path = write(tmp_path, SAMPLING, "sampling.py")
+    found = compare(path, "ddim,heun,dpmsolver:order=1..3", store=tmp_path, **{**SMALL, "budget": "16nfe", "seeds": 5})
+    row = {r.arm: r for r in found.task().rows}
+    assert len({r.final for r in row.values()}) == 3
+    assert {r.spent for r in row.values()} == {16}
+    assert row["dpmsolver:order=1..3"].point["order"] in (2, 3)
+    one = next(t for t in trials(found, "report") if t.arm == "ddim")
+    assert [at["evaluations"] for at, _ in one.curve] == [2, 4, 8, 16]
+    starts = {t.seed: t.values["off"] for t in trials(found, "report") if t.arm == "ddim"}
+    assert len(set(starts.values())) == 5
+    timed = compare(path, "ddim,heun", store=tmp_path, **{**SMALL, "budget": "0.05s/trial", "seeds": 1})
+    assert all(0.01 < r.seconds < 0.25 for r in timed.task().rows if r.seconds)
+
+
+@pytest.mark.usefixtures("here")
+def test_schedulers_of_a_pipeline(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    path = write(tmp_path, PIPELINE, "pipe.py")
+    arms = "DDIMScheduler,DPMSolverMultistepScheduler,dpmsolver:order=2:form=data:method=multistep"
+    found = compare(path, arms, store=tmp_path, **{**SMALL, "budget": "9nfe", "seeds": 2})
+    assert [r.spent for r in found.task().rows] == [9, 9, 9]
+    ddim, theirs, ours = (r.final for r in found.task().rows)
+    assert ours == pytest.approx(theirs, rel=1e-5), "one method, in diffusers' scheduler and in ours"
+    assert abs(ddim - ours) > 1e-3
+    assert {t.seed for t in trials(found, "report")} == {0, 1}
+
+
+# ------------------------------------------------------------------------------------------------------- for other programs
+
+
+def test_results_go_to_pandas_and_json(small: Comparison) -> None:
+    table = small.to_pandas()
+    assert list(table["arm"]) == ["adamw", "adan", "sgd:weight_decay=0"]
+    assert table["verdict"][0] == "baseline"
+    assert set(table["verdict"][1:]) <= {"better", "worse", "undecided"}
+    assert table["lr"].notna().all()
+    data = json.loads(json.dumps(small.to_json(), allow_nan=False))
+    assert data["answer"] == small.answer
+    assert len(data["tasks"][0]["result"]["trials"]) == 27
+    assert data["arms"][2]["fixed"] == {"weight_decay": 0}
+
+
+def test_figures(small: Comparison) -> None:
+    for what in ("curves", "sensitivity"):
+        drawn = small.figure(what)
+        assert {t.get_text() for t in drawn.texts} >= {"AdamW", "Adan", "SGD"}
+    with pytest.raises(ValueError, match="figure must be one of 'curves', 'sensitivity', 'profiles', got 'curve'"):
+        small.figure("curve")
+
+
+def test_a_notebook_shows_the_answer(small: Comparison) -> None:
+    shown = small._repr_html_()
+    assert small.answer in shown
+    assert shown.count("<tr>") == 4

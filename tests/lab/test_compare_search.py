@@ -1,0 +1,106 @@
+"""Tuning: the grid, the steps beyond it, early stops, and the same questions after an interruption."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+
+from polyak.lab.compare.arms import Range
+from polyak.lab.compare.search import Search
+
+SPACE = {"lr": Range(1e-4, 1e-1, open=True), "weight_decay": Range(1e-3, 1e-1, open=True)}
+
+
+def drive(search: Search, f: Callable[[dict[str, float]], float]) -> list[dict[str, float]]:
+    """Ask until nothing is left, tell in order."""
+    asked: list[dict[str, float]] = []
+    while new := search.ask():
+        for point in new:
+            asked.append(point)
+            search.tell(len(asked) - 1, f(point), stopped=False)
+    return asked
+
+
+def bowl(best: float) -> Callable[[dict[str, float]], float]:
+    return lambda point: math.log(point["lr"] / best) ** 2 + 0.01 * math.log(point["weight_decay"] / 0.01) ** 2
+
+
+def test_the_first_trials_are_a_grid_of_the_learning_rate() -> None:
+    search = Search(SPACE, 10, "lower", 10)
+    first = search.ask()
+    assert search.grid == len(first) == 6
+    assert search.ask() == [], "nothing more until all of the grid is told"
+    rates = [point["lr"] for point in first]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[-1] == pytest.approx(1e-1)
+    steps = [b / a for a, b in pairwise(rates)]
+    assert steps == pytest.approx([10**0.6] * 5, rel=2e-3)
+    assert {point["weight_decay"] for point in first} == {0.01}
+
+
+def test_the_same_number_of_trials_and_a_good_end() -> None:
+    search = Search(SPACE, 12, "lower", 10)
+    asked = drive(search, bowl(4e-3))
+    assert len(asked) == 12
+    assert abs(math.log10(asked[search.best]["lr"] / 4e-3)) < 0.35
+    mirrored = Search(SPACE, 12, "higher", 10)
+    assert drive(mirrored, lambda p: -bowl(4e-3)(p)) == asked
+
+
+@pytest.mark.parametrize(("best", "side"), [(2.0, "high"), (1e-6, "low")])
+def test_it_goes_beyond_an_end_where_the_best_is(best: float, side: str) -> None:
+    search = Search(SPACE, 10, "lower", 10)
+    asked = drive(search, bowl(best))
+    beyond = [point["lr"] for point in asked[6:]]
+    step = 10**0.6 if side == "high" else 10**-0.6
+    start = 1e-1 if side == "high" else 1e-4
+    reached = [start * step**i for i in (1, 2, 3, 4)]
+    # The last step of each is past the best, and worse than the one before: no further one is taken.
+    count = 3 if side == "high" else 4
+    assert beyond[:count] == pytest.approx(reached[:count], rel=2e-3)
+    assert abs(math.log10(asked[search.best]["lr"] / best)) < 0.3
+    closed = Search({"lr": Range(1e-4, 1e-1)}, 10, "lower", 10)
+    ends = [p["lr"] for p in drive(closed, lambda p: math.log(p["lr"] / best) ** 2)]
+    assert min(ends) >= 1e-4, "ends that were asked for stay"
+    assert max(ends) <= 1e-1
+
+
+def test_what_is_asked_follows_from_what_was_told() -> None:
+    assert drive(Search(SPACE, 12, "lower", 10), bowl(3e-3)) == drive(Search(SPACE, 12, "lower", 10), bowl(3e-3))
+
+
+def test_infinite_values_are_told_as_they_are() -> None:
+    search = Search(SPACE, 8, "lower", 10)
+    asked = drive(search, lambda p: math.inf if p["lr"] > 1e-3 else bowl(1e-2)(p))
+    assert asked[search.best]["lr"] <= 1e-3
+    lost = Search(SPACE, 8, "higher", 10)
+    assert len(drive(lost, lambda p: -math.inf)) == 8
+    assert lost.best == 0
+
+
+def test_only_those_after_the_grid_stop_early_and_only_where_they_are_worse_than_the_median() -> None:
+    search = Search({"lr": Range(1e-4, 1e-1)}, 10, "lower", 10)
+    grid = search.ask()
+    for number, _ in enumerate(grid):
+        for point in range(1, 11):
+            assert search.heard(number, point / 10, 100.0 + number), "the grid runs to its end"
+        search.tell(number, 100.0 + number, stopped=False)
+    (_,) = search.ask()
+    # The median at every point is 102.5; worse than it is stopped, once a third of the budget is used.
+    went_on = [search.heard(6, point / 10, 102.6) for point in range(1, 11)]
+    assert went_on.index(False) == 2
+    search.tell(6, 102.6, stopped=True)
+    (_,) = search.ask()
+    assert all(search.heard(7, point / 10, 102.4) for point in range(1, 11))
+    search.tell(7, 102.4, stopped=False)
+    assert search.best == 0, "a trial that was stopped is never the best"
+
+
+def test_few_trials_and_whole_numbers() -> None:
+    assert len(drive(Search(SPACE, 1, "lower", 5), bowl(1e-2))) == 1
+    orders = drive(Search({"order": Range(1, 3, whole=True)}, 5, "lower", 5), lambda p: abs(p["order"] - 2))
+    assert {p["order"] for p in orders} <= {1, 2, 3}
+    assert all(isinstance(p["order"], int) for p in orders)

@@ -1,0 +1,219 @@
+"""Task files: what is accepted, and one clear message for each thing that can be wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from polyak.lab.compare import task as tasks
+from polyak.lab.compare.examine import digest, examine
+from polyak.lab.compare.main import task_files
+from polyak.lab.compare.task import Facts, TaskError, endless, metrics
+
+from .tasks_for_tests import REGRESSION, SAMPLING, write
+
+EXAMPLES = Path(tasks.__file__).parents[1] / "templates"
+
+
+def facts(path: Path) -> Facts:
+    found = examine(str(path), "cpu")
+    assert isinstance(found, Facts), found
+    return found
+
+
+def test_a_training_task(tmp_path: Path) -> None:
+    found = facts(write(tmp_path, REGRESSION))
+    assert (found.kind, found.says, found.main) == ("training", "A line through noisy points.", "distance")
+    assert (found.better, found.parameters, found.schedule) == ({"distance": "lower"}, 3, "cosine")
+    assert not found.validates
+    assert found.warnings == ()
+    assert found.initial["distance"] > 0
+    assert found.seconds > 0
+
+
+def test_a_sampling_task(tmp_path: Path) -> None:
+    found = facts(write(tmp_path, SAMPLING))
+    assert (found.kind, found.better) == ("sampling", {"off": "lower"})
+
+
+@pytest.mark.parametrize("name", ["optim", "sampler"])
+def test_the_examples_are_sound(name: str) -> None:
+    found = facts(EXAMPLES / f"{name}_task.py")
+    assert found.warnings == ()
+    assert found.says
+
+
+def test_a_dataclass_serves_as_well_as_a_dictionary(tmp_path: Path) -> None:
+    changes = {"return {": "from polyak.lab import TrainingTask\n    return TrainingTask(**{", "    }\n": "    })\n"}
+    assert facts(write(tmp_path, REGRESSION, replaced=changes)).main == "distance"
+
+
+BROKEN = {
+    "syntax": ({"return {": "return {{"}, "importing it raised SyntaxError"),
+    "import": ({"import torch\n": "import torch\nimport nothing_like_this\n"}, "ModuleNotFoundError: No module named"),
+    "line": ({"TRUTH = ": "1 / 0\nTRUTH = "}, "ZeroDivisionError: division by zero (line.py, line 5)"),
+    "no function": (
+        {"def task(": "def tasks("},
+        "has no function task(seed, device); did you mean to call 'tasks' so?",
+    ),
+    "no callable": (
+        {"def task(seed": "task = 3\n\n\ndef other(seed"},
+        "task must be a function task(seed, device), got 3",
+    ),
+    "raises": ({"    g = ": "    raise OSError('no disk')\n    g = "}, "task(seed, device) raised OSError: no disk"),
+    "exits": ({"    g = ": "    raise SystemExit(3)\n    g = "}, "task(seed, device) raised SystemExit"),
+    "nothing": ({"return {": "{"}, "must return a dictionary with model, batches, loss and evaluate"),
+    "missing": ({'        "batches": batches(),\n': ""}, "batches is missing"),
+    "unknown": ({'"loss":': '"los":'}, "unknown 'los'; did you mean 'loss'?"),
+    "model": ({'"model": model,': '"model": "resnet",'}, "model must be a torch.nn.Module, got 'resnet'"),
+    "batches": ({"batches(),": "7,"}, "batches must be an iterable of batches, got 7"),
+    "loss": ({'"evaluate": ': '"loss": 3, "evaluate": '}, "loss must be a function loss(model, batch), got 3"),
+    "loss type": ({".square().mean()": ".square()"}, "must return a tensor of one element, got one of shape (8, 1)"),
+    "loss number": (
+        {".square().mean()": ".square().mean().item()"},
+        "must return a tensor of one element, got a float",
+    ),
+    "detached": ({".square().mean()": ".square().mean().detach()"}, "the loss has no gradient"),
+    "loss raises": ({"model(batch[0])": "model(batch[2])"}, "loss(model, batch) raised IndexError"),
+    "nan": (
+        {".square().mean()": ".square().mean() * float('nan')"},
+        "the loss of the first batch is nan, before any step",
+    ),
+    "nan metric": (
+        {"TRUTH).norm()": "TRUTH).norm() / 0 * 0"},
+        "evaluate gives nan for 'distance' on the untrained model",
+    ),
+    "metric type": (
+        {"(model.weight - TRUTH).norm()": "'low'"},
+        "must return a number or a dictionary of numbers, got 'low'",
+    ),
+    "metric shape": ({"TRUTH).norm()": "TRUTH)"}, "must return a number or a dictionary of numbers, got a Tensor"),
+    "own name": ({'"distance"': '"seconds"'}, "must not call a number 'seconds'"),
+    "accuracy": ({'"distance"': '"accuracy"'}, "is more of 'accuracy' better? Return better={'accuracy': 'higher'}"),
+    "better": ({'"evaluate"': '"better": "smaller", "evaluate"'}, "better must be 'lower' or 'higher', got 'smaller'"),
+    "better name": ({'"evaluate"': '"better": {"dist": "lower"}, "evaluate"'}, "names 'dist', which is not measured"),
+    "schedule": ({'"evaluate"': '"schedule": "cosin", "evaluate"'}, "schedule must be one of cosine, linear, constant"),
+    "ends": ({"while True:": "for _ in range(2):"}, "batches came to an end. Give a DataLoader"),
+    "frozen": ({"    def batches": "    model.requires_grad_(False)\n\n    def batches"}, "nothing to train"),
+    "shared model": (
+        {
+            "    model = nn.Linear(2, 1)\n": "    model = MODEL\n",
+            "\n\ndef task": "\nMODEL = nn.Linear(2, 1)\n\n\ndef task",
+        },
+        "task returns the same model twice",
+    ),
+    "shared weights": (
+        {
+            "    model = nn.Linear(2, 1)\n": "    model = nn.Linear(2, 1)\n    nn.init.normal_(model.weight, generator=G)\n",
+            "\n\ndef task": "\nG = torch.Generator()\n\n\ndef task",
+        },
+        "two calls with one seed give different initial weights",
+    ),
+    "shared batches": (
+        {"(8,), generator=g)": "(8,), generator=G)", "\n\ndef task": "\nG = torch.Generator()\n\n\ndef task"},
+        "two calls with one seed give different batches",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path, case: str) -> None:
+    changes, says = BROKEN[case]
+    found = examine(str(write(tmp_path, REGRESSION, replaced=changes)), "cpu")
+    assert isinstance(found, str)
+    assert found.startswith("line.py")
+    assert says in found
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({'"metric": ': '"metrik": '}, "unknown 'metrik'; did you mean 'metric'?"),
+        ({"(64, 2)": "64"}, "shape must be (count, ...), got 64"),
+        ({"ExactDenoiser(law, VP())": "lambda x, t: x"}, "the denoiser does not have a process"),
+        ({"ExactDenoiser(law, VP())": "None"}, "either a denoiser or a pipeline"),
+        ({'"metric": lambda x: {"off": (x': '"process": VP(), "metric": lambda x: {"off": (y'}, "NameError: name 'y'"),
+        (
+            {"ExactDenoiser(law, VP())": "lambda x, t: x", '"metric"': '"process": VP(), "metric"'},
+            "must return a polyak.generate.Prediction, got a Tensor",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_sampling_task(tmp_path: Path, changes: dict[str, str], says: str) -> None:
+    found = examine(str(write(tmp_path, SAMPLING, replaced=changes)), "cpu")
+    assert isinstance(found, str)
+    assert says in found
+
+
+def test_global_generators_are_seeded_so_that_their_use_is_no_leak(tmp_path: Path) -> None:
+    changes = {"(8,), generator=g)": "(8,))", "g = torch.Generator().manual_seed(seed)": "g = None"}
+    facts(write(tmp_path, REGRESSION, replaced=changes))
+
+
+def test_a_target_among_the_inputs_is_found(tmp_path: Path) -> None:
+    leak = {
+        "model = nn.Linear(2, 1)": "x = torch.cat([x, y], 1); model = nn.Linear(3, 1)",
+        "TRUTH).norm()": "2).norm()",
+    }
+    (warning,) = facts(write(tmp_path, REGRESSION, replaced=leak)).warnings
+    assert warning == "line.py: the target is among the inputs (column number 2, correlation 1 over 24 rows)"
+
+
+def test_a_class_among_the_inputs_is_found(tmp_path: Path) -> None:
+    leak = {
+        "model = nn.Linear(2, 1)": "y = torch.arange(32) % 3; x[:, 1] = (y == 1).float(); model = nn.Linear(2, 3)",
+        "(model(batch[0]) - batch[1]).square().mean()": "nn.functional.cross_entropy(model(batch[0]), batch[1])",
+        "TRUTH).norm()": "2).norm()",
+    }
+    (warning,) = facts(write(tmp_path, REGRESSION, replaced=leak)).warnings
+    assert "column number 1" in warning
+
+
+def test_validation_that_is_the_evaluation_is_found(tmp_path: Path) -> None:
+    same = {'"evaluate": ': '"validate": lambda model: {"distance": (model.weight - TRUTH).norm()}, "evaluate": '}
+    found = facts(write(tmp_path, REGRESSION, replaced=same))
+    assert found.validates
+    assert "validate and evaluate agree to the last digit" in found.warnings[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------ pieces
+
+
+def test_batches_begin_anew() -> None:
+    drawn = endless([1, 2], "task.py")
+    assert [next(drawn) for _ in range(5)] == [1, 2, 1, 2, 1]
+    with pytest.raises(TaskError, match="came to an end"):
+        list(endless(iter([]), "task.py"))
+
+
+def test_numbers_come_in_many_forms() -> None:
+    found = metrics({"a": torch.tensor(1.5), "b": 2, "c": __import__("numpy").float32(0.5)}, "evaluate", "task.py")
+    assert found == {"a": 1.5, "b": 2.0, "c": 0.5}
+    assert metrics(0.25, "evaluate", "task.py") == {"evaluate": 0.25}
+    with pytest.raises(TaskError, match="got an empty one"):
+        metrics({}, "evaluate", "task.py")
+
+
+def test_digests_tell_contents_apart() -> None:
+    one = {"x": torch.arange(3.0), "y": [1, "a"]}
+    assert digest(one) == digest({"x": torch.arange(3.0), "y": [1, "a"]})
+    assert digest(one) != digest({"x": torch.arange(3.0) + 1e-7, "y": [1, "a"]})
+    assert digest(torch.zeros(2, 3)) != digest(torch.zeros(3, 2))
+
+
+def test_files_are_found(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="has no task files"):
+        task_files(tmp_path)
+    one, two = write(tmp_path, REGRESSION), write(tmp_path, REGRESSION, "other.py")
+    write(tmp_path, REGRESSION, "_helper.py")
+    assert task_files(tmp_path) == [one, two]
+    assert task_files([two, one]) == [two, one]
+    with pytest.raises(TaskError, match=r"no such file; did you mean 'other.py'\?"):
+        task_files(tmp_path / "othr.py")
+    with pytest.raises(TaskError, match="'line' is there twice"):
+        task_files([one, one])
+    with pytest.raises(TaskError, match="name a task file"):
+        task_files([])
