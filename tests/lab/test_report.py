@@ -96,14 +96,27 @@ def test_every_page_is_well_formed_and_loads_nothing(pages):
 def test_the_first_screen_answers(pages):
     text = " ".join(Checker(pages["swift"].read_text(encoding="utf-8")).text.split())
     assert (
-        "✓ Holds at scale small, on 5 seeds Asked Against AdamW, with equal budgets counted in optimizer steps" in text
-    )
-    assert (
-        "Both criteria are met. At an equal budget the training loss is at most half of AdamW's: measured 0.214" in text
-    )
-    assert "2 reported trials diverged, counted at the worst value" in text
+        "✓ Holds at scale small, on 5 seeds Both criteria are met. At an equal budget the training loss is at most half of "
+        "AdamW's: measured 0.214 (interval 0.172 to 0.268), asked at most 0.5. "
+        "2 reported trials diverged, counted at the worst value. training loss, ratio: Swift ÷ AdamW"
+    ) in text
+    assert "Asked Against AdamW, with equal budgets counted in optimizer steps" in text
     assert "Transformer-XL reaches a perplexity of 24.2" in text
-    assert text.index("Found") < text.index("The paper says") < text.index("Criteria")
+    places = ["Both criteria are met", "0.214 (95 %: 0.172 to 0.268)", "Asked Against", "The paper says", "Criteria"]
+    assert sorted(places, key=text.index) == places
+
+
+def test_many_criteria_that_are_only_reported_are_folded():
+    claim = optimizer_claim()
+    result = optimizer_result(claim)
+    more = [replace(claim.criteria[2], name=f"more{i}", says=f"More {i}") for i in range(3)]
+    found = [replace(result.criteria[2], name=c.name, says=c.says) for c in more]
+    page = claim_page(
+        Entry(replace(claim, criteria=(*claim.criteria, *more)), replace(result, criteria=(*result.criteria, *found)))
+    )
+    text = " ".join(Checker(page).text.split())
+    assert "5 more that are only reported: 4 ✗ fails, 1 ? undecided" in text
+    assert page.index("At half the budget") < page.index("5 more that are only reported") < page.index("<h3>More 2")
 
 
 def test_a_page_says_all_that_was_run(pages):
@@ -149,7 +162,7 @@ def test_a_criterion_whose_task_the_scale_leaves_out_does_not_count():
     result = optimizer_result(claim)
     absent = replace(result.criteria[1], gating=False, estimate=math.nan, low=math.nan, high=math.nan, per_seed=())
     page = claim_page(Entry(claim, replace(result, criteria=(result.criteria[0], absent, *result.criteria[2:]))))
-    asked = page[page.index('class="asked"') : page.index("<dt>Found")]
+    asked = page[page.index('class="asked"') : page.index("<dt>The paper says")]
     assert "At an equal budget" in asked
     assert "At half the budget" not in asked
 
@@ -159,6 +172,7 @@ def test_the_index_lists_everything(pages, entries):
     text = " ".join(Checker(page).text.split())
     assert "5 systems: 1 ✓ holds 2 ✗ fails 1 ? undecided 1 – not run" in text
     assert page.count('<a href="') == 5
+    assert re.findall(r"<td>(optim|generate)</td>", page) == ["generate", "generate", "optim", "optim", "optim"]
     assert "published with polyak" in text
     assert 'href="leap.html"' not in index_page(entries, linked={"swift"})
 
@@ -209,6 +223,7 @@ def test_a_plot_takes_its_colours_from_the_page():
         assert f"var({variable})" in svg
     assert set(re.findall(r"#[0-9a-f]{6}\b", svg)) <= {"#ffffff", "#000000"}
     text = html.unescape(svg)
+    assert "font-family" not in svg
     for label in ("AdamW", "(2 of 5 diverged)", "optimizer step", "training loss (nats), log scale; lower is better"):
         assert label in text
 
@@ -224,6 +239,36 @@ def shown(plot: Plot, **changes) -> dict[str, plots.Line]:
     result = optimizer_result(claim)
     result = replace(result, **{k: v(result) for k, v in changes.items()})
     return {line.arm.name: line for line in plots.lines(claim, claim.tasks[0], plot, result)}
+
+
+def test_no_two_arms_differ_by_colour_alone():
+    claim = optimizer_claim()
+    roles = ["baseline", *["method"] * 11], ["baseline"] * 12, ["baseline", "method", "ablation", "control"] * 3
+    many = [
+        replace(
+            claim, arms=tuple(replace(claim.arms[0], name=f"arm{i}", role=r) for i, r in enumerate(rs)), criteria=()
+        )
+        for rs in roles
+    ]
+    for c in (claim, solver_claim(), *many):
+        looks = {(plots.style(c, arm)[1], plots.shape(c, arm)) for arm in c.arms}
+        assert len(looks) == len(c.arms)
+        assert len({plots.swatch(c, arm) for arm in c.arms}) == len(c.arms)
+
+
+def test_a_plot_of_many_arms_grows_with_their_labels():
+    claim = optimizer_claim()
+    result = optimizer_result(claim)
+    arms = [replace(claim.arms[0], name=f"arm{i}", label=f"An arm with the long name {i}") for i in range(12)]
+    trials = [replace(t, arm=a.name) for a in arms for t in result.trials if t.arm == "adamw" and t.task == "digits"]
+    many = replace(claim, arms=tuple(arms), criteria=())
+    svg = plots.curves(many, many.tasks[0], many.tasks[0].plots[0], replace(result, trials=tuple(trials)))
+    _, _, width, height = (float(v) for v in re.search(r'viewBox="([^"]*)"', svg)[1].split())
+    assert width == plots.WIDTH
+    assert height > plots.HEIGHT
+    places = [float(y) for y in re.findall(r'<text [^>]* y="([-\d.]+)"', svg)]
+    assert len(places) >= 24
+    assert all(0 <= y <= height for y in places)
 
 
 def test_the_baseline_is_neutral_and_first():
@@ -359,7 +404,7 @@ def test_pages_in_a_browser(chromium, pages, width, scheme):
     page.goto(pages["swift"].as_uri())
     assert page.locator(".verdict").inner_text().startswith("✓ Holds")
     assert page.locator("svg.curves").count() == 3
-    assert page.locator("svg.strip").count() == 4
+    assert page.locator("svg.strip").count() == 5  # the deciding one first, then each criterion's
     page.goto(pages["index"].as_uri())
     page.get_by_role("link", name="Swerve").click()
     assert page.locator(".verdict").inner_text().startswith("✗ Fails")
@@ -370,8 +415,26 @@ def test_pages_in_a_browser(chromium, pages, width, scheme):
 
 @pytest.mark.browser
 @pytest.mark.xdist_group("browser")
-def test_labels_in_a_browser_do_not_overlap(chromium, pages):
-    page = chromium.new_page(viewport={"width": 1280, "height": 900})
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 800)])
+def test_the_first_screen_shows_the_deciding_interval(chromium, pages, width, height):
+    page = chromium.new_page(viewport={"width": width, "height": height})
+    for name in ("swift", "swerve", "sway", "leap"):
+        page.goto(pages[name].as_uri())
+        for part in (".verdict", ".answer figcaption", ".answer svg.strip"):
+            box = page.locator(part).bounding_box()
+            assert box["y"] + box["height"] <= height, (name, part)
+    page.goto(pages["index"].as_uri())
+    box = page.locator(".tally").bounding_box()
+    assert box["y"] + box["height"] <= height / 3
+    assert page.locator("table.systems tbody tr").nth(1).bounding_box()["y"] < height
+    page.close()
+
+
+@pytest.mark.browser
+@pytest.mark.xdist_group("browser")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_labels_in_a_browser_do_not_overlap(chromium, pages, width):
+    page = chromium.new_page(viewport={"width": width, "height": 900})
     for name in ("swift", "swerve", "leap"):
         page.goto(pages[name].as_uri())
         for svg in page.locator("svg.curves, svg.strip").all():
@@ -386,19 +449,93 @@ def test_labels_in_a_browser_do_not_overlap(chromium, pages):
     page.close()
 
 
+CONTRASTS = """() => {
+  const probe = document.createElement("canvas").getContext("2d");
+  const rgb = (name) => {
+    probe.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--" + name);
+    return [1, 3, 5].map((i) => parseInt(probe.fillStyle.slice(i, i + 2), 16) / 255);
+  };
+  const light = (name) => {
+    const [r, g, b] = rgb(name).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const names = ["ink", "muted", "link", "holds", "fails", "undecided", "neutral", ...[1, 2, 3, 4, 5, 6].map((i) => "series-" + i)];
+  return names.map((name) => {
+    const [a, b] = [light(name), light("paper")].sort();
+    return [name, (b + 0.05) / (a + 0.05)];
+  });
+}"""
+
+
+@pytest.mark.browser
+@pytest.mark.xdist_group("browser")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_that_is_coloured_is_legible(chromium, pages, scheme):
+    """WCAG's contrast for text, which the colours of lines have as well: their labels are written in them."""
+    page = chromium.new_page(color_scheme=scheme)
+    page.goto(pages["swift"].as_uri())
+    contrasts = dict(page.evaluate(CONTRASTS))
+    assert len(contrasts) == 13
+    assert {name: c for name, c in contrasts.items() if c < 4.5} == {}
+    page.close()
+
+
+@pytest.mark.browser
+@pytest.mark.xdist_group("browser")
+def test_in_print_nothing_is_cut_off_or_folded(chromium, pages):
+    page = chromium.new_page(viewport={"width": 718, "height": 1000}, color_scheme="dark")  # A4 less its margins
+    page.goto(pages["swift"].as_uri())
+    page.emulate_media(media="print")
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 718
+    for box in page.evaluate("[...document.querySelectorAll('td, th')].map(t => t.getBoundingClientRect().toJSON())"):
+        assert box["right"] <= 719
+        assert box["height"] > 0
+    assert page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--ink')") == "#1d1f22"
+    assert not page.locator("nav, .download").filter(visible=True).count()
+    page.close()
+
+
+@pytest.mark.browser
+@pytest.mark.xdist_group("browser")
+def test_the_index_sorts_by_keyboard(chromium, pages):
+    for width in (390, 1280):
+        page = chromium.new_page(viewport={"width": width, "height": 844})
+        page.goto(pages["index"].as_uri())
+        names = "[...document.querySelectorAll('table.systems tbody th a')].map(a => a.textContent)"
+        assert page.evaluate(names) == ["Leap", "Idle", "Swift", "Swerve", "Sway"]
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        head = page.locator("th", has_text="Verdict")
+        assert head.get_attribute("aria-sort") == "ascending"
+        assert page.evaluate(names) == ["Swift", "Leap", "Swerve", "Sway", "Idle"]
+        page.keyboard.press("Space")
+        assert head.get_attribute("aria-sort") == "descending"
+        assert page.evaluate(names) == ["Idle", "Sway", "Leap", "Swerve", "Swift"]
+        page.locator("th", has_text="Run").get_by_role("button").click()
+        assert page.locator("[aria-sort]").count() == 1
+        for _ in range(2):  # what was not run comes last in either direction
+            assert page.evaluate(names)[-1] == "Idle"
+            page.locator("th", has_text="Run").get_by_role("button").click()
+        page.close()
+
+
 @pytest.mark.browser
 @pytest.mark.xdist_group("browser")
 def test_the_table_sorts_and_the_data_downloads(chromium, pages, entries, tmp_path):
     page = chromium.new_page()
     page.goto(pages["swift"].as_uri())
     page.locator("summary", has_text="42 trials").click()
-    head = page.locator("table.sortable th", has_text="training loss")
-    column = "[...document.querySelectorAll('table.sortable tbody tr')].map(r => r.cells[5].dataset.value)"
+    head = page.locator("table.trials th", has_text="training loss")
+    column = "[...document.querySelectorAll('table.trials tbody tr')].map(r => r.cells[5].dataset.value)"
     for direction, back in (("ascending", False), ("descending", True)):
         head.get_by_role("button").click()
         assert head.get_attribute("aria-sort") == direction
         values = [float(v) for v in page.evaluate(column)]
         assert values == sorted(values, reverse=back)
+    finals = page.locator("table.finals").first
+    finals.locator("th", has_text="training loss").get_by_role("button").click()
+    assert finals.locator("tbody th").first.inner_text().strip() == "Swift"
     with page.expect_download() as download:
         page.get_by_role("button", name="Download").click()
     assert download.value.suggested_filename == "swift.small.json"

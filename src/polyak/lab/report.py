@@ -49,12 +49,14 @@ def write_report(entries: Sequence[Entry], out: Path, *, pages: Collection[str] 
 
 
 def index_page(entries: Sequence[Entry], *, linked: Collection[str]) -> str:
-    """The index: every system by room, with its verdict in a line; a link for those that have a page."""
-    rooms: dict[str, list[Entry]] = {}
-    for entry in entries:
-        rooms.setdefault(entry.claim.room, []).append(entry)
+    """The index: every system by room, with its verdict and what decided it; a link for those that have a page."""
     counts = {v: sum(words.verdict_of(e.result) == v for e in entries) for v in words.GLYPHS}
-    return _templates().get_template("index.html").render(rooms=rooms, counts=counts, total=len(entries), linked=linked)
+    by_room = sorted(entries, key=lambda e: e.claim.room)
+    return (
+        _templates()
+        .get_template("index.html")
+        .render(entries=by_room, counts=counts, order=list(words.GLYPHS), total=len(entries), linked=linked)
+    )
 
 
 def claim_page(entry: Entry) -> str:
@@ -73,6 +75,8 @@ def claim_page(entry: Entry) -> str:
             verdict=words.verdict_of(result),
             baselines=[arm.label for arm in claim.arms if arm.role == "baseline"],
             asked=[c for c in claim.criteria if counts[c.name]],
+            others=[c for c in claim.criteria if not counts[c.name]],
+            aside=words.tally(o.verdict for o in outcomes.values() if not o.gating),
             outcomes=outcomes,
             tasks=[_task(claim, task, result) for task in _tasks(claim, result)],
             arms=[_arm(claim, arm, result) for arm in claim.arms],
@@ -121,12 +125,13 @@ def _diverged(trials: Iterable[TrialResult]) -> int:
     return sum(t.diverged for t in trials)
 
 
-def _spread(values: Sequence[float]) -> tuple[str, str]:
+def _spread(values: Sequence[float]) -> tuple[float, str, str]:
     known = [v for v in values if not math.isnan(v)]
     if not known:
-        return "none", ""
-    middle = words.number(statistics.median(known))
-    return middle, f"{words.number(min(known))} to {words.number(max(known))}" if len(known) > 1 else ""
+        return math.nan, "none", ""
+    middle = statistics.median(known)
+    span = f"{words.number(min(known))} to {words.number(max(known))}" if len(known) > 1 else ""
+    return middle, words.number(middle), span
 
 
 def _arm(claim: Claim, arm: Arm, result: ClaimResult | None) -> dict[str, Any]:
