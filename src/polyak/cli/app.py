@@ -11,7 +11,7 @@ import typer
 
 import polyak
 from polyak import claims
-from polyak.cli import terminal
+from polyak.cli import serving, terminal
 from polyak.core import checks
 from polyak.lab import scoreboard as board
 from polyak.lab import words
@@ -304,6 +304,9 @@ def report(
     print(f"The report: {first}")
     if show_it:
         webbrowser.open(first.resolve().as_uri())
+
+
+app.command()(serving.serve)
 
 
 # --------------------------------------------------------------------------------------------------------------- publishing

@@ -253,7 +253,7 @@ def spread(wanted: Sequence[float], heights: Sequence[float], *, low: float, hig
 def _adapt(svg: str, name: str, prefix: str) -> str:
     """Make a drawing part of the page: its variables, its fonts, identifiers that no other drawing has."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     head, _, body = svg.partition(">")
     box = re.search(r'viewBox="[^"]*"', head)
     for placeholder, variable in VARIABLES.items():
