@@ -1,4 +1,4 @@
-"""The command line: ``polyak list``, ``show``, ``reproduce``, ``report`` and, for those who publish, ``record``."""
+"""The command line: ``polyak list``, ``show``, ``reproduce``, ``report``, ``serve`` and, for those who publish, ``record``."""
 
 from __future__ import annotations
 

@@ -161,7 +161,11 @@ class Store:
 
     @classmethod
     def reader(cls, home: Path | str | None = None) -> Store | None:
-        """The store as it is, opened for reading alone: nothing is made or changed. None where there is none yet."""
+        """The store as it is, opened for reading alone. None where there is none yet.
+
+        Nothing is made or changed, but for the empty files beside the database by which SQLite's readers and writers know of
+        each other.
+        """
         store = cls.__new__(cls)
         store._at(home)
         if not store.path.exists():
