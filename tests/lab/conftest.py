@@ -1,6 +1,49 @@
-"""Workers are started afresh and import the test claims by name: they find them through the parent's ``sys.path``."""
+"""Reports to look at, and a browser. Workers are started afresh and import the test claims by name, through ``sys.path``."""
 
+from __future__ import annotations
+
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from polyak.lab.report import Entry, write_report
+
+from .results_for_tests import optimizer_claim, optimizer_result, solver_claim, solver_result
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def entries() -> list[Entry]:
+    swift, swerve = optimizer_claim(), optimizer_claim("swerve", name="Swerve")
+    sway, leap, idle = optimizer_claim("sway", name="Sway"), solver_claim(), solver_claim("idle", name="Idle")
+    return [
+        Entry(swift, optimizer_result(swift)),
+        Entry(swerve, optimizer_result(swerve, "fails")),
+        Entry(sway, replace(optimizer_result(sway, "undecided"), trials=()), published=True),
+        Entry(leap, solver_result(leap)),
+        Entry(idle, None),
+    ]
+
+
+@pytest.fixture(scope="session")
+def pages(entries, tmp_path_factory) -> dict[str, Path]:
+    out = tmp_path_factory.mktemp("report")
+    write_report(entries, out)
+    return {path.stem: path for path in out.glob("*.html")}
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium")
+    sync_api = pytest.importorskip("playwright.sync_api")
+    quiet = ["disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync", "no-first-run"]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", *(f"--{q}" for q in quiet)])
+        yield browser
+        browser.close()

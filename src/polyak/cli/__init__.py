@@ -1,4 +1,4 @@
-"""The command line: ``polyak list``, ``show``, ``reproduce``, ``report``, ``compare`` and, for those who publish, ``record``."""
+"""The command line: ``polyak list``, ``show``, ``reproduce``, ``report``, ``serve``, ``compare``, and ``record`` to publish."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import typer
 
 import polyak
 from polyak import claims
-from polyak.cli import compare, terminal
+from polyak.cli import compare, serving, terminal
 from polyak.cli.shared import (
     INTERRUPTED,
     Device,
@@ -271,6 +271,7 @@ def report(
 
 app.command("compare")(compare.compare)
 app.command("init-task")(compare.init_task)
+app.command()(serving.serve)
 
 
 # --------------------------------------------------------------------------------------------------------------- publishing

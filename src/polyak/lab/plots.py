@@ -34,6 +34,8 @@ VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", NEUTRAL: "neutral"} | {
     color: f"series-{i + 1}" for i, color in enumerate(SERIES)
 }
 DASHES = {"baseline": "", "method": "", "ablation": "6 3", "control": "1.5 2.5"}
+# Regular polygons, (corners, turn in degrees): with them no two arms differ by colour alone.
+SHAPES = ((24, 0), (4, 45), (3, 0), (4, 0), (3, 180), (5, 0), (3, 90), (3, 270))
 
 
 def style(claim: Claim, arm: Arm) -> tuple[str, str]:
@@ -43,6 +45,11 @@ def style(claim: Claim, arm: Arm) -> tuple[str, str]:
     if arm.role == "baseline":
         return "neutral", ["", "6 3", "1.5 2.5"][at % 3]
     return f"series-{at % len(SERIES) + 1}", DASHES[arm.role] if at < len(SERIES) else "9 3 2 3"
+
+
+def shape(claim: Claim, arm: Arm) -> tuple[int, int]:
+    """The (corners, turn) of an arm's points: the same on every plot of a claim."""
+    return SHAPES[claim.arms.index(arm) % len(SHAPES)]
 
 
 def _color(claim: Claim, arm: Arm) -> str:
@@ -172,9 +179,12 @@ def _draw(axes: Axes, claim: Claim, line: Line) -> None:
     color, (_, dashes) = _color(claim, line.arm), style(claim, line.arm)
     pattern = (0, [float(d) for d in dashes.split()]) if dashes else "-"
     width = 2.4 if line.arm.role == "method" else 1.8
-    marker = {"marker": "o", "markersize": 4} if 0 < len(line.x) <= 12 else {}
+    corners, turn = shape(claim, line.arm)
+    points: dict[str, Any] = {"marker": (corners, 0, turn), "markersize": 6 if corners > 5 else 8, "markeredgewidth": 0}
+    if len(line.x) > 12:  # a few points along the line, each arm's at other places
+        points["markevery"] = (0.04 + 0.23 * claim.arms.index(line.arm) / len(claim.arms), 0.24)
     if line.x:
-        axes.plot(line.x, line.middle, color=color, linewidth=width, linestyle=pattern, **marker)  # pyright: ignore[reportArgumentType]
+        axes.plot(line.x, line.middle, color=color, linewidth=width, linestyle=pattern, **points)
         axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.16, linewidth=0)
     for single in line.singles:
         axes.plot(*zip(*single, strict=True), color=color, linewidth=1, alpha=0.7, linestyle=pattern)
@@ -212,11 +222,11 @@ def _frame(figure: Figure, axes: Axes, above: str, below: str) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(colors=MUTED, length=0, pad=6, labelsize=FONT)
     axes.set_xlabel(below, color=MUTED, fontsize=FONT, labelpad=6)
-    figure.text(0, 1 - 14 / HEIGHT, above, color=MUTED, fontsize=FONT)
+    figure.text(0, 1, above, color=MUTED, fontsize=FONT, verticalalignment="top")
 
 
 def _label(figure: Figure, axes: Axes, claim: Claim, shown: Sequence[Line]) -> None:
-    """Names at the ends of lines, pushed apart where they would overlap, in a margin as wide as they need."""
+    """Names at the ends of lines, pushed apart where they would overlap, in a margin as wide and a figure as high as they need."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.lines import Line2D
 
@@ -230,19 +240,22 @@ def _label(figure: Figure, axes: Axes, claim: Claim, shown: Sequence[Line]) -> N
 
     texts = [textwrap.wrap(line.label, 17, break_on_hyphens=False) for line in shown]
     ticks = [t.get_window_extent(renderer).width for t in axes.get_yticklabels()]
+    heights = [LEADING * len(text) + 3 for text in texts]
     left, right, bottom, top = max(ticks, default=0) + 10, max(width(t) for text in texts for t in text) + 22, 48, 32
-    axes.set_position((left / WIDTH, bottom / HEIGHT, (WIDTH - left - right) / WIDTH, (HEIGHT - bottom - top) / HEIGHT))
+    lowest, highest = bottom - 36, 18  # labels may go from here, above the bottom, to there, below the top
+    height = max(HEIGHT, sum(heights) + lowest + highest)
+    figure.set_size_inches(WIDTH / 72, height / 72)
+    axes.set_position((left / WIDTH, bottom / height, (WIDTH - left - right) / WIDTH, (height - bottom - top) / height))
 
     pixels = [axes.transData.transform(line.end or (0, 0)) for line in shown]
-    heights = [LEADING * len(text) + 3 for text in texts]
-    centres = spread([float(p[1]) for p in pixels], heights, low=bottom - 36, high=HEIGHT - 18)
+    centres = spread([float(p[1]) for p in pixels], heights, low=lowest, high=height - highest)
     edge = WIDTH - right
     for line, text, (x, y), centre in zip(shown, texts, pixels, centres, strict=True):
         color = _color(claim, line.arm)
         for row, part in enumerate(text):
             baseline = centre + LEADING * ((len(text) - 1) / 2 - row) - 0.35 * FONT
-            figure.text((edge + 18) / WIDTH, baseline / HEIGHT, part, color=color, fontsize=FONT)
-        ends = [(x + 4) / WIDTH, (edge + 14) / WIDTH], [y / HEIGHT, centre / HEIGHT]
+            figure.text((edge + 18) / WIDTH, baseline / height, part, color=color, fontsize=FONT)
+        ends = [(x + 4) / WIDTH, (edge + 14) / WIDTH], [y / height, centre / height]
         figure.add_artist(Line2D(*ends, color=color, linewidth=0.8, alpha=0.55))
 
 
@@ -264,12 +277,13 @@ def spread(wanted: Sequence[float], heights: Sequence[float], *, low: float, hig
 def _adapt(svg: str, name: str, prefix: str) -> str:
     """Make a drawing part of the page: its variables, its fonts, identifiers that no other drawing has."""
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     head, _, body = svg.partition(">")
     box = re.search(r'viewBox="[^"]*"', head)
     for color, variable in VARIABLES.items():
         body = body.replace(color, f"var(--{variable})")
     body = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", body)
+    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)  # as newer matplotlibs write it
     key = re.sub(r"\W+", "-", prefix)
     body = re.sub(r'\bid="', f'id="{key}-', body)
     body = re.sub(r'(?:xlink:)?href="#', f'href="#{key}-', body)
@@ -278,6 +292,9 @@ def _adapt(svg: str, name: str, prefix: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------- strips
+
+
+NARROW, GLYPH = 320, 6.8  # pixels: a strip's width on a phone, and a glyph's at most on average
 
 
 def strip(c: CriterionResult, compare: str, asked: str = "") -> str:
@@ -293,25 +310,29 @@ def strip(c: CriterionResult, compare: str, asked: str = "") -> str:
     at = axis.place(c.bound)
     passes_left = c.op in ("<=", "<")
     left, width = (0.0, at) if passes_left else (at, 100 - at)
-    parts = [f'<rect class="passing" x="{left:.2f}%" y="20" width="{width:.2f}%" height="38"/>']
+    parts = [f'<rect class="passing" x="{left:.2f}%" y="20" width="{width:.2f}%" height="52"/>']
+    for value in neutral:
+        x, text = axis.place(value), f"{words.number(value)} (equal)"
+        parts.append(f'<line class="neutral" x1="{x:.2f}%" x2="{x:.2f}%" y1="20" y2="76"/>')
+        parts.append(_text(x, 90, text, "tick"))
     for tick in axis.ticks():
-        x = axis.place(tick)
-        parts.append(f'<line class="tick" x1="{x:.2f}%" x2="{x:.2f}%" y1="58" y2="62"/>')
-        parts.append(_text(x, 76, words.number(tick), "tick"))
-    parts += [
-        f'<line class="neutral" x1="{axis.place(v):.2f}%" x2="{axis.place(v):.2f}%" y1="20" y2="58"/>' for v in neutral
-    ]
-    parts.append('<line class="tick" x1="0" x2="100%" y1="58" y2="58"/>')
+        x, text = axis.place(tick), words.number(tick)
+        parts.append(f'<line class="tick" x1="{x:.2f}%" x2="{x:.2f}%" y1="72" y2="76"/>')
+        if all(abs(x - axis.place(v)) > _width(text) / 2 + _width("1 (equal)") for v in neutral):
+            parts.append(_text(x, 90, text, "tick"))
+    parts.append('<line class="tick" x1="0" x2="100%" y1="72" y2="72"/>')
     parts += [_dot(axis, seed) for seed in c.per_seed]
     if not (math.isnan(c.low) or math.isnan(c.high)):
         low, high = axis.place(c.low), axis.place(c.high)
-        parts.append(f'<line class="interval" x1="{low:.2f}%" x2="{high:.2f}%" y1="34" y2="34"/>')
+        parts.append(f'<line class="interval" x1="{low:.2f}%" x2="{high:.2f}%" y1="46" y2="46"/>')
+    parts.append(f'<line class="bound" x1="{at:.2f}%" x2="{at:.2f}%" y1="16" y2="72"/>')
     if not math.isnan(c.estimate):
-        parts.append(f'<circle class="estimate" cx="{axis.place(c.estimate):.2f}%" cy="34" r="5.5"/>')
-    parts.append(f'<line class="bound" x1="{at:.2f}%" x2="{at:.2f}%" y1="16" y2="58"/>')
-    parts.append(_text(at, 11, asked, "bound"))
+        x, within = axis.place(c.estimate), "" if words.interval(c) == "none" else f" (95 %: {words.interval(c)})"
+        parts.append(f'<circle class="estimate" cx="{x:.2f}%" cy="46" r="5.5"/>')
+        parts.append(_text(x, 35, words.number(c.estimate) + within, "estimate"))
+    parts.append(_text(at, 11, f"← {asked}" if passes_left else f"{asked} →", "bound"))
     name = f"estimate {words.number(c.estimate)}, interval {words.interval(c)}, {asked}"
-    return f'<svg class="strip" height="82" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
+    return f'<svg class="strip" height="96" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
 
 
 @dataclass(frozen=True)
@@ -346,18 +367,33 @@ def _dot(axis: _Axis, seed: float) -> str:
     if math.isnan(seed):
         return ""
     if math.isinf(seed):
-        return f'<text class="lost" x="{axis.place(seed):.2f}%" y="54" text-anchor="middle">×</text>'
-    return f'<circle class="seed" cx="{axis.place(seed):.2f}%" cy="49" r="3"/>'
+        return f'<text class="lost" x="{axis.place(seed):.2f}%" y="67" text-anchor="middle">×</text>'
+    return f'<circle class="seed" cx="{axis.place(seed):.2f}%" cy="62" r="3"/>'
+
+
+def _width(text: str) -> float:
+    """How much of a strip a text takes on a phone, in percent."""
+    return 100 * GLYPH * len(text) / NARROW
 
 
 def _text(x: float, y: int, text: str, kind: str) -> str:
-    # Ticks are short and lie 8 % from either end; the bound's words may not fit there.
-    anchor = "middle" if kind == "tick" or 15 < x < 85 else "start" if x < 50 else "end"
+    """A text at a place, centred where it fits."""
+    wide = min(_width(text), 100.0)
+    if wide / 2 <= x <= 100 - wide / 2:
+        anchor = "middle"
+    elif x < 50:
+        anchor, x = "start", min(x, 100 - wide)
+    else:
+        anchor, x = "end", max(x, wide)
     return f'<text class="{kind}" x="{x:.2f}%" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def swatch(claim: Claim, arm: Arm) -> str:
-    """An arm's line, for tables."""
+    """An arm's line and point, for tables."""
     variable, dashes = style(claim, arm)
+    corners, turn = shape(claim, arm)
+    angles = [math.radians(turn + 360 * i / corners) for i in range(corners)]
+    points = " ".join(f"{12 - 4 * math.sin(a):.1f},{5 - 4 * math.cos(a):.1f}" for a in angles)
     line = f'<line x1="0" x2="24" y1="5" y2="5" stroke="var(--{variable})" stroke-width="2.5" stroke-dasharray="{dashes}"/>'
-    return f'<svg class="swatch" width="24" height="10" aria-hidden="true">{line}</svg>'
+    point = f'<polygon points="{points}" fill="var(--{variable})"/>'
+    return f'<svg class="swatch" width="24" height="10" aria-hidden="true">{line}{point}</svg>'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import math
 import statistics
@@ -36,6 +38,15 @@ class Entry:
     published: bool = False  # the result came with polyak; it has no trials
 
 
+@dataclass(frozen=True)
+class Live:
+    """What a page that `polyak serve` sends has beside a written one's: a panel of runs in flight that keeps itself up to date."""
+
+    panel: str = ""  # HTML
+    claim: str = ""  # the slug of the claim whose runs alone it shows
+    revision: str = ""  # changes when the page should be made anew
+
+
 def write_report(entries: Sequence[Entry], out: Path, *, pages: Collection[str] | None = None) -> Path:
     """Write ``index.html`` over all entries and a page for those whose slug is in ``pages`` (None: for all); the index's path."""
     out.mkdir(parents=True, exist_ok=True)
@@ -48,26 +59,33 @@ def write_report(entries: Sequence[Entry], out: Path, *, pages: Collection[str] 
     return index
 
 
-def index_page(entries: Sequence[Entry], *, linked: Collection[str]) -> str:
-    """The index: every system by room, with its verdict in a line; a link for those that have a page."""
-    rooms: dict[str, list[Entry]] = {}
-    for entry in entries:
-        rooms.setdefault(entry.claim.room, []).append(entry)
+def index_page(entries: Sequence[Entry], *, linked: Collection[str], live: Live | None = None) -> str:
+    """The index: every system by room, with its verdict and what decided it; a link for those that have a page."""
     counts = {v: sum(words.verdict_of(e.result) == v for e in entries) for v in words.GLYPHS}
-    return templates().get_template("index.html").render(rooms=rooms, counts=counts, total=len(entries), linked=linked)
+    by_room = sorted(entries, key=lambda e: e.claim.room)
+    return render(
+        "index.html",
+        entries=by_room,
+        counts=counts,
+        order=list(words.GLYPHS),
+        total=len(entries),
+        linked=linked,
+        live=live,
+    )
 
 
-def claim_page(entry: Entry) -> str:
-    """The page of one claim."""
-    return templates().get_template("claim.html").render(view(entry))
+def claim_page(entry: Entry, *, so_far: ClaimResult | None = None, live: Live | None = None) -> str:
+    """The page of one claim. ``so_far`` holds the trials of a run that has not ended: their curves are shown, nothing is judged."""
+    return render("claim.html", **view(entry, so_far=so_far), live=live)
 
 
-def view(entry: Entry) -> dict[str, Any]:
-    """What a template of one claim's page is given."""
+def view(entry: Entry, *, so_far: ClaimResult | None = None) -> dict[str, Any]:
+    """What a template of one claim's page is given; ``so_far`` as in :func:`claim_page`."""
     claim, result = entry.claim, entry.result
     outcomes = {c.name: c for c in result.criteria} if result else {}
     # Where a scale leaves a criterion's task out, its outcome does not count whatever the claim declares.
     counts = {c.name: outcomes[c.name].gating if c.name in outcomes else c.gating for c in claim.criteria}
+    shown = so_far or result
     return {
         "entry": entry,
         "claim": claim,
@@ -75,12 +93,15 @@ def view(entry: Entry) -> dict[str, Any]:
         "verdict": words.verdict_of(result),
         "baselines": [arm.label for arm in claim.arms if arm.role == "baseline"],
         "asked": [c for c in claim.criteria if counts[c.name]],
+        "others": [c for c in claim.criteria if not counts[c.name]],
+        "aside": words.tally(o.verdict for o in outcomes.values() if not o.gating),
         "outcomes": outcomes,
-        "tasks": [_task(claim, task, result) for task in _tasks(claim, result)],
+        "tasks": [_task(claim, task, shown) for task in _tasks(claim, shown)],
         "arms": [arm_facts(claim, arm, result) for arm in claim.arms],
         "trials": trial_rows(claim, result) if result else [],
         "data": embedded(result.to_json()) if result and result.trials else "",
         "diverged": _diverged(t for t in result.trials if t.purpose == "report") if result else 0,
+        "so_far": so_far,
     }
 
 
@@ -122,12 +143,13 @@ def _diverged(trials: Iterable[TrialResult]) -> int:
     return sum(t.diverged for t in trials)
 
 
-def _spread(values: Sequence[float]) -> tuple[str, str]:
+def _spread(values: Sequence[float]) -> tuple[float, str, str]:
     known = [v for v in values if not math.isnan(v)]
     if not known:
-        return "none", ""
-    middle = words.number(statistics.median(known))
-    return middle, f"{words.number(min(known))} to {words.number(max(known))}" if len(known) > 1 else ""
+        return math.nan, "none", ""
+    middle = statistics.median(known)
+    span = f"{words.number(min(known))} to {words.number(max(known))}" if len(known) > 1 else ""
+    return middle, words.number(middle), span
 
 
 def arm_facts(claim: Claim, arm: Arm, result: ClaimResult | None) -> dict[str, Any]:
@@ -172,17 +194,51 @@ def strip(c: CriterionResult, criterion: Criterion):
     return Markup(plots.strip(c, criterion.compare))
 
 
+def render(template: str, **facts: Any) -> str:
+    """A page, or a part of one, from its template."""
+    return templates().get_template(template).render(**facts)
+
+
+TEMPLATES = Path(__file__).parent / "templates"
+SCRIPTS, SHEET = ("page.js", "live.js"), "style.css"
+
+
+@cache
+def source(name: str):
+    """A script or style sheet as it stands in a page."""
+    from markupsafe import Markup
+
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+
+
+def digest(text: str) -> str:
+    """SHA-256, as browsers write it."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+@cache
+def served_policy() -> str:
+    """The Content-Security-Policy of served pages: these scripts and this sheet, data of this server, nothing else."""
+    scripts = " ".join(f"'sha256-{digest(source(name))}'" for name in SCRIPTS)
+    # The attributes are those of matplotlib's drawings.
+    return (
+        f"default-src 'none'; script-src {scripts}; style-src-elem 'sha256-{digest(source(SHEET))}'; "
+        "style-src-attr 'unsafe-inline'; img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+
+
 @cache
 def templates(*folders: Path):
     """The report's templates; those of ``folders`` are found first."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([*folders, Path(__file__).parent / "templates"]),
+        loader=jinja2.FileSystemLoader([*folders, TEMPLATES]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals |= {"words": words, "strip": strip, "rules": RULES}
+    environment.globals |= {"words": words, "strip": strip, "rules": RULES, "source": source, "live": None}
     return environment

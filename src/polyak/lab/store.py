@@ -95,9 +95,7 @@ class Planned:
     @property
     def label(self) -> str:
         """For people: "adan on digits, seed 3" or "adan on digits, tuning lr=0.01"."""
-        if self.purpose == "report":
-            return f"{self.arm} on {self.task}, seed {self.seed}"
-        return f"{self.arm} on {self.task}, tuning {', '.join(f'{k}={v}' for k, v in self.point.items())}"
+        return _label(self.arm, self.task, self.seed, self.purpose, self.point)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +121,18 @@ class Run:
     finished: str  # ISO, UTC, of its last trial; "" where none has ended
 
 
+@dataclass(frozen=True, kw_only=True)
+class InFlight:
+    """A trial that a living process has in flight. ``since``: when that process began (seconds of :func:`time.time`)."""
+
+    claim: str
+    scale: str
+    device: str
+    versions: Mapping[str, str]
+    label: str
+    since: float
+
+
 class Store:
     """The database of trials in a folder, made where it is missing.
 
@@ -137,10 +147,7 @@ class Store:
     """
 
     def __init__(self, home: Path | str | None = None) -> None:
-        self.home = home_folder(home)
-        self.path = self.home / FILE
-        self._owner = uuid.uuid4().hex
-        self._alive: BaseFileLock | None = None
+        self._at(home)
         with self._clear_errors():
             self.home.mkdir(parents=True, exist_ok=True)
             # Two processes may open a new store at once; SQLite does not wait where both switch it to its WAL mode.
@@ -152,7 +159,37 @@ class Store:
                     self._db.close()
                     raise
 
-    def _prepare(self) -> None:
+    @classmethod
+    def reader(cls, home: Path | str | None = None) -> Store | None:
+        """The store as it is, opened for reading alone. None where there is none yet.
+
+        Nothing is made or changed, but for the empty files beside the database by which SQLite's readers and writers know of
+        each other.
+        """
+        store = cls.__new__(cls)
+        store._at(home)
+        if not store.path.exists():
+            return None
+        with store._clear_errors():
+            address = f"{store.path.resolve().as_uri()}?mode=ro"
+            store._db = sqlite3.connect(address, uri=True, timeout=PATIENCE_S, isolation_level=None)
+            try:
+                if store._tables():
+                    return store
+            except BaseException:
+                store._db.close()
+                raise
+            store._db.close()
+        return None
+
+    def _at(self, home: Path | str | None) -> None:
+        self.home = home_folder(home)
+        self.path = self.home / FILE
+        self._owner = uuid.uuid4().hex
+        self._alive: BaseFileLock | None = None
+
+    def _tables(self) -> int:
+        """How many tables and indices there are. StoreError where the file is not ours, or made by a newer polyak."""
         self._db.row_factory = sqlite3.Row
         version, application, tables = (
             self._db.execute(query).fetchone()[0]
@@ -165,6 +202,10 @@ class Store:
                 f"{self.path} was written by a newer polyak (schema {version}, this one knows {SCHEMA}): "
                 f"update polyak, or {_ELSEWHERE}"
             )
+        return tables
+
+    def _prepare(self) -> None:
+        tables = self._tables()
         if self._db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
             self._db.execute("PRAGMA journal_mode = WAL")
         if not tables:
@@ -291,6 +332,48 @@ class Store:
         with self._clear_errors():
             return {(task, arm): mean for task, arm, mean in self._db.execute(query, [slug, scale, device])}
 
+    def in_flight(self) -> list[InFlight]:
+        """The trials that living processes have in flight, longest-running processes first."""
+        query = """
+            SELECT owner, claim, scale, device, versions, task, arm, seed, purpose, point FROM trials
+            WHERE state = 'running' ORDER BY claim, scale, task, arm, seed
+        """
+        with self._clear_errors():
+            if not any(self._lock_file(self._owner).parent.glob("*.lock")):
+                return []  # without reading the table: nobody is at work
+            rows = self._db.execute(query).fetchall()
+            since = {owner: self._since(owner) for owner in {row["owner"] for row in rows}}
+        found = []
+        for row in rows:
+            began = since[row["owner"]]
+            if began is not None:
+                facts = {name: row[name] for name in ("claim", "scale", "device")}
+                label = _label(row["arm"], row["task"], row["seed"], row["purpose"], json.loads(row["point"]))
+                found.append(InFlight(**facts, versions=json.loads(row["versions"]), label=label, since=began))
+        return sorted(found, key=lambda trial: trial.since)
+
+    def latest(self, run: Run, count: int) -> list[Stored]:
+        """The trials of a run that ended last, the very last first; without their curves."""
+        query = """
+            SELECT *, '[]' AS curve FROM (
+                SELECT task, arm, seed, purpose, point, result, seconds, diverged, message, finished, machine FROM trials
+                WHERE state = 'done' AND claim = ? AND scale = ? AND device = ? AND versions = ?
+                ORDER BY finished DESC, rowid DESC LIMIT ?
+            )
+        """
+        with self._clear_errors():
+            rows = self._db.execute(query, [*_key(run), count]).fetchall()
+        return [_stored(row) for row in rows]
+
+    def seeds(self, run: Run) -> int:
+        """How many seeds of a run are reported by now."""
+        query = """
+            SELECT count(DISTINCT seed) FROM trials
+            WHERE purpose = 'report' AND claim = ? AND scale = ? AND device = ? AND versions = ?
+        """
+        with self._clear_errors():
+            return self._db.execute(query, _key(run)).fetchone()[0]
+
     # -- beneath ---------------------------------------------------------------------------------------------------------
 
     def _lock_file(self, owner: str) -> Path:
@@ -311,6 +394,22 @@ class Store:
         except Timeout:
             return True
         return False
+
+    def _since(self, owner: str) -> float | None:
+        """When an owner began (seconds of :func:`time.time`), if it still holds its lock; nothing is cleared away."""
+        from filelock import Timeout
+
+        path = self._lock_file(owner)
+        try:
+            began = path.stat().st_mtime
+            if owner != self._owner:
+                with _lock(path, timeout=0):
+                    return None
+        except FileNotFoundError:
+            return None
+        except Timeout:
+            pass
+        return began
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -363,6 +462,16 @@ def home_folder(home: Path | str | None) -> Path:
 
         home = platformdirs.user_data_dir("polyak", appauthor=False)
     return Path(home).expanduser()
+
+
+def _label(arm: str, task: str, seed: int, purpose: str, point: Mapping[str, Any]) -> str:
+    if purpose == "report":
+        return f"{arm} on {task}, seed {seed}"
+    return f"{arm} on {task}, tuning {', '.join(f'{k}={v}' for k, v in point.items())}"
+
+
+def _key(run: Run) -> list[str]:
+    return [run.claim, run.scale, run.device, _json(run.versions, sort=True)]
 
 
 def _lock(path: Path, *, timeout: float) -> BaseFileLock:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from polyak.lab.claim import Claim
+from polyak.lab.claim import Claim, Criterion
 from polyak.lab.result import ClaimResult, CriterionResult
 
 GLYPHS = {"holds": "✓", "fails": "✗", "undecided": "?", "not run": "–"}  # never by colour alone
@@ -82,6 +83,12 @@ def verdict_of(result: ClaimResult | None) -> str:
     return result.verdict if result else "not run"
 
 
+def tally(verdicts: Iterable[str]) -> str:
+    """ "3 holds, 1 fails", in the order of the glyphs."""
+    counts = Counter(verdicts)
+    return ", ".join(f"{counts[v]} {GLYPHS[v]} {v}" for v in GLYPHS if counts[v])
+
+
 def deciding(result: ClaimResult) -> CriterionResult | None:
     """The criterion to name first: one that made the verdict what it is, else the first that counts."""
     gating = [c for c in result.criteria if c.gating]
@@ -106,6 +113,20 @@ def measured(c: CriterionResult) -> str:
     """ "measured 0.214 (interval 0.172 to 0.268), asked at most 0.5"."""
     within = "" if interval(c) == "none" else f" (interval {interval(c)})"
     return f"measured {number(c.estimate)}{within}, asked {bound(c)}"
+
+
+def quantity(claim: Claim, c: Criterion) -> str:
+    """What a criterion's axis shows: "training loss, ratio: Swift ÷ AdamW", "accuracy (points), difference: Swift − AdamW"."""
+    metric, arm = claim.metric(c.metric), claim.arm(c.arm).label
+    unit = f" ({metric.unit})" if metric.unit and c.compare != "ratio" else ""
+    if c.compare == "value":
+        return f"{metric.label}{unit}: {arm}"
+    rival = listing([claim.arm(name).label for name in c.rivals])
+    if len(c.rivals) > 1:
+        rival = f"the best of {rival}"
+    if c.against_metric:
+        rival = f"{rival} ({claim.metric(c.against_metric).label})"
+    return f"{metric.label}{unit}, {c.compare}: {arm} {'÷' if c.compare == 'ratio' else '−'} {rival}"
 
 
 def finding(result: ClaimResult | None) -> str:

@@ -1,7 +1,9 @@
-// Without scripts the page shows all the same; these sort the table of trials, save the data, and open what print would hide.
-for (const table of document.querySelectorAll("table.sortable")) {
-  const body = table.tBodies[0];
-  table.querySelectorAll("th").forEach((head, column) => {
+// Without scripts the page shows all the same; these sort tables, save the data, and open what print would hide.
+function sortable(table) {
+  const heads = [...table.tHead.rows[0].cells];
+  const text = (row, column) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
+  const number = (word) => (word === "inf" ? Infinity : word === "-inf" ? -Infinity : word === "" ? NaN : Number(word));
+  heads.forEach((head, column) => {
     const button = document.createElement("button");
     button.type = "button";
     button.className = "sort";
@@ -9,20 +11,22 @@ for (const table of document.querySelectorAll("table.sortable")) {
     head.append(button);
     button.addEventListener("click", () => {
       const down = head.getAttribute("aria-sort") === "ascending";
-      table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
+      heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const key = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent;
-      const value = (text) => (text === "inf" ? Infinity : text === "-inf" ? -Infinity : Number(text));
-      const compare = (a, b) => {
-        const [x, y] = [value(key(a)), value(key(b))];
-        if (Number.isNaN(x) || Number.isNaN(y)) return key(a).localeCompare(key(b));
-        return x === y ? 0 : x < y ? -1 : 1;
-      };
-      body.append(...[...body.rows].sort((a, b) => (down ? -1 : 1) * compare(a, b)));
+      const rows = [...table.tBodies[0].rows].map((row) => [row, text(row, column)]);
+      const missing = (key) => key === "" || key === "nan";
+      const numeric = rows.every(([, key]) => missing(key) || !Number.isNaN(number(key)));
+      rows.sort(([, a], [, b]) => {
+        if (missing(a) || missing(b)) return missing(a) - missing(b); // last in either direction
+        const order = numeric ? (number(a) > number(b)) - (number(a) < number(b)) : a.localeCompare(b);
+        return down ? -order : order;
+      });
+      table.tBodies[0].append(...rows.map(([row]) => row));
     });
   });
 }
-for (const button of document.querySelectorAll("button.download")) {
+
+function download(button) {
   button.addEventListener("click", () => {
     const blob = new Blob([document.getElementById("data").textContent], { type: "application/json" });
     const link = document.createElement("a");
@@ -32,6 +36,13 @@ for (const button of document.querySelectorAll("button.download")) {
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   });
 }
+
+function prepare(part) {
+  part.querySelectorAll("table.sortable").forEach(sortable);
+  part.querySelectorAll("button.download").forEach(download);
+}
+
+prepare(document);
 addEventListener("beforeprint", () => {
   for (const part of document.querySelectorAll("details")) part.open = true;
 });
