@@ -1,8 +1,7 @@
-"""Reports to look at, and a browser. Workers are started afresh and import the test claims by name, through ``sys.path``."""
+"""Reports to look at. Workers are started afresh and import the test claims by name, through ``sys.path``."""
 
 from __future__ import annotations
 
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,16 +33,3 @@ def pages(entries, tmp_path_factory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("report")
     write_report(entries, out)
     return {path.stem: path for path in out.glob("*.html")}
-
-
-@pytest.fixture(scope="session")
-def chromium():
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("no Chromium")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    quiet = ["disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync", "no-first-run"]
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", *(f"--{q}" for q in quiet)])
-        yield browser
-        browser.close()

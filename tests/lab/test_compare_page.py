@@ -6,7 +6,6 @@ import json
 import math
 import random
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -95,18 +94,6 @@ def test_a_notebook_needs_no_style(found: dict[str, Comparison]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- in a browser
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("no Chromium")
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.browser
