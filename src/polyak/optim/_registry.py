@@ -21,16 +21,12 @@ class Info:
         name: what :func:`create` calls it.
         part: its module and class, "polyak.optim.adan:Adan".
         says: what it is, in a line.
-        lr: the range of its best learning rate over AdamW's, as its paper gives it; None where it gives none.
-        weight_decay: likewise, of its weight decay.
         wraps: whether it is made of a module and a base optimizer instead of parameters.
     """
 
     name: str
     part: str
     says: str
-    lr: tuple[float, float] | None = None
-    weight_decay: tuple[float, float] | None = None
     wraps: bool = False
 
     @property
@@ -44,11 +40,11 @@ _FACTS = {
     fact.name: fact
     for fact in (
         Info(
-            name="adan", part="polyak.optim.adan:Adan", lr=(5.0, 10.0),
+            name="adan", part="polyak.optim.adan:Adan",
             says="Adam-like steps from a Nesterov gradient that needs no second evaluation (arXiv 2208.06677)",
         ),
         Info(
-            name="lion", part="polyak.optim.lion:Lion", lr=(0.1, 1 / 3), weight_decay=(3.0, 10.0),
+            name="lion", part="polyak.optim.lion:Lion",
             says="the sign of a momentum that looks ahead; one state per parameter (arXiv 2302.06675)",
         ),
         Info(
@@ -56,7 +52,7 @@ _FACTS = {
             says="Lion with the gradient of any convex K in place of the sign (arXiv 2310.05898)",
         ),
         Info(
-            name="adamp", part="polyak.optim.adamp:AdamP", lr=(1.0, 1.0), weight_decay=(1.0, 1.0),
+            name="adamp", part="polyak.optim.adamp:AdamP",
             says="AdamW whose steps do not grow scale-invariant weights (arXiv 2006.08217)",
         ),
         Info(
@@ -64,7 +60,7 @@ _FACTS = {
             says="SGD with momentum whose steps do not grow scale-invariant weights (arXiv 2006.08217)",
         ),
         Info(
-            name="spam", part="polyak.optim.spam:SPAM", lr=(1.0, 1.0),
+            name="spam", part="polyak.optim.spam:SPAM",
             says="Adam that clips spikes, resets its momentum and can keep a part of it (arXiv 2501.06842)",
         ),
         Info(
