@@ -147,6 +147,26 @@ def checkpoints() -> dict[str, Any]:
     }
 
 
+TASK = """import torch
+from torch import nn
+
+
+def task(seed, device):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(64, 3, generator=generator)
+    y = x.sum(1, keepdim=True)
+    model = nn.Linear(3, 1).to(device)
+    loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
+    return {"model": model, "batches": [(x, y)], "loss": loss, "evaluate": lambda model: loss(model, (x, y)).item()}
+"""
+
+
+def task_file() -> dict[str, Any]:
+    """A task file of little work."""
+    Path("task.py").write_text(TASK, encoding="utf-8")
+    return {}
+
+
 def engine() -> dict[str, Any]:
     """What an optimizer's file imports."""
     from polyak.core import checks
@@ -157,7 +177,9 @@ def engine() -> dict[str, Any]:
     return {"checks": checks, "axpy": axpy, "sign": sign, "ema": ema, "RuleOptimizer": RuleOptimizer}
 
 
-GIVEN: dict[str, Callable[[], dict[str, Any]]] = {f.__name__: f for f in (model, network, pipe, checkpoints, engine)}
+GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
+    f.__name__: f for f in (model, network, pipe, checkpoints, task_file, engine)
+}
 IN_ROOM = {"optim": ("model",), "generate": ("network",)}  # what a claim's lines of use find, if its page says nothing
 
 

@@ -282,7 +282,7 @@ CLAIM = Claim(
         "MKOR-H's switch is a rule of our own: none is published.",
     ),
     usage=(
-        "from polyak.optim import MKOR\n\n"
+        "import torch\nfrom polyak.optim import MKOR\n\n"
         "optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))  # then as any optimizer"
     ),
 )
