@@ -195,6 +195,7 @@ class Peers:
             self._used = []
             for peer in self._peers.values():
                 self._forget(peer)
+            self._wake()  # there is room for more
             try:
                 yield _message(self.step, vector.detach().cpu())
             finally:
@@ -231,10 +232,10 @@ class Peers:
                     for peer in awaited:
                         peer.late = True
                     break
-            elif len(here) + 1 + len(missing) < patience.need or now >= limit:
+            elif (possible := len(here) + 1 + len(missing)) < patience.need or now >= limit:
                 raise RuntimeError(
-                    f"only {len(here) + 1} of {self.size} workers answer at step {self.step}, and {patience.need} are needed: "
-                    f"more than {faulty} are faulty (there: {sorted([self.rank, *here])})"
+                    f"only {len(here) + 1 if now >= limit else possible} of {self.size} workers answer at step "
+                    f"{self.step}, and {patience.need} are needed: more than {faulty} are faulty"
                 )
             self._changed.wait((limit if deadline is None else deadline) - now)
         return here
