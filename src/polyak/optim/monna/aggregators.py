@@ -126,18 +126,20 @@ def lowest(scores: Tensor, count: int) -> Tensor:
 
 
 def _mean_of(rows: Sequence[Tensor], chosen: Tensor, base: Tensor, count: int) -> Tensor:
-    # From `base` on, so that equal vectors are averaged without rounding; where(), because 0 times NaN is NaN.
-    total = torch.zeros_like(base)
+    # From `base` on, so that equal vectors are averaged without rounding; filled, because 0 times NaN is NaN.
+    total, difference = torch.zeros_like(base), torch.empty_like(base)
     for j, row in enumerate(rows):
-        total += torch.where(chosen[..., j, None], row - base, 0.0)
-    return base + total / count
+        torch.sub(row, base, out=difference)
+        total += difference.masked_fill_(~chosen[..., j, None], 0.0)
+    return total.div_(count).add_(base)
 
 
 def _nna(own: Tensor, others: Sequence[Tensor], f: int) -> Tensor:
     keep = len(others) + 1 - f
     if not others:
         return own.clone()
-    distances = [_distance(own, other) for other in others]
+    difference = torch.empty_like(own)  # one buffer: new memory for each would cost more than the arithmetic
+    distances = [_norm(torch.sub(own, other, out=difference)) for other in others]
     chosen = lowest(torch.stack([torch.zeros_like(distances[0]), *distances], -1), keep)
     return _mean_of(others, chosen[..., 1:], own, keep)
 
@@ -148,10 +150,10 @@ def _mean(rows: Sequence[Tensor], f: int) -> Tensor:
 
 def _middle(rows: Sequence[Tensor], first: int, last: int) -> Tensor:
     base = rows[(first + last) // 2]
-    total = torch.zeros_like(base)
+    total, difference = torch.zeros_like(base), torch.empty_like(base)
     for row in rows[first:last]:
-        total += row - base
-    return base + total / (last - first)
+        total += torch.sub(row, base, out=difference)
+    return total.div_(last - first).add_(base)
 
 
 @cache
@@ -173,8 +175,11 @@ def _network(k: int) -> tuple[tuple[int, int], ...]:
 def _ascending(rows: Sequence[Tensor]) -> list[Tensor]:
     """Sorted per coordinate, NaN as the highest: for few rows a sorting network is 4 to 10 times as fast as torch.sort."""
     rows = [torch.nan_to_num(row, nan=math.inf, posinf=math.inf, neginf=-math.inf) for row in rows]
+    spare = torch.empty_like(rows[0])
     for i, j in _network(len(rows)):
-        rows[i], rows[j] = torch.minimum(rows[i], rows[j]), torch.maximum(rows[i], rows[j])
+        torch.minimum(rows[i], rows[j], out=spare)
+        torch.maximum(rows[i], rows[j], out=rows[j])
+        rows[i], spare = spare, rows[i]
     return rows
 
 
@@ -194,12 +199,11 @@ def _finite(rows: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 def _weighted_step(rows: Sequence[Tensor], finite: Sequence[Tensor], z: Tensor, weigh: Any) -> tuple[Tensor, Any]:
     """``sum_j w_j (x_j - z)`` and ``sum_j w_j`` with w_j = weigh(||x_j - z||), 0 where that distance is not finite."""
-    step, total = torch.zeros_like(z), 0.0
+    step, difference, total = torch.zeros_like(z), torch.empty_like(z), 0.0
     for row, good in zip(rows, finite, strict=True):
-        difference = row - z
-        distance = _norm(difference)
+        distance = _norm(torch.sub(row, z, out=difference))
         weight = torch.where(good & distance.isfinite(), weigh(distance), 0.0)
-        step = torch.addcmul(step, weight[..., None].to(z.dtype), difference)
+        step.addcmul_(weight[..., None].to(z.dtype), difference)
         total = total + weight
     return step, total
 

@@ -207,8 +207,13 @@ def _mixer(given: str | Callable[..., Tensor] | Mixer) -> Mixer:
     made = mixer(given)
     if isinstance(given, (Mixer, str)):
         return made
-    # A function of single vectors, for all workers at once.
-    return Mixer(made.name, lambda own, rows, f: vmap(lambda o, *r: given(o, list(r), f))(own, *rows), centred=True)
+
+    # A function of single vectors: one worker after the other.
+    def each(own: Tensor, rows: Sequence[Tensor], f: int) -> Tensor:
+        rows = list(rows)
+        return torch.stack([given(own[i], [row[i] for row in rows], f) for i in range(len(own))])
+
+    return Mixer(made.name, each, centred=True)
 
 
 class Reduction(NamedTuple):
