@@ -36,7 +36,7 @@ def processes():
 
 N, F = 8, 3
 HONEST, KILLED = range(5), 7
-STEPS, MIDDLE, TIMEOUT = 60, 20, 1.5
+STEPS, MIDDLE, TIMEOUT = 60, 20, 4.0
 
 
 @pytest.mark.parametrize("kinds", [("sign flip", "wrong shape"), ("nan", "silent"), ("near", "garbage")])

@@ -194,6 +194,29 @@ def test_waiting_for_all_but_f_mixes_what_was_heard(rule):
             assert_same([simulator.parameters[i]], [expected])
 
 
+@pytest.mark.parametrize("wait", ["all", "n-f"])
+def test_attackers_foresee_the_mixture(wait):
+    """What they try is computed faster than the mixture itself, and is the same up to rounding."""
+    tried = []
+
+    def attack(view):
+        for z in (-3.0, 0.0, 0.1, 1.0, 40.0, math.inf):
+            v = view.honest.mean(0) + z * view.honest.std(0)
+            tried.append((v, view.mix(v), simulator._mix(view.honest, v, heard[-1])))
+        return view.honest[0]
+
+    simulator = quadratic(
+        normal((9, 3), 0), n=11, f=2, lr=0.1, momentum=0.5, attack=attack, wait=wait,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    heard, draw = [], simulator._heard
+    simulator._heard = lambda: heard.append(draw()) or heard[-1]
+    for _ in range(5):
+        simulator.step()
+    for _, foreseen, actual in tried:
+        assert_same([foreseen], [actual], atol=CLOSE)
+
+
 def test_gradients_may_be_mixed_first():
     c = normal((5, 3), 2)
     simulator = quadratic(

@@ -111,30 +111,36 @@ def agreement(n: int, f: int, *, faulty: int, answering: int | None = None, wait
 # -- the rules, on lists of (..., d) ---------------------------------------------------------------------------------------
 
 
+def _norm(difference: Tensor) -> Tensor:
+    low = difference.dtype in (torch.bfloat16, torch.float16)
+    return torch.linalg.vector_norm(difference, dim=-1, dtype=torch.float32 if low else None)
+
+
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    low = a.dtype in (torch.bfloat16, torch.float16)
-    return torch.linalg.vector_norm(a - b, dim=-1, dtype=torch.float32 if low else None)
+    return _norm(a - b)
 
 
-def _lowest(scores: Tensor, count: int) -> Tensor:
+def lowest(scores: Tensor, count: int) -> Tensor:
     """A mask of the ``count`` lowest along the last dimension; NaN is the highest, equal ones count in their order."""
     return scores.argsort(dim=-1, stable=True).argsort(dim=-1) < count
 
 
 def _mean_of(rows: Sequence[Tensor], chosen: Tensor, base: Tensor, count: int) -> Tensor:
-    # From `base` on, so that equal vectors are averaged without rounding; where(), because 0 times NaN is NaN.
-    total = torch.zeros_like(base)
+    # From `base` on, so that equal vectors are averaged without rounding; filled, because 0 times NaN is NaN.
+    total, difference = torch.zeros_like(base), torch.empty_like(base)
     for j, row in enumerate(rows):
-        total += torch.where(chosen[..., j, None], row - base, 0.0)
-    return base + total / count
+        torch.sub(row, base, out=difference)
+        total += difference.masked_fill_(~chosen[..., j, None], 0.0)
+    return total.div_(count).add_(base)
 
 
 def _nna(own: Tensor, others: Sequence[Tensor], f: int) -> Tensor:
     keep = len(others) + 1 - f
     if not others:
         return own.clone()
-    distances = [_distance(own, other) for other in others]
-    chosen = _lowest(torch.stack([torch.zeros_like(distances[0]), *distances], -1), keep)
+    difference = torch.empty_like(own)  # one buffer: new memory for each would cost more than the arithmetic
+    distances = [_norm(torch.sub(own, other, out=difference)) for other in others]
+    chosen = lowest(torch.stack([torch.zeros_like(distances[0]), *distances], -1), keep)
     return _mean_of(others, chosen[..., 1:], own, keep)
 
 
@@ -144,10 +150,10 @@ def _mean(rows: Sequence[Tensor], f: int) -> Tensor:
 
 def _middle(rows: Sequence[Tensor], first: int, last: int) -> Tensor:
     base = rows[(first + last) // 2]
-    total = torch.zeros_like(base)
+    total, difference = torch.zeros_like(base), torch.empty_like(base)
     for row in rows[first:last]:
-        total += row - base
-    return base + total / (last - first)
+        total += torch.sub(row, base, out=difference)
+    return total.div_(last - first).add_(base)
 
 
 @cache
@@ -169,8 +175,11 @@ def _network(k: int) -> tuple[tuple[int, int], ...]:
 def _ascending(rows: Sequence[Tensor]) -> list[Tensor]:
     """Sorted per coordinate, NaN as the highest: for few rows a sorting network is 4 to 10 times as fast as torch.sort."""
     rows = [torch.nan_to_num(row, nan=math.inf, posinf=math.inf, neginf=-math.inf) for row in rows]
+    spare = torch.empty_like(rows[0])
     for i, j in _network(len(rows)):
-        rows[i], rows[j] = torch.minimum(rows[i], rows[j]), torch.maximum(rows[i], rows[j])
+        torch.minimum(rows[i], rows[j], out=spare)
+        torch.maximum(rows[i], rows[j], out=rows[j])
+        rows[i], spare = spare, rows[i]
     return rows
 
 
@@ -183,27 +192,35 @@ def _median(rows: Sequence[Tensor], f: int) -> Tensor:
     return torch.lerp(ordered[(k - 1) // 2], ordered[k // 2], 0.5) if k % 2 == 0 else ordered[k // 2]
 
 
+def _finite(rows: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Vectors with zeros for what is no number, and which of them had none: 0 times NaN would be NaN."""
+    return [row.nan_to_num(0.0, 0.0, 0.0) for row in rows], [row.isfinite().all(-1) for row in rows]
+
+
+def _weighted_step(rows: Sequence[Tensor], finite: Sequence[Tensor], z: Tensor, weigh: Any) -> tuple[Tensor, Any]:
+    """``sum_j w_j (x_j - z)`` and ``sum_j w_j`` with w_j = weigh(||x_j - z||), 0 where that distance is not finite."""
+    step, difference, total = torch.zeros_like(z), torch.empty_like(z), 0.0
+    for row, good in zip(rows, finite, strict=True):
+        distance = _norm(torch.sub(row, z, out=difference))
+        weight = torch.where(good & distance.isfinite(), weigh(distance), 0.0)
+        step.addcmul_(weight[..., None].to(z.dtype), difference)
+        total = total + weight
+    return step, total
+
+
 def _geometric_median(rows: Sequence[Tensor], f: int, iters: int = 3, eps: float = 0.1) -> Tensor:
+    rows, finite = _finite(rows)
     z = torch.zeros_like(rows[0])
     for _ in range(iters):
-        step, weights = torch.zeros_like(z), 0.0
-        for row in rows:
-            distance = _distance(row, z)
-            weight = torch.where(distance.isfinite(), 1 / distance.clamp(min=eps), 0.0)
-            step += torch.where(weight[..., None] > 0, weight[..., None] * (row - z), 0.0).to(z.dtype)
-            weights = weights + weight
-        z = (z + step / weights[..., None]).to(z.dtype)  # type: ignore[index]
+        step, total = _weighted_step(rows, finite, z, lambda distance: 1 / distance.clamp(min=eps))
+        z = (z + step / total[..., None]).to(z.dtype)
     return z
 
 
 def _clip(own: Tensor, rows: Sequence[Tensor], f: int, tau: float = 2.0, iters: int = 3) -> Tensor:
-    z = own
+    (rows, finite), z = _finite(rows), own
     for _ in range(iters):
-        step = torch.zeros_like(z)
-        for row in rows:
-            distance = _distance(row, z)
-            factor = (tau / distance.clamp(min=tau))[..., None]
-            step += torch.where(distance.isfinite()[..., None], factor * (row - z), 0.0).to(z.dtype)
+        step, _ = _weighted_step(rows, finite, z, lambda distance: tau / distance.clamp(min=tau))
         z = z + step / len(rows)
     return z
 
@@ -243,7 +260,7 @@ def _krum(rows: Sequence[Tensor], f: int, variant: str = "repo") -> Tensor:
 
 def _multi_krum(rows: Sequence[Tensor], f: int, variant: str = "repo") -> Tensor:
     scores, keep = _krum_scores(rows, f, variant), len(rows) - f
-    return _mean_of(rows, _lowest(scores, keep), _pick(rows, scores.argmin(-1)), keep)
+    return _mean_of(rows, lowest(scores, keep), _pick(rows, scores.argmin(-1)), keep)
 
 
 @cache
@@ -272,7 +289,7 @@ def _nnm(rows: Sequence[Tensor], f: int) -> list[Tensor]:
     distances = _pairwise(rows)
     distances = distances - torch.eye(len(rows), dtype=distances.dtype, device=distances.device)  # itself first
     keep = len(rows) - f
-    return [_mean_of(rows, _lowest(distances[..., i, :], keep), row, keep) for i, row in enumerate(rows)]
+    return [_mean_of(rows, lowest(distances[..., i, :], keep), row, keep) for i, row in enumerate(rows)]
 
 
 # -- public functions ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ A thread moves the bytes while the worker computes. What a faulty peer can cost 
 - a peer whose connection ends, or whose message is not exactly a vector of the expected type and length for a later step
   than its last one, is dropped: from then on it costs nothing;
 - a silent peer costs one timeout. It is not waited for again, though used when it is in time. The clock of a step starts
-  when n - f vectors are there, and is cut to a tenth once f + 1 peers are a step ahead: somebody honest has gone on. So a
+  when n - f vectors are there, and is cut to a quarter once f + 1 peers are a step ahead: somebody honest has gone on. So a
   peer that is silent to a few workers does not make these late for the others (for n > 3 f);
 - nobody can fill the memory: two vectors are held for each peer, no further ones are read, and of what a peer does not take
   the oldest is discarded when four are waiting.
@@ -195,6 +195,7 @@ class Peers:
             self._used = []
             for peer in self._peers.values():
                 self._forget(peer)
+            self._wake()  # there is room for more
             try:
                 yield _message(self.step, vector.detach().cpu())
             finally:
@@ -226,15 +227,15 @@ class Peers:
                 if deadline is None:
                     deadline = now + patience.timeout
                 if shortened is None and sum(p.newest > self.step for p in self._peers.values()) > faulty:
-                    deadline = shortened = min(deadline, now + patience.timeout / 10)
+                    deadline = shortened = min(deadline, now + patience.timeout / 4)
                 if now >= deadline:
                     for peer in awaited:
                         peer.late = True
                     break
-            elif len(here) + 1 + len(missing) < patience.need or now >= limit:
+            elif (possible := len(here) + 1 + len(missing)) < patience.need or now >= limit:
                 raise RuntimeError(
-                    f"only {len(here) + 1} of {self.size} workers answer at step {self.step}, and {patience.need} are needed: "
-                    f"more than {faulty} are faulty (there: {sorted([self.rank, *here])})"
+                    f"only {len(here) + 1 if now >= limit else possible} of {self.size} workers answer at step "
+                    f"{self.step}, and {patience.need} are needed: more than {faulty} are faulty"
                 )
             self._changed.wait((limit if deadline is None else deadline) - now)
         return here

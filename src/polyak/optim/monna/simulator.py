@@ -7,6 +7,7 @@ official code all share one tensor before the first mixing, so that its first st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from polyak.core import checks
-from polyak.optim.monna.aggregators import Mixer, check_faulty, mixer
+from polyak.optim.monna.aggregators import Mixer, check_faulty, lowest, mixer
 from polyak.optim.monna.attacks import Attack, View
 from polyak.optim.monna.rule import clipping, rule
 
@@ -153,13 +154,28 @@ class Simulator:
         flipped: Callable[[Callable[[Tensor], Tensor]], Tensor],
         lr: float | None,
     ) -> Tensor:
-        def mix(attack: Tensor | None) -> Tensor:
-            return self._mix(vectors, attack, heard)
-
         self.sent = None
         if self.attack is not None:
+            plain_nna = self.mixer.name == "nna" and not self.mixer.nnm
+            mix = self._nearest(vectors, heard) if plain_nna else lambda attack: self._mix(vectors, attack, heard)
             self.sent = self.attack(View(honest=vectors, f=self.n - self.honest, mix=mix, flipped=flipped, lr=lr))
-        return mix(self.sent)
+        return self._mix(vectors, self.sent, heard)
+
+    def _nearest(self, vectors: Tensor, heard: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """NNA for attackers that try many vectors: distances between honest ones are taken once, sums are one product."""
+        f, keep = self.n - self.honest, (self.n if heard is None else self.n - self.f) - self.f
+        table = torch.stack([(vectors - own).norm(dim=1) for own in vectors])
+        table.fill_diagonal_(-1.0)  # oneself comes first
+        if heard is not None:
+            present = torch.eye(self.honest, self.n, dtype=torch.bool, device=vectors.device).scatter(1, heard, True)
+            table = table.masked_fill(~present[:, : self.honest], math.inf)
+
+        def mix(attack: Tensor) -> Tensor:
+            distances = torch.cat([table, (vectors - attack).norm(dim=1)[:, None].expand(-1, f)], 1)
+            weights = lowest(distances, keep).to(vectors.dtype) / keep
+            return weights @ torch.cat([vectors, attack.nan_to_num().expand(f, -1)])
+
+        return mix
 
     def _mix(self, vectors: Tensor, attack: Tensor | None, heard: Tensor | None) -> Tensor:
         everyone = [*vectors.unbind(0), *([attack] * (self.n - self.honest) if attack is not None else [])]
@@ -191,8 +207,13 @@ def _mixer(given: str | Callable[..., Tensor] | Mixer) -> Mixer:
     made = mixer(given)
     if isinstance(given, (Mixer, str)):
         return made
-    # A function of single vectors, for all workers at once.
-    return Mixer(made.name, lambda own, rows, f: vmap(lambda o, *r: given(o, list(r), f))(own, *rows), centred=True)
+
+    # A function of single vectors: one worker after the other.
+    def each(own: Tensor, rows: Sequence[Tensor], f: int) -> Tensor:
+        rows = list(rows)
+        return torch.stack([given(own[i], [row[i] for row in rows], f) for i in range(len(own))])
+
+    return Mixer(made.name, each, centred=True)
 
 
 class Reduction(NamedTuple):
