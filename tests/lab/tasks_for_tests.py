@@ -59,6 +59,26 @@ def task(seed, device):
     }
 '''
 
+PIPELINE = '''"""A pipeline of a tiny network that has learned nothing."""
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+
+
+def task(seed, device):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )
+    pipeline = DDPMPipeline(unet, DDIMScheduler(num_train_timesteps=100))
+    return {
+        "pipeline": pipeline,
+        "call": {"batch_size": 2, "output_type": "np"},
+        "metric": lambda images: {"brightness": images.mean()},
+        "better": "higher",
+    }
+'''
+
 
 def write(folder: Path, text: str, name: str = "line.py", replaced: Mapping[str, str] | None = None) -> Path:
     """A task file, with pieces of its text replaced, each of which must be there."""

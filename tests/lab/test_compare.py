@@ -7,6 +7,7 @@ import math
 import random
 import sqlite3
 import statistics
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ from polyak.lab.store import FILE, SCHEMA
 from polyak.lab.tuning import FIRST_TUNING_SEED
 from polyak.lab.workers import Ended, Heard, Job, Processes, carry_out
 
-from .tasks_for_tests import REGRESSION, SAMPLING, falling, made_up, together, write
+from .tasks_for_tests import PIPELINE, REGRESSION, SAMPLING, falling, made_up, together, write
 
 ARMS = "adamw,adan,sgd:weight_decay=0"
-SMALL: dict[str, Any] = {"budget": "30steps", "seeds": 5, "trials": 4, "points": 10, "jobs": 2, "progress": False}
+SMALL: dict[str, Any] = {"budget": "30steps", "seeds": 5, "trials": 4, "points": 10, "jobs": 1, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,13 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(home: Path, task: Path) -> Comparison:
-    return compare(task, ARMS, store=home, **SMALL)
+    return compare(task, ARMS, store=home, **{**SMALL, "jobs": 2})
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks are examined in this process, which is faster than to start one."""
+    monkeypatch.setattr(sys.modules["polyak.lab.compare.main"], "call_apart", lambda f, *given, timeout: f(*given))
 
 
 def trials(comparison: Comparison, purpose: str) -> list[Any]:
@@ -109,8 +116,6 @@ def test_batches_are_the_same_whatever_an_optimizer_draws(tmp_path: Path, monkey
     monkeypatch.syspath_prepend(str(tmp_path))
     path = write(tmp_path, REGRESSION, "global_batches.py", replaced=GLOBAL)
     curves = [trial(path, arm)[0] for arm in ("torch.optim:SGD", "greedy:Greedy")]
-    import sys
-
     seen = sys.modules["global_batches"].SEEN
     assert len(seen) == 24
     assert seen[:12] == seen[12:]
@@ -182,6 +187,7 @@ def test_divergence_is_a_measurement(tmp_path: Path, what: str) -> None:
 # ------------------------------------------------------------------------------------------------------ the store, resuming
 
 
+@pytest.mark.usefixtures("here")
 def test_what_is_stored_is_not_run_again(small: Comparison, home: Path, task: Path) -> None:
     begun: list[Any] = []
     again = compare(task, ARMS, store=home, on_measurement=lambda *heard: begun.append(heard), **SMALL)
@@ -189,6 +195,7 @@ def test_what_is_stored_is_not_run_again(small: Comparison, home: Path, task: Pa
     assert again.to_json() == small.to_json()
 
 
+@pytest.mark.usefixtures("here")
 def test_another_arm_or_seed_leaves_the_others_as_they_are(small: Comparison, home: Path, task: Path) -> None:
     ran: set[str] = set()
     more = compare(
@@ -205,6 +212,7 @@ def test_another_arm_or_seed_leaves_the_others_as_they_are(small: Comparison, ho
     assert set(longer) == {(arm.text, 5) for arm in small.setup.arms}
 
 
+@pytest.mark.usefixtures("here")
 def test_a_change_of_the_task_counts_and_one_of_its_comments_does_not(
     small: Comparison, home: Path, task: Path, tmp_path: Path
 ) -> None:
@@ -217,6 +225,7 @@ def test_a_change_of_the_task_counts_and_one_of_its_comments_does_not(
     assert ran
 
 
+@pytest.mark.usefixtures("here")
 def test_an_interrupted_comparison_asks_the_same_again(small: Comparison, task: Path, tmp_path: Path) -> None:
     class EnoughError(Exception):
         pass
@@ -230,13 +239,13 @@ def test_an_interrupted_comparison_asks_the_same_again(small: Comparison, task: 
             raise EnoughError
 
     with pytest.raises(EnoughError):
-        compare(task, ARMS, store=tmp_path, on_measurement=stop, **{**SMALL, "jobs": 1})
+        compare(task, ARMS, store=tmp_path, on_measurement=stop, **SMALL)
     with Store(tmp_path) as store:
         (run,) = {r.claim for r in store.runs()}
         kept = sum(r.done for r in store.runs())
     assert run == "compare-line"
     assert kept >= 10
-    resumed = compare(task, ARMS, store=tmp_path, **{**SMALL, "jobs": 1})
+    resumed = compare(task, ARMS, store=tmp_path, **SMALL)
 
     def points(comparison: Comparison) -> list[Any]:
         return sorted(
@@ -248,6 +257,7 @@ def test_an_interrupted_comparison_asks_the_same_again(small: Comparison, task: 
     assert points(resumed) == points(small), "with one worker or two, at once or in two parts"
 
 
+@pytest.mark.usefixtures("here")
 def test_trials_stop_early_and_are_counted(tmp_path: Path, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hear = Search.heard
 
@@ -272,6 +282,7 @@ def test_trials_stop_early_and_are_counted(tmp_path: Path, task: Path, monkeypat
 # ------------------------------------------------------------------------------------------------------------ what goes wrong
 
 
+@pytest.mark.usefixtures("here")
 def test_a_trial_that_does_not_end_is_stopped_at_its_deadline(tmp_path: Path) -> None:
     hang = {
         '{"distance": (': '{"distance": seed == 2 and time.sleep(600) or (',
@@ -302,6 +313,7 @@ def test_a_task_that_kills_its_process_is_told(tmp_path: Path) -> None:
         compare(write(tmp_path, REGRESSION, "die.py", replaced=die), ARMS, store=tmp_path, **SMALL)
 
 
+@pytest.mark.usefixtures("here")
 def test_arguments_are_checked(tmp_path: Path, task: Path) -> None:
     def refused(
         says: str, error: type[Exception] = ValueError, arms: str = ARMS, tasks: Any = task, **changes: Any
@@ -326,11 +338,23 @@ def test_arguments_are_checked(tmp_path: Path, task: Path) -> None:
     refused("no arm is called 'adamw'", ArmError, tasks=sampling)
 
 
+@pytest.mark.usefixtures("here")
 def test_an_optimizer_that_cannot_train_the_task(tmp_path: Path, task: Path) -> None:
     with pytest.raises(TrialError, match="Muon only supports 2D parameters"):
         compare(task, "adamw,torch.optim:Muon", store=tmp_path, **SMALL)
 
 
+@pytest.mark.usefixtures("here")
+def test_arms_may_be_beside_the_task_whatever_it_is_called(tmp_path: Path) -> None:
+    path = write(tmp_path, REGRESSION, "random.py")
+    (tmp_path / "own_optimizer.py").write_text("import torch\n\n\nclass Mine(torch.optim.SGD):\n    pass\n")
+    found = compare(path, "sgd,own_optimizer:Mine", store=tmp_path, **{**SMALL, "seeds": 1, "trials": 1})
+    theirs, mine = found.task().rows
+    assert theirs.final == mine.final
+    assert mine.label == "Mine"
+
+
+@pytest.mark.usefixtures("here")
 def test_a_store_of_a_newer_polyak(tmp_path: Path, task: Path) -> None:
     Store(tmp_path).close()
     with sqlite3.connect(tmp_path / FILE) as db:
@@ -339,6 +363,7 @@ def test_a_store_of_a_newer_polyak(tmp_path: Path, task: Path) -> None:
         compare(task, ARMS, store=tmp_path, **SMALL)
 
 
+@pytest.mark.usefixtures("here")
 def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, task: Path) -> None:
     with Store(tmp_path) as store:
         store._db.execute("PRAGMA max_page_count = 12")
@@ -373,6 +398,7 @@ class Recorder(Processes):
         super().close()
 
 
+@pytest.mark.usefixtures("here")
 def test_trials_run_where_an_executor_runs_them(tmp_path: Path, task: Path) -> None:
     elsewhere = Recorder()
     found = compare(task, "adamw,sgd", store=tmp_path, executor=elsewhere, **{**SMALL, "seeds": 1, "trials": 2})
@@ -380,6 +406,7 @@ def test_trials_run_where_an_executor_runs_them(tmp_path: Path, task: Path) -> N
     assert elsewhere.started == 2 * (2 + 1) == len(found.task().result.trials)
 
 
+@pytest.mark.usefixtures("here")
 def test_measurements_can_be_listened_to(tmp_path: Path, task: Path) -> None:
     heard: list[tuple[Any, Any, Any]] = []
     found = compare(
@@ -395,6 +422,7 @@ def test_measurements_can_be_listened_to(tmp_path: Path, task: Path) -> None:
         assert told == [*t.curve, ({}, t.values)]
 
 
+@pytest.mark.usefixtures("here")
 def test_samplers(tmp_path: Path) -> None:
     path = write(tmp_path, SAMPLING, "sampling.py")
     found = compare(path, "ddim,heun,dpmsolver:order=1..3", store=tmp_path, **{**SMALL, "budget": "16nfe", "seeds": 5})
@@ -408,6 +436,19 @@ def test_samplers(tmp_path: Path) -> None:
     assert len(set(starts.values())) == 5
     timed = compare(path, "ddim,heun", store=tmp_path, **{**SMALL, "budget": "0.05s/trial", "seeds": 1})
     assert all(0.01 < r.seconds < 0.25 for r in timed.task().rows if r.seconds)
+
+
+@pytest.mark.usefixtures("here")
+def test_schedulers_of_a_pipeline(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    path = write(tmp_path, PIPELINE, "pipe.py")
+    arms = "DDIMScheduler,DPMSolverMultistepScheduler,dpmsolver:order=2:form=data:method=multistep"
+    found = compare(path, arms, store=tmp_path, **{**SMALL, "budget": "9nfe", "seeds": 2})
+    assert [r.spent for r in found.task().rows] == [9, 9, 9]
+    ddim, theirs, ours = (r.final for r in found.task().rows)
+    assert ours == pytest.approx(theirs, rel=1e-5), "one method, in diffusers' scheduler and in ours"
+    assert abs(ddim - ours) > 1e-3
+    assert {t.seed for t in trials(found, "report")} == {0, 1}
 
 
 # --------------------------------------------------------------------------------------------- what is said of what was found
@@ -458,6 +499,8 @@ def test_the_answer_over_tasks() -> None:
         made_up({"adamw": BETTER, "adan": A, "lion": MIXED}, name="three"),
     ]
     each = "wins 1, loses 1, is undecided on 1"
+    few = [made_up({arm: values[:3] for arm, values in (("adamw", A), ("adan", BETTER))}, name=n) for n in "ab"]
+    assert together(*few).answer.endswith("Adan is undecided on 2. 3 seeds cannot decide anything: at least 5 can.")
     assert together(*tasks).answer == f"Against AdamW at equal steps, of 3 tasks: Adan {each}; Lion {each}."
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``polyak list``, ``show``, ``reproduce``, ``report`` and, for those who publish, ``record``."""
+"""The command line: ``polyak list``, ``show``, ``reproduce``, ``report``, ``compare`` and, for those who publish, ``record``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _EXTRA = {
     "rich",
     "scipy",
     "sklearn",
+    "tqdm",
     "typer",
 }
 

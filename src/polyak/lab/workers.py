@@ -33,7 +33,7 @@ THREADS = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
-    "VECLIB_MAXIMUMTHREADS",
+    "VECLIB_MAXIMUM_THREADS",
     "NUMEXPR_NUM_THREADS",
 )
 
@@ -332,6 +332,9 @@ def begin() -> None:
     """What a process does first: numerical libraries get one thread, and it ends when its parent does."""
     # Before numpy or torch are imported, which read these once.
     os.environ.update(dict.fromkeys(THREADS, "1"))
+    # What a trial prints must not get into what the command prints, which may be JSON.
+    with suppress(OSError):
+        os.dup2(2, 1)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

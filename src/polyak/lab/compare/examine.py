@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
 import time
 from collections.abc import Mapping
 from itertools import islice
@@ -25,6 +24,7 @@ from polyak.lab.compare.task import (
     endless,
     load,
     metrics,
+    says,
 )
 from polyak.lab.workers import settle
 
@@ -48,11 +48,6 @@ def examine(file: str, device: str) -> Facts | str:
 def _load(file: str, device: str) -> AnyTask:
     settle(("numpy", "torch"), SEED)
     return load(file, SEED, device)
-
-
-def _says(file: str) -> str:
-    text = (sys.modules[Path(file).stem].__doc__ or "").strip()
-    return text.splitlines()[0] if text else ""
 
 
 def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
@@ -96,7 +91,7 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
         )
     return Facts(
         kind="training",
-        says=_says(file),
+        says=says(file),
         better=better,
         initial=untrained,
         parameters=sum(p.numel() for p in first.model.parameters() if p.requires_grad),
@@ -190,7 +185,7 @@ def _examine_sampling(first: SamplingTask, file: str, device: str) -> Facts:
         found = _pipeline_metrics(first, file, device)
     better = betters(first, found, file)
     return Facts(
-        kind="sampling", says=_says(file), better=better, initial=found, seconds=seconds, warnings=tuple(warnings)
+        kind="sampling", says=says(file), better=better, initial=found, seconds=seconds, warnings=tuple(warnings)
     )
 
 
@@ -199,6 +194,8 @@ def _pipeline_metrics(task: SamplingTask, file: str, device: str) -> dict[str, f
 
     name = Path(file).name
     generator = torch.Generator(device).manual_seed(SEED)
+    if hasattr(task.pipeline, "set_progress_bar_config"):
+        task.pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad(), blame(f"{name}: the pipeline", file):
         made = task.pipeline(**{**task.call, "num_inference_steps": 2, "generator": generator})
     with blame(f"{name}: metric(samples)", file):

@@ -20,7 +20,7 @@ from polyak.lab.compare.examine import examine
 from polyak.lab.compare.result import Comparison, Setup, TaskComparison
 from polyak.lab.compare.sampling import Draw
 from polyak.lab.compare.search import MEASURE, ComparisonPlan
-from polyak.lab.compare.task import Facts, TaskError, import_folder
+from polyak.lab.compare.task import Facts, TaskError, add_folder
 from polyak.lab.compare.trial import Train
 from polyak.lab.run import Listener, Progress, carry_out
 from polyak.lab.store import Store
@@ -29,7 +29,7 @@ from polyak.lab.workers import Executor, call_apart
 EXAMINATION_S = 300.0  # a task that has not been built and looked at by then is taken to hang
 # The files that decide what a trial yields, beside the task's and the arm's.
 _OWN_CODE = ("trial", "sampling", "task")
-_GUARD = "; a script that calls compare must do so under `if __name__ == \"__main__\":`"
+_GUARD = '; a script that calls compare must do so under `if __name__ == "__main__":`'
 _OWN_METRICS = (
     Metric(name="train_loss", label="training loss"),
     Metric(name="steps", label="steps", better="higher"),
@@ -102,6 +102,8 @@ def compare(
         checks.positive("deadline", deadline)
     kind = versions.device_kind(device)
     files = task_files(tasks)
+    for file in files:
+        add_folder(file)  # arms may be beside the tasks
     facts = {file: _examine(file, device, deadline or EXAMINATION_S) for file in files}
     kind_of_task = next(iter(facts.values())).kind
     if any(f.kind != kind_of_task for f in facts.values()):
@@ -238,8 +240,7 @@ def _plan(
             return {**shared, "points": tuning_points, "main": facts.main}
         return {**shared, "points": points}
 
-    with import_folder(file):
-        code = versions.code_of_file(file)
+    code = versions.code_of_file(file)
     own = [versions.code_of_file(Path(__file__).with_name(f"{name}.py")) for name in _OWN_CODE]
     return ComparisonPlan(
         experiment(file, facts, arms, budget, seeds),

@@ -16,6 +16,7 @@ from polyak.lab.compare.arms import ArmSpec
 from polyak.lab.compare.budget import Budget
 from polyak.lab.compare.task import Facts
 from polyak.lab.result import ClaimResult, CriterionResult, TrialResult, plain
+from polyak.lab.statistics import LEAST_SEEDS_MEAN
 
 if TYPE_CHECKING:
     import pandas
@@ -152,10 +153,15 @@ class TaskComparison:
             parts += [f"{r.label} is undecided ({self._undecided(r)})" for r in rest]
         if decided:
             parts[0] += f" at {self.setup.budget.equal}"
-        sentence = "; ".join(parts) + "."
-        if 0 < self.rows[0].seeds < 5:
-            sentence += f" {words.count(self.rows[0].seeds, 'seed')} cannot decide anything: at least 5 can."
-        return sentence
+        return "; ".join(parts) + "." + self.too_few
+
+    @property
+    def too_few(self) -> str:
+        """A sentence more where there are too few seeds to decide anything; else nothing."""
+        seeds = len(self.result.seeds)
+        if seeds >= LEAST_SEEDS_MEAN:
+            return ""
+        return f" {words.count(seeds, 'seed')} cannot decide anything: at least {LEAST_SEEDS_MEAN} can."
 
     def _decided(self, row: Row, base: str) -> str:
         d = row.difference
@@ -280,8 +286,8 @@ class Comparison:
             counts = [(verdicts.count(v), word) for v, word in _VERDICTS.items() if verdicts.count(v)]
             said = ", ".join(f"{word} {n}" for n, word in counts)
             parts.append(f"{labels[arm.text]} {said}")
-        base = labels[self.setup.baseline.text]
-        return f"Against {base} at {self.setup.budget.equal}, of {len(self.tasks)} tasks: {'; '.join(parts)}."
+        base, few = labels[self.setup.baseline.text], self.tasks[0].too_few
+        return f"Against {base} at {self.setup.budget.equal}, of {len(self.tasks)} tasks: {'; '.join(parts)}.{few}"
 
     @property
     def warnings(self) -> tuple[str, ...]:

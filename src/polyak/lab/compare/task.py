@@ -143,41 +143,45 @@ def load(file: str, seed: int, device: str) -> AnyTask:
     return _checked(made, name)
 
 
-@cache
+def says(file: str) -> str:
+    """The first line of a file's documentation."""
+    text = (_module(file).__doc__ or "").strip()
+    return text.splitlines()[0] if text else ""
+
+
 def _function(file: str) -> Callable[[int, str], Any]:
-    path = Path(file)
-    module = _import(path)
+    name, module = Path(file).name, _module(file)
     function = getattr(module, FUNCTION, None)
     if function is None:
         near = difflib.get_close_matches(FUNCTION, [n for n, v in vars(module).items() if callable(v)], n=1, cutoff=0.5)
         hint = f"; did you mean to call {near[0]!r} so?" if near else ""
-        raise TaskError(
-            f"{path.name} has no function {FUNCTION}(seed, device){hint} `polyak init-task` writes an example"
-        )
+        raise TaskError(f"{name} has no function {FUNCTION}(seed, device){hint} `polyak init-task` writes an example")
     if not callable(function):
-        raise TaskError(f"{path.name}: {FUNCTION} must be a function {FUNCTION}(seed, device), got {function!r}")
+        raise TaskError(f"{name}: {FUNCTION} must be a function {FUNCTION}(seed, device), got {function!r}")
     return function
 
 
-def _import(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+@cache
+def _module(file: str) -> ModuleType:
+    path = Path(file)
+    # A file may be called like a module that others need.
+    taken = path.stem in sys.modules or path.stem in sys.stdlib_module_names
+    spec = importlib.util.spec_from_file_location(f"_task_{path.stem}" if taken else path.stem, path)
     if spec is None or spec.loader is None:
         raise TaskError(f"{path.name} is no Python file")
-    with import_folder(path):
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
-        with blame(f"{path.name}: importing it", str(path)):
-            spec.loader.exec_module(module)
+    add_folder(path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    with blame(f"{path.name}: importing it", file):
+        spec.loader.exec_module(module)
     return module
 
 
-@contextmanager
-def import_folder(path: Path) -> Iterator[None]:
-    """As for a script: what is beside the file can be imported. It stays so, for imports inside its functions."""
+def add_folder(path: Path) -> None:
+    """Let what is beside the file be imported, from now on; what is installed comes first, so that a random.py harms nobody."""
     folder = str(path.parent.resolve())
     if folder not in sys.path:
-        sys.path.insert(0, folder)
-    yield
+        sys.path.append(folder)
 
 
 @contextmanager
