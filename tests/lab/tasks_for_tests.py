@@ -100,6 +100,7 @@ def made_up(
     tuning: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     curves: Mapping[str, Sequence[Sequence[float]]] | None = None,
     target: float | None = None,
+    processor: float = 0.99,
     **facts: Any,
 ) -> TaskComparison:
     """A comparison as if it had been run: finals by arm and seed (infinite: diverged), values on the way at 1, 2, ... steps."""
@@ -119,7 +120,14 @@ def made_up(
                 )
                 for i, v in enumerate(way)
             )
-            own = {"steps": 4.0, "evaluations": 4.0, "seconds": 0.4, "memory": 1.5, "train_loss": 0.1}
+            own = {
+                "steps": 4.0,
+                "evaluations": 4.0,
+                "seconds": 0.4,
+                "memory": 1.5,
+                "train_loss": 0.1,
+                "processor": processor,
+            }
             worst = claim.metric(metric).worst_value
             values = dict.fromkeys([metric, *own], worst) if diverged else {metric: final, **own}
             trials.append(

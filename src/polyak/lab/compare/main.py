@@ -36,6 +36,7 @@ _OWN_METRICS = (
     Metric(name="evaluations", label="evaluations", better="higher"),
     Metric(name="seconds", label="seconds", unit="s"),
     Metric(name="memory", label="memory", unit="MB"),
+    Metric(name="processor", label="share of a processor", better="higher"),
 )
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCHEMA = 1
+_BUSY = 0.8  # of the time: a trial that had a processor for less was held up
 _MANY_TIMES = 10.0  # better than the baseline: rarely real
 
 
@@ -182,7 +183,10 @@ class TaskComparison:
             return f"{who}{row.diverged} of {row.seeds} trials diverged"
         if not (math.isfinite(d.low) and math.isfinite(d.high)):
             return f"{who}difference {self._amount(d.estimate)}{self._of}"
-        return f"{who}difference {self._amount(d.low)} to {self._amount(d.high)}{self._of}"
+        said = f"{who}difference {self._amount(d.low)} to {self._amount(d.high)}{self._of}"
+        clear = d.low > 0 or d.high < 0
+        # The interval alone would decide: say what does not agree with it.
+        return f"{said}, but p = {words.number(d.p_value, 2)}" if clear and not self.too_few else said
 
     def _amount(self, value: float) -> str:
         return words.number(100 * value if self.as_points else value, 2)
@@ -194,7 +198,22 @@ class TaskComparison:
     @cached_property
     def warnings(self) -> tuple[str, ...]:
         """What makes the numbers doubtful: too good, or a task that gives itself away."""
-        return (*self.facts.warnings, *self._too_good(), *self._too_short())
+        return (*self.facts.warnings, *self._too_good(), *self._too_short(), *self._too_busy())
+
+    def _too_busy(self) -> Iterable[str]:
+        """On a CPU whose cores were shared with other work, seconds say little."""
+        if self.setup.budget.unit != "seconds" or self.result.device != "cpu":
+            return
+        shares = {
+            row.label: [t.values["processor"] for t in self.trials(row.arm) if not t.diverged] for row in self.rows
+        }
+        means = {label: _mean(values) for label, values in shares.items() if values and self.facts.kind == "training"}
+        if means and min(means.values()) < _BUSY:
+            label = min(means, key=lambda name: means[name])
+            yield (
+                f"trials of {label} had a processor for {100 * means[label]:.0f} % of their time only: other work on this machine, "
+                "or waiting for data, makes a budget in time rough; a count (500steps) does not depend on it"
+            )
 
     def _too_short(self) -> Iterable[str]:
         for row in self.rows:

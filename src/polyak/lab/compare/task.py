@@ -30,7 +30,16 @@ if TYPE_CHECKING:
 
 FUNCTION = "task"
 Better = Literal["lower", "higher"]
-OWN = ("steps", "seconds", "memory", "used", "validation", "train_loss", "evaluations")  # the lab's own measurements
+OWN = (
+    "steps",
+    "seconds",
+    "memory",
+    "used",
+    "validation",
+    "train_loss",
+    "evaluations",
+    "processor",
+)  # the lab's own measurements
 _PARTS = 1000  # a schedule's steps from the first to the last
 SCHEDULES: Mapping[str, Schedule] = {
     "cosine": Warmup(Cosine(1.0, 0.0, _PARTS * 19 // 20), _PARTS // 20),

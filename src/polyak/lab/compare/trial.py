@@ -81,15 +81,18 @@ class _Training:
             first = next(self.batches)
         self.batches = itertools.chain([first], self.batches)
         with _Generators(self.device):
-            model = copy.deepcopy(self.task.model).train()
-            optimizer = build(self.task, model, self.trial)
-            for _ in range(2):
-                optimizer.step(lambda: _gradient(self.task, model, optimizer, first))
+            self._rehearse(first)
         if self.device != "cpu":
             import torch
 
             torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)  # the copy is gone
+
+    def _rehearse(self, batch: Any) -> None:
+        model = copy.deepcopy(self.task.model).train()
+        optimizer = build(self.task, model, self.trial)
+        for _ in range(2):
+            optimizer.step(lambda: _gradient(self.task, model, optimizer, batch))
 
     def _set_rates(self) -> None:
         factor = self.task.factor(self.used)
@@ -166,6 +169,7 @@ def _train(training: _Training) -> Iterator[Measurement]:
             loss, found = training.mean_loss(), training.evaluated()
             yield Measurement(values={**found, "train_loss": loss}, at=at)
     final = {"steps": training.steps, "evaluations": training.gradients, "seconds": training.clock.seconds}
+    final["processor"] = training.clock.processor / training.clock.seconds
     yield Measurement(values={**found, **final, "train_loss": loss, "memory": training.memory()})
 
 
@@ -200,16 +204,18 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 class _Clock:
-    """Seconds inside of its ``with`` blocks."""
+    """Seconds inside of its ``with`` blocks, and for how many of them this process had a processor."""
 
     def __init__(self, device: str) -> None:
-        self.seconds, self._device, self._began = 0.0, device, 0.0
+        self.seconds, self.processor = 0.0, 0.0
+        self._device, self._began, self._processor_began = device, 0.0, 0.0
 
     def __enter__(self) -> None:
-        self._began = time.perf_counter()
+        self._began, self._processor_began = time.perf_counter(), time.process_time()
 
     def __exit__(self, *_: object) -> None:
         self.seconds += time.perf_counter() - self._began
+        self.processor += time.process_time() - self._processor_began
         self._began = 0.0
 
     def wait(self) -> None:

@@ -1,0 +1,150 @@
+"""What is said of a comparison: intervals, sentences, costs, profiles, doubts; on made-up trials."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from polyak.lab.compare.result import profile
+
+from .tasks_for_tests import falling, made_up, together
+
+A = [0.50, 0.52, 0.49, 0.51, 0.53]
+BETTER = [0.41, 0.43, 0.38, 0.42, 0.42]  # differences -0.09, -0.09, -0.11, -0.09, -0.11
+MIXED = [0.49, 0.53, 0.50, 0.49, 0.54]
+
+
+def test_intervals_are_of_the_paired_differences() -> None:
+    t = made_up({"adamw": A, "adan": BETTER, "lion": MIXED})
+    base, adan, lion = t.rows
+    differences = np.subtract(BETTER, A)
+    interval = stats.bootstrap(
+        (differences,), np.mean, confidence_level=0.95, n_resamples=9999, method="BCa", rng=np.random.default_rng(0)
+    ).confidence_interval
+    assert base.difference is None
+    assert adan.difference is not None
+    assert adan.difference.estimate == pytest.approx(differences.mean())
+    assert (adan.difference.low, adan.difference.high) == pytest.approx(tuple(interval))
+    assert adan.difference.p_value == pytest.approx(1 / 32)
+    assert (adan.difference.improvement, adan.difference.verdict) == (1.0, "holds")
+    assert lion.difference is not None
+    assert (lion.difference.improvement, lion.difference.verdict) == (0.4, "undecided")
+    assert adan.final == pytest.approx(statistics.mean(BETTER))
+
+
+def test_the_answer_is_a_sentence() -> None:
+    assert made_up({"adamw": A, "adan": BETTER, "lion": MIXED}).answer == (
+        "Adan beats AdamW by 0.09 to 0.11 in loss at equal steps; Lion is undecided (difference −0.012 to 0.01 in loss)."
+    )
+    higher = made_up({"adamw": A, "adan": BETTER}, better="higher", metric="accuracy", unit="seconds")
+    assert higher.answer == "Adan loses to AdamW by 9 to 11 points of accuracy at equal time."
+    nothing = made_up({"adamw": A, "lion": MIXED})
+    assert nothing.answer.startswith("Lion is undecided against AdamW at equal steps (difference")
+    one_sided = made_up({"adamw": A, "adan": [*BETTER[:4], 0.54]})
+    assert one_sided.answer.endswith("in loss, but p = 0.062).")
+    few = made_up({"adamw": A[:3], "adan": BETTER[:3]})
+    assert few.answer.endswith("3 seeds cannot decide anything: at least 5 can.")
+    lost = made_up({"adamw": A, "adan": [math.inf] * 5})
+    assert lost.answer == "Adan loses to AdamW (5 of 5 trials of Adan diverged) at equal steps."
+    some = made_up({"adamw": A, "adan": [*BETTER[:4], math.inf]})
+    assert "Adan is undecided against AdamW at equal steps (1 of 5 trials diverged)" in some.answer
+
+
+def test_the_answer_over_tasks() -> None:
+    tasks = [
+        made_up({"adamw": A, "adan": BETTER, "lion": MIXED}, name="one"),
+        made_up({"adamw": A, "adan": MIXED, "lion": BETTER}, name="two"),
+        made_up({"adamw": BETTER, "adan": A, "lion": MIXED}, name="three"),
+    ]
+    each = "wins 1, loses 1, is undecided on 1"
+    few = [made_up({arm: values[:3] for arm, values in (("adamw", A), ("adan", BETTER))}, name=n) for n in "ab"]
+    assert together(*few).answer.endswith("Adan is undecided on 2. 3 seeds cannot decide anything: at least 5 can.")
+    assert together(*tasks).answer == f"Against AdamW at equal steps, of 3 tasks: Adan {each}; Lion {each}."
+
+
+def test_steps_and_seconds_to_a_target() -> None:
+    curves = {
+        "adamw": [[0.9, 0.8, 0.6, 0.5]] * 5,
+        "adan": [[0.6, 0.5, 0.45, 0.4]] * 3 + [[0.9, 0.7, 0.5, 0.4], [0.9, 0.9, 0.9, 0.9]],
+        "lion": [[0.9, 0.9, 0.9, 0.9]] * 4 + [[0.1, 0.9, 0.9, 0.9]],
+    }
+    finals = {name: [c[-1] for c in runs] for name, runs in curves.items()}
+    adamw, adan, lion = made_up(finals, curves=curves).rows
+    assert (adamw.spent_to_target, adamw.seconds_to_target, adamw.reached) == (4, pytest.approx(0.4), 5)
+    assert (adan.spent_to_target, adan.seconds_to_target, adan.reached) == (2, pytest.approx(0.2), 4)
+    assert (lion.spent_to_target, lion.reached) == (math.inf, 1)
+    assert lion.best == pytest.approx((4 * 0.9 + 0.1) / 5)
+    asked = made_up(finals, curves=curves, target=0.8).rows
+    assert [r.spent_to_target for r in asked] == [2, 1, math.inf]
+
+
+def test_divergence_is_counted_and_is_the_worst() -> None:
+    t = made_up({"adamw": A, "adan": [*BETTER[:3], math.inf, math.inf]})
+    assert (t.rows[1].diverged, t.rows[1].final) == (2, math.inf)
+    assert t.rows[1].spent == 4
+    bounded = made_up(
+        {"adamw": A, "adan": [*A[:4], -math.inf]}, better="higher", metric="accuracy", initial={"accuracy": 0.1}
+    )
+    assert bounded.rows[1].final == pytest.approx(sum(A[:4]) / 5), "the worst of a share is none"
+
+
+def test_performance_profiles_by_hand() -> None:
+    inf = math.inf
+    costs = {"a": [1.0, 2.0, 4.0, inf], "b": [2.0, 1.0, 4.0, inf], "c": [4.0, inf, 1.0, inf]}
+    assert profile(costs) == {
+        "a": [(1.0, 0.25), (2.0, 0.5), (4.0, 0.75)],
+        "b": [(1.0, 0.25), (2.0, 0.5), (4.0, 0.75)],
+        "c": [(1.0, 0.25), (4.0, 0.5)],
+    }
+    assert profile({"a": [inf], "b": [3.0]}) == {"a": [(1.0, 0.0)], "b": [(1.0, 1.0)]}
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (made_up({"adamw": A, "adan": [0.0] * 5}), "Adan is perfect on every seed (loss 0)"),
+        (
+            made_up({"adamw": A, "adan": [1.0] * 5}, better="higher", metric="accuracy", initial={"accuracy": 0.1}),
+            "Adan is perfect on every seed (accuracy 1)",
+        ),
+        (made_up({"adamw": A, "adan": [0.01] * 5}), "Adan is more than 10 times as good as AdamW"),
+        (
+            made_up({"adamw": A, "adan": BETTER}, initial={"loss": 0.3}),
+            "no arm improves on the untrained model (loss 0.3)",
+        ),
+        (
+            made_up({"adamw": A, "adan": BETTER}, validates=True, tuning={"adan": [(0.01, 0.05)]}),
+            "Adan is far better on the data it was tuned by (0.05) than on the reported (0.412)",
+        ),
+        (
+            made_up({"adamw": A, "adan": BETTER}, unit="seconds", processor=0.43),
+            "trials of AdamW had a processor for 43 % of their time only",
+        ),
+        (made_up({"adamw": A, "adan": BETTER}, warnings=("the target is among the inputs",)), "the target is among"),
+    ],
+)
+def test_what_is_too_good_is_doubted(found: Any, says: str) -> None:
+    assert len(found.warnings) == 1
+    assert says in found.warnings[0]
+
+
+def test_nothing_is_doubted_without_a_reason() -> None:
+    tuned = {"adamw": [(0.01, 0.5)], "adan": [(0.01, 0.4)]}
+    assert made_up({"adamw": A, "adan": BETTER}, validates=True, tuning=tuned, initial={"loss": 2.3}).warnings == ()
+
+
+def test_profiles_are_drawn_over_tasks() -> None:
+    rng = random.Random(0)
+    finals = {"adamw": A, "adan": BETTER}
+    curves = {arm: [falling(rng, v) for v in values] for arm, values in finals.items()}
+    both = together(*(made_up(finals, name=name, curves=curves) for name in ("one", "two")))
+    assert "share of tasks" in {t.get_text() for t in both.figure("profiles").texts}
+    assert both.task("two").name == "two"
+    with pytest.raises(KeyError, match="task 'three' is unknown; there are one, two"):
+        both.task("three")
