@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -34,6 +35,9 @@ _CALL = -1  # the ticket of what is no trial
 _FORWARDED = (
     "POLYAK_",
 )  # variables of the driver's environment that tasks find, too, where a node has none of its own
+
+
+_Driver = tuple[Mapping[str, str], Mapping[str, str], list[str]]  # its versions, variables, sys.path
 
 
 class ClusterError(RuntimeError):
@@ -76,9 +80,9 @@ class Cluster:
 
     @property
     def slots(self) -> int:
-        if self._jobs is not None:
-            return self._jobs
-        return max(1, len(self._nodes) if self._apart else sum(self._room(node) for node in self._nodes))
+        if self._apart:
+            return max(1, min(len(self._nodes), self._jobs or len(self._nodes)))
+        return self._jobs or max(1, sum(self._room(node) for node in self._nodes))
 
     def open(self) -> None:
         if self._ray is not None:
@@ -102,7 +106,6 @@ class Cluster:
         )
         self._mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
         self._news = self._mailbox.take.remote()
-        self._surroundings = (_site(), {n: v for n, v in os.environ.items() if n.startswith(_FORWARDED)})
 
     def apart(self) -> None:
         self._apart = True
@@ -213,7 +216,10 @@ class Cluster:
             runtime_env={"env_vars": dict.fromkeys(THREADS, "1")},
             **options,
         )(function)
-        self._flight[ticket] = task.remote(pickle.dumps(what), ticket, self._mailbox, *self._surroundings)
+        variables = {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}
+        self._flight[ticket] = task.remote(
+            pickle.dumps(what), ticket, self._mailbox, (_site(), variables, list(sys.path))
+        )
 
     def _ended(self, ticket: int) -> Ended:
         errors = self._ray.exceptions
@@ -302,9 +308,7 @@ class _Mailbox:
         self._news.set()
 
 
-def _trial(
-    packed: bytes, ticket: int, mailbox: Any, site: Mapping[str, str], environment: Mapping[str, str]
-) -> tuple[Any, Mapping[str, str]]:
+def _trial(packed: bytes, ticket: int, mailbox: Any, driver: _Driver) -> tuple[Any, Mapping[str, str]]:
     """A task: a trial's outcome, and the machine it ran on."""
     import ray
 
@@ -318,7 +322,7 @@ def _trial(
 
     machine: Mapping[str, str] = {}
     try:
-        _settle_in(site, environment)
+        _settle_in(driver)
         job: Job = pickle.loads(packed)
         machine = {**facts.machine(job.trial.device), "node": ray.get_runtime_context().get_node_id()[:_SHORT]}
         answer = carry_out_anyhow(job, tell, ask)
@@ -328,29 +332,29 @@ def _trial(
     return answer, machine
 
 
-def _call(
-    packed: bytes, ticket: int, mailbox: Any, site: Mapping[str, str], environment: Mapping[str, str]
-) -> tuple[Any, None]:
+def _call(packed: bytes, ticket: int, mailbox: Any, driver: _Driver) -> tuple[Any, None]:
     """A task that is no trial."""
     import ray
 
     ray.get(mailbox.say.remote(ticket, None))
     try:
-        _settle_in(site, environment)
+        _settle_in(driver)
         function, arguments = pickle.loads(packed)
         return function(*arguments), None
     except (Exception, SystemExit):
         return Trouble(traceback.format_exc()), None
 
 
-def _settle_in(site: Mapping[str, str], environment: Mapping[str, str]) -> None:
-    """Take over the driver's environment.
+def _settle_in(driver: _Driver) -> None:
+    """Take over what is found by name at the driver: variables, and where modules are.
 
     Raises:
         ClusterError: this node has other versions than the driver, so that its numbers would be stored for what they are not.
     """
-    for name, value in environment.items():
+    site, variables, path = driver
+    for name, value in variables.items():
         os.environ.setdefault(name, value)
+    sys.path += [folder for folder in path if folder not in sys.path]
     here = _site()
     if different := [
         f"{name} {here.get(name)} (the driver: {value})" for name, value in site.items() if here.get(name) != value

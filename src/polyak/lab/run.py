@@ -22,8 +22,8 @@ from polyak.lab import versions as facts
 from polyak.lab.claim import Claim, Trial
 from polyak.lab.result import ClaimResult, TrialResult
 from polyak.lab.store import Planned, Store, Stored, StoreError
-from polyak.lab.tuning import Plan
 from polyak.lab.trackers import Mirror, Tracker
+from polyak.lab.tuning import Plan
 from polyak.lab.workers import Began, Died, Ended, Executor, Heard, Job, Processes, Trouble
 
 # How often signals and the trials of other processes are looked after.
@@ -129,7 +129,7 @@ def run_many(
             from there.
         StoreError: the store cannot be read or written.
         ClusterError: the cluster cannot be used.
-        TrackerError: there is no such tracker, or its library is missing.
+        TrackerError: a tracker's library is missing.
     """
     kind = device_kind(device, processes, executor)
     plans: dict[str, Plan] = {}
@@ -195,7 +195,9 @@ def device_kind(device: str, processes: int = 1, executor: Executor | None = Non
     """
     checks.integer("processes", processes, least=1)
     if (processes > 1 or executor is not None) and device not in ("cpu", "cuda"):
-        raise ValueError(f"device must be 'cpu' or 'cuda' where trials have several processes or a cluster, got {device!r}")
+        raise ValueError(
+            f"device must be 'cpu' or 'cuda' where trials have several processes or a cluster, got {device!r}"
+        )
     if executor is None or device == "cpu":
         if device == "cuda" and processes > 1:
             facts.device_kind(f"cuda:{processes - 1}")
@@ -376,7 +378,9 @@ class _Run:
             return
         machine = event.machine or self.machine
         if (ran_on := facts.times(self.processes, facts.kind_of(machine))) != task.plan.device:
-            self._fail(task, f"it ran on {ran_on}, and this run is of {task.plan.device}: a cluster's devices must be alike")
+            self._fail(
+                task, f"it ran on {ran_on}, and this run is of {task.plan.device}: a cluster's devices must be alike"
+            )
             return
         result = TrialResult(
             task=trial.task,

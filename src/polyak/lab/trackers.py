@@ -1,7 +1,7 @@
 """Mirrors of measurements in what people watch already: TensorBoard, MLflow, Weights & Biases.
 
-Whatever is mirrored, the store is what counts. A tracker works in a thread of its own, so that a slow one holds nothing up; one that
-fails is left out from then on, with one warning. Only trials that run are mirrored: what is stored already is not mirrored again.
+Whatever is mirrored, the store is what counts. A tracker works in a thread of its own, so that a slow one holds nothing up; one
+that fails is left out from then on, with one warning. Only trials that run are mirrored: what is stored already is not again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _STEPS = ("step", "steps", "evaluations", "nfe", "epoch", "iteration")  # coordi
 
 
 class TrackerError(RuntimeError):
-    """There is no such tracker, or its library is missing."""
+    """A tracker's library is missing."""
 
 
 class Tracker(Protocol):
@@ -59,13 +59,13 @@ def make(what: str) -> Tracker:
     (default: ``polyak``).
 
     Raises:
-        TrackerError: the name is unknown, or the library is not installed.
+        ValueError: the name is unknown.
+        TrackerError: its library is not installed.
     """
     name, _, where = what.partition(":")
+    kind = _KINDS[checks.one_of("track", name, list(_KINDS))]
     try:
-        return _KINDS[checks.one_of("track", name, list(_KINDS))](where)
-    except ValueError as error:
-        raise TrackerError(str(error)) from None
+        return kind(where)
     except ModuleNotFoundError as missing:
         raise TrackerError(
             f"tracking with {name} needs {missing.name}, of the extra `{name}`: pip install 'polyak[{name}]'"
@@ -75,7 +75,9 @@ def make(what: str) -> Tracker:
 class Mirror:
     """Trackers, each in its own thread; none can stop or slow down a run."""
 
-    def __init__(self, track: str | Tracker | Sequence[str | Tracker], warn: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, track: str | Tracker | Sequence[str | Tracker], warn: Callable[[str], None] | None = None
+    ) -> None:
         given = track if isinstance(track, Sequence) and not isinstance(track, str) else [track]
         made = [make(t) if isinstance(t, str) else t for t in given]
         self._threads = [_Thread(t, warn or (lambda message: warnings.warn(message, stacklevel=2))) for t in made]
