@@ -14,15 +14,21 @@ from polyak import claims
 from polyak.cli import compare, serving, terminal
 from polyak.cli.shared import (
     INTERRUPTED,
+    ClusterAt,
     Device,
+    Gpus,
     Home,
     Json,
+    Processes,
+    Track,
     Verbose,
     check,
     check_count,
     check_device,
+    place,
     print_json,
     stop,
+    trackers,
     trial_error,
 )
 from polyak.lab import scoreboard as board
@@ -82,14 +88,18 @@ def _check_scale(chosen: Sequence[Claim], scale: str) -> None:
         check(f"--scale of {claim.slug}", scale, [s.name for s in claim.scales])
 
 
-def _entries(chosen: Sequence[Claim], home: Path | None, scale: str = "small", device: str = "cpu") -> list[Entry]:
+def _entries(
+    chosen: Sequence[Claim], home: Path | None, scale: str = "small", device: str = "cpu", processes: int = 1
+) -> list[Entry]:
     """Each claim with its result: from the store where it has a complete one of the current code, else as published."""
-    own = _stored(chosen, home, scale, device)
+    own = _stored(chosen, home, scale, device, processes)
     found = {slug: result or claims.published(slug) for slug, result in own.items()}
     return [Entry(c, found[c.slug], published=own[c.slug] is None and found[c.slug] is not None) for c in chosen]
 
 
-def _stored(chosen: Sequence[Claim], home: Path | None, scale: str, device: str) -> dict[str, ClaimResult | None]:
+def _stored(
+    chosen: Sequence[Claim], home: Path | None, scale: str, device: str, processes: int = 1
+) -> dict[str, ClaimResult | None]:
     from polyak.lab.store import FILE, Store, home_folder
 
     found: dict[str, ClaimResult | None] = dict.fromkeys((c.slug for c in chosen), None)
@@ -101,7 +111,7 @@ def _stored(chosen: Sequence[Claim], home: Path | None, scale: str, device: str)
                 if (claim.slug, scale) in ran and any(s.name == scale for s in claim.scales):
                     from polyak.lab.run import collect
 
-                    found[claim.slug] = collect(claim, scale=scale, device=device, store=store)
+                    found[claim.slug] = collect(claim, scale=scale, device=device, processes=processes, store=store)
     return found
 
 
@@ -202,6 +212,10 @@ def reproduce(
     jobs: Annotated[
         int | None, typer.Option(help="Trials at once (default: one per core).", show_default=False)
     ] = None,
+    cluster: ClusterAt = None,
+    gpus: Gpus = None,
+    processes: Processes = 1,
+    track: Track = None,
     strict: Annotated[bool, typer.Option("--strict", help="Count undecided as failed in the exit status.")] = False,
     home: Home = None,
     as_json: Json = False,
@@ -221,10 +235,25 @@ def reproduce(
     check_count("--seeds", seeds)
     check_count("--jobs", jobs)
     _check_scale(chosen, scale)
-    check_device(device)
+    mirrors = trackers(track)
     try:
-        with Store(home) as store, terminal.progress() as tell:
-            found = run_many(chosen, scale=scale, seeds=seeds, device=device, jobs=jobs, store=store, on_progress=tell)
+        with (
+            place(cluster, gpus=gpus, processes=processes, jobs=jobs, device=device) as executor,
+            Store(home) as store,
+            terminal.progress() as tell,
+        ):
+            found = run_many(
+                chosen,
+                scale=scale,
+                seeds=seeds,
+                device=device,
+                jobs=jobs,
+                store=store,
+                on_progress=tell,
+                executor=executor,
+                processes=processes,
+                track=mirrors,
+            )
     except TrialError as error:
         stop(trial_error(error, verbose))
     except KeyboardInterrupt:
@@ -235,7 +264,16 @@ def reproduce(
         out = terminal.console()
         for claim in chosen:
             terminal.outcome(out, claim, found[claim.slug])
-        options = ("" if home is None else f" --home {home}") + ("" if scale == "small" else f" --scale {scale}")
+        options = "".join(
+            f" {option} {value}"
+            for option, value, default in (
+                ("--home", home, None),
+                ("--scale", scale, "small"),
+                ("--device", device, "cpu"),
+                ("--nproc-per-trial", processes, 1),
+            )
+            if value != default
+        )
         out.print(f"Plots and all numbers: polyak report {' '.join(c.slug for c in chosen)}{options}", soft_wrap=True)
     failing = {"fails", "undecided"} if strict else {"fails"}
     raise typer.Exit(1 if any(r.verdict in failing for r in found.values()) else 0)
@@ -248,6 +286,7 @@ def report(
     show_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     scale: Scale = "small",
     device: Device = "cpu",
+    processes: Processes = 1,
     home: Home = None,
 ) -> None:
     """Write the HTML report.
@@ -256,8 +295,9 @@ def report(
     """
     named = [_load(slug) for slug in slugs or []]
     _check_scale(named, scale)
-    check_device(device)
-    entries = _entries(list(claims.catalogue().values()), home, scale, device)
+    check_count("--nproc-per-trial", processes)
+    check_device(device, processes)
+    entries = _entries(list(claims.catalogue().values()), home, scale, device, processes)
     pages = {c.slug for c in named} or None
     index = write_report(entries, out, pages=pages)
     for entry in entries:

@@ -9,15 +9,20 @@ import typer
 from polyak.cli import terminal
 from polyak.cli.shared import (
     INTERRUPTED,
+    ClusterAt,
     Device,
+    Gpus,
     Home,
     Json,
+    Processes,
+    Track,
     Verbose,
     check,
     check_count,
-    check_device,
+    place,
     print_json,
     stop,
+    trackers,
     trial_error,
 )
 
@@ -69,6 +74,10 @@ def compare(
             help="When a trial that does not end is stopped, e.g. 10m (default: generous).", show_default=False
         ),
     ] = None,
+    cluster: ClusterAt = None,
+    gpus: Gpus = None,
+    processes: Processes = 1,
+    track: Track = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("polyak-report/compare.html"),
     show_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     home: Home = None,
@@ -90,10 +99,14 @@ def compare(
 
     for option, count in (("--seeds", seeds), ("--trials", trials), ("--points", points), ("--jobs", jobs)):
         check_count(option, count)
-    check_device(device)
+    mirrors = trackers(track)
     try:
         limit = None if deadline is None else seconds("--deadline", deadline)
-        with Store(home) as store, terminal.progress() as tell:
+        with (
+            place(cluster, gpus=gpus, processes=processes, jobs=jobs, device=device) as executor,
+            Store(home) as store,
+            terminal.progress() as tell,
+        ):
             found = carry_out(
                 tasks,
                 arms,
@@ -108,6 +121,9 @@ def compare(
                 deadline=limit,
                 store=store,
                 on_progress=tell,
+                executor=executor,
+                processes=processes,
+                track=mirrors,
             )
     except TrialError as error:
         stop(trial_error(error, verbose))

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -12,6 +13,8 @@ from polyak.core import checks
 
 if TYPE_CHECKING:
     from polyak.lab.run import TrialError
+    from polyak.lab.trackers import Tracker
+    from polyak.lab.workers import Executor
 
 INTERRUPTED = "interrupted. Finished trials are kept: the same command goes on from there."
 
@@ -21,6 +24,34 @@ Home = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+ClusterAt = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="auto|ADDRESS",
+        help="Run trials on a Ray cluster: the one that this machine is part of, or HOST:PORT.",
+        show_default=False,
+    ),
+]
+Gpus = Annotated[
+    float | None,
+    typer.Option(
+        "--gpus-per-trial",
+        help="On a cluster (default: one for each process with --device cuda, else none).",
+        show_default=False,
+    ),
+]
+Processes = Annotated[
+    int, typer.Option("--nproc-per-trial", help="Processes of each trial, started as torchrun starts them.")
+]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME[:WHERE]",
+        help="Mirror measurements in tensorboard[:FOLDER], mlflow[:URI] or wandb[:PROJECT]; may be repeated.",
+        show_default=False,
+    ),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Print the traceback of a trial that cannot run.")]
 
 
@@ -51,14 +82,53 @@ def check_count(option: str, value: int | None) -> None:
         raise typer.BadParameter(str(error), param_hint=option) from None
 
 
-def check_device(device: str) -> None:
-    """A device that is there, or the end."""
-    from polyak.lab.versions import device_kind
+def check_device(device: str, processes: int = 1) -> None:
+    """A device that is there, one for each process, or the end."""
+    from polyak.lab.run import device_kind
 
     try:
-        device_kind(device)
+        device_kind(device, processes)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from None
+
+
+@contextmanager
+def place(
+    address: str | None, *, gpus: float | None, processes: int, jobs: int | None, device: str
+) -> "Iterator[Executor | None]":
+    """Where trials run: a cluster, or None for this machine. Options that do not fit are the end."""
+    check_count("--nproc-per-trial", processes)
+    if address is None:
+        if gpus is not None:
+            raise typer.BadParameter("is for trials on a cluster: --cluster", param_hint="--gpus-per-trial")
+        check_device(device, processes)
+        yield None
+        return
+    check("--device", device, ["cpu", "cuda"])
+    from polyak.lab.cluster import Cluster, ClusterError
+
+    wanted = (processes if device == "cuda" else 0) if gpus is None else gpus
+    try:
+        cluster = Cluster(address, jobs=jobs, processes=processes, gpus=wanted)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--gpus-per-trial") from None
+    with cluster:
+        try:
+            yield cluster
+        except ClusterError as error:
+            stop(str(error))
+
+
+def trackers(names: Sequence[str] | None) -> "list[Tracker]":
+    """The trackers that are meant, or the end."""
+    from polyak.lab.trackers import TrackerError, make
+
+    try:
+        return [make(name) for name in names or ()]
+    except TrackerError as error:
+        stop(str(error))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--track") from None
 
 
 def trial_error(error: "TrialError", verbose: bool) -> str:

@@ -15,19 +15,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from polyak.core import checks
 from polyak.lab import versions as facts
 from polyak.lab.claim import Claim, Trial
 from polyak.lab.result import ClaimResult, TrialResult
 from polyak.lab.store import Planned, Store, Stored, StoreError
+from polyak.lab.trackers import Mirror, Tracker
 from polyak.lab.tuning import Plan
-from polyak.lab.workers import Died, Ended, Executor, Heard, Job, Processes, Trouble
+from polyak.lab.workers import Began, Died, Ended, Executor, Heard, Job, Processes, Trouble
 
 # How often signals and the trials of other processes are looked after.
 _TICK_S = 0.2
-# A worker that died may have been the victim of others' use of memory: its trial gets a second chance, and no third.
-_ATTEMPTS = 2
+# A device's name is asked for where trials run, which may have to be set up first.
+_PATIENCE_S = 300.0
 
 Listener = Callable[[Planned, Mapping[str, float], Mapping[str, float]], None]  # trial, at, values
 
@@ -68,10 +70,22 @@ def run(
     jobs: int | None = None,
     store: Store,
     on_progress: Callable[[Progress], None] | None = None,
+    executor: Executor | None = None,
+    processes: int = 1,
+    track: str | Tracker | Sequence[str | Tracker] = (),
 ) -> ClaimResult:
     """Run a claim's trials, those that are not stored yet, and judge it. See :func:`run_many`."""
     results = run_many(
-        [claim], scale=scale, seeds=seeds, device=device, jobs=jobs, store=store, on_progress=on_progress
+        [claim],
+        scale=scale,
+        seeds=seeds,
+        device=device,
+        jobs=jobs,
+        store=store,
+        on_progress=on_progress,
+        executor=executor,
+        processes=processes,
+        track=track,
     )
     return results[claim.slug]
 
@@ -85,6 +99,9 @@ def run_many(
     jobs: int | None = None,
     store: Store,
     on_progress: Callable[[Progress], None] | None = None,
+    executor: Executor | None = None,
+    processes: int = 1,
+    track: str | Tracker | Sequence[str | Tracker] = (),
 ) -> dict[str, ClaimResult]:
     """Run several claims through one set of worker processes, so that none idles before all is done.
 
@@ -93,10 +110,14 @@ def run_many(
         scale: the name of a scale that every claim has.
         seeds: how many seeds are reported, at least 1. Default: as many as each claim's scale declares.
         device: "cpu", "cuda" or "cuda:N".
-        jobs: worker processes. Default: as many as there are cores to use; on an accelerator one, since trials that share it
-            slow each other down.
+        jobs: trials at once on this machine. Default: as many as there are cores for; on an accelerator one, since trials that
+            share it slow each other down.
         store: where results are taken from and go to.
         on_progress: called with a claim's progress as its trials begin and end.
+        executor: where trials run, in place of ``jobs`` processes of this machine: a :class:`polyak.lab.cluster.Cluster`. It
+            is closed at the end.
+        processes: of each trial (:mod:`polyak.lab.group`).
+        track: where measurements are mirrored to, e.g. "tensorboard" (:mod:`polyak.lab.trackers`).
 
     Returns:
         Slug -> result, in the order of ``claims``.
@@ -107,15 +128,26 @@ def run_many(
         KeyboardInterrupt: on SIGINT or SIGTERM. The workers are stopped; what has ended is stored, and a later run goes on
             from there.
         StoreError: the store cannot be read or written.
+        ClusterError: the cluster cannot be used.
+        TrackerError: a tracker's library is missing.
     """
-    kind = facts.device_kind(device)
+    kind = device_kind(device, processes, executor)
     plans: dict[str, Plan] = {}
     for claim in claims:
         if claim.slug in plans:
             raise ValueError(f"claims must have slugs of their own, got {claim.slug!r} twice")
         _check_importable(claim)
         plans[claim.slug] = Plan(claim, scale=scale, seeds=seeds, device=kind, versions=_versions(claim))
-    carry_out(plans.values(), device=device, jobs=jobs, store=store, on_progress=on_progress)
+    carry_out(
+        plans.values(),
+        device=device,
+        jobs=jobs,
+        store=store,
+        on_progress=on_progress,
+        executor=executor,
+        processes=processes,
+        track=track,
+    )
     return {slug: plan.result() for slug, plan in plans.items()}
 
 
@@ -128,34 +160,65 @@ def carry_out(
     on_progress: Callable[[Progress], None] | None = None,
     on_measurement: Listener | None = None,
     executor: Executor | None = None,
+    processes: int = 1,
+    track: str | Tracker | Sequence[str | Tracker] = (),
 ) -> None:
     """Run what is missing of plans, until every plan is complete. Arguments and errors are those of :func:`run_many`.
 
     Args:
         on_measurement: hears every measurement on the way of every trial that runs here, as it is made, and once more the
-            final one, with empty coordinates. Trackers listen here.
-        executor: where trials run, in place of ``jobs`` processes of this machine. It is closed at the end.
+            final one, with empty coordinates.
     """
-    default = facts.cores() if device == "cpu" else 1
+    default = max(1, facts.cores() // processes) if device == "cpu" else 1
     jobs = checks.integer("jobs", default if jobs is None else jobs, least=1)
+    mirror = Mirror(track)
+    if executor is None:
+        executor = Processes(jobs)
+    executor.open()
     _Run(
         {plan.claim.slug: plan for plan in plans},
         device=device,
-        executor=executor or Processes(jobs),
+        executor=executor,
         store=store,
         on_progress=on_progress,
         on_measurement=on_measurement,
+        processes=processes,
+        mirror=mirror,
     ).carry_out()
 
 
+def device_kind(device: str, processes: int = 1, executor: Executor | None = None) -> str:
+    """What results are stored under: the device's kind there where trials run, with the number of a trial's processes.
+
+    Raises:
+        ValueError: there is no such device, or not one for each process.
+    """
+    checks.integer("processes", processes, least=1)
+    if (processes > 1 or executor is not None) and device not in ("cpu", "cuda"):
+        raise ValueError(
+            f"device must be 'cpu' or 'cuda' where trials have several processes or a cluster, got {device!r}"
+        )
+    if executor is None or device == "cpu":
+        if device == "cuda" and processes > 1:
+            facts.device_kind(f"cuda:{processes - 1}")
+        return facts.times(processes, facts.device_kind(device))
+    return facts.times(processes, executor.call(facts.device_kind, device, timeout=_PATIENCE_S))
+
+
 def collect(
-    claim: Claim, *, scale: str = "small", seeds: int | None = None, device: str = "cpu", store: Store
+    claim: Claim,
+    *,
+    scale: str = "small",
+    seeds: int | None = None,
+    device: str = "cpu",
+    processes: int = 1,
+    store: Store,
 ) -> ClaimResult | None:
     """The result from what is stored for the present code and versions, without running anything; None where it is incomplete.
 
     ``seeds`` asks for that many. By default all seeds count that are complete, if they are as many as the scale declares.
     """
-    settings = {"scale": scale, "device": facts.device_kind(device), "versions": _versions(claim)}
+    settings = {"scale": scale, "device": device_kind(device, processes), "versions": _versions(claim)}
     plan = Plan(claim, seeds=seeds, **settings)
     plan.load(store)
     if not plan.complete:
@@ -193,7 +256,7 @@ class _Task:
     plan: Plan
     trial: Planned
     attempts: int = 0
-    since: float = 0.0
+    since: float | None = None  # when it began; None while it waits for a place
 
 
 @dataclass(eq=False)
@@ -206,6 +269,8 @@ class _Run:
     store: Store
     on_progress: Callable[[Progress], None] | None
     on_measurement: Listener | None
+    processes: int
+    mirror: Mirror
     queue: list[_Task] = field(default_factory=list)
     flight: dict[int, _Task] = field(default_factory=dict)  # by ticket
     tickets: Iterator[int] = field(default_factory=itertools.count)
@@ -213,11 +278,11 @@ class _Run:
     cached: dict[str, int] = field(default_factory=dict)
     errors: dict[str, TrialError] = field(default_factory=dict)
     libraries: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    machine: Mapping[str, str] = field(init=False)
     began: float = field(default_factory=time.monotonic)
 
-    def __post_init__(self) -> None:
-        self.machine = facts.machine(self.device)
+    @cached_property
+    def machine(self) -> Mapping[str, str]:
+        return facts.machine(self.device)
 
     def carry_out(self) -> None:
         with _stop_signals() as stop:
@@ -281,18 +346,23 @@ class _Run:
             worst={metric.name: metric.worst_value for metric in claim.metrics},
             needed=task.plan.needed(trial),
             libraries=self.libraries[claim.slug],
-            stream="ask" if task.plan.asks(trial) else "tell" if self.on_measurement else "",
+            stream="ask" if task.plan.asks(trial) else "tell" if self.on_measurement or self.mirror.wanted else "",
+            processes=self.processes,
         )
         ticket = next(self.tickets)
         self.flight[ticket] = task
-        task.since = time.monotonic()
         task.attempts += 1
-        self.executor.start(ticket, job)
+        task.since = time.monotonic() if self.executor.start(ticket, job) else None
+        self.mirror.begin(trial)
         self._report(claim.slug)
 
-    def _take_in(self, event: Heard | Ended) -> None:
+    def _take_in(self, event: Began | Heard | Ended) -> None:
+        if isinstance(event, Began):
+            self.flight[event.ticket].since = time.monotonic()
+            return
         if isinstance(event, Heard):
             task = self.flight[event.ticket]
+            self.mirror.measured(task.trial, event.at, event.values)
             if self.on_measurement is not None:
                 self.on_measurement(task.trial, event.at, event.values)
             if task.plan.asks(task.trial):
@@ -306,6 +376,12 @@ class _Run:
         if isinstance(answer, Trouble):
             self._fail(task, answer.trace)
             return
+        machine = event.machine or self.machine
+        if (ran_on := facts.times(self.processes, facts.kind_of(machine))) != task.plan.device:
+            self._fail(
+                task, f"it ran on {ran_on}, and this run is of {task.plan.device}: a cluster's devices must be alike"
+            )
+            return
         result = TrialResult(
             task=trial.task,
             arm=trial.arm,
@@ -318,10 +394,11 @@ class _Run:
             diverged=answer.diverged,
             message=answer.message,
         )
-        self.store.finish(trial, result, self.machine)
+        self.store.finish(trial, result, machine)
         self.expected[trial.claim, trial.task, trial.arm] = answer.seconds
         if self.on_measurement is not None:
             self.on_measurement(trial, {}, answer.values)
+        self.mirror.end(trial, "diverged" if answer.diverged else "done", answer.values, answer.message)
         # From the store, so that a result is the same whether it was just made or stored long ago.
         self._found(task, self.store.results([trial])[trial.digest])
 
@@ -331,7 +408,8 @@ class _Run:
         self._report(task.trial.claim)
 
     def _bury(self, task: _Task, death: Died) -> None:
-        if task.attempts < _ATTEMPTS:
+        if task.attempts < death.chances:
+            self.mirror.end(task.trial, "killed", {}, f"its process died with {death.how}; it is begun anew")
             self.queue.insert(0, task)
             return
         self._fail(task, f"its process died {task.attempts} times, the last time with {death.how}")
@@ -341,7 +419,7 @@ class _Run:
         now = time.monotonic()
         for ticket, task in list(self.flight.items()):
             limit = task.plan.deadline
-            if limit is not None and now - task.since > limit:
+            if limit is not None and task.since is not None and now - task.since > limit:
                 self.executor.stop(ticket)
                 del self.flight[ticket]
                 self._fail(task, f"it did not end, and was stopped at its deadline after {limit:g} s")
@@ -349,6 +427,7 @@ class _Run:
     def _fail(self, task: _Task, trace: str) -> None:
         slug = task.trial.claim
         self.store.fail(task.trial, trace)
+        self.mirror.end(task.trial, "failed", {}, trace)
         self.errors.setdefault(slug, TrialError(task.trial, trace))
         self.queue = [other for other in self.queue if other.trial.claim != slug]
         self._report(slug)
@@ -393,7 +472,7 @@ class _Run:
         typical = sum(self.expected.values()) / len(self.expected)
         now = time.monotonic()
         running = list(self.flight.values())
-        rest = [max(0.0, self._expect(task.trial, typical) - (now - task.since)) for task in running]
+        rest = [max(0.0, self._expect(task.trial, typical) - (now - (task.since or now))) for task in running]
         queued = [self._expect(task.trial, typical) for task in self.queue]
         unnamed = max(0, left - len(running) - len(queued)) * typical
         total = sum(rest) + sum(queued) + unnamed
@@ -403,9 +482,11 @@ class _Run:
         """End what runs, and give up what is in flight."""
         self.executor.close()
         for task in self.flight.values():
+            self.mirror.end(task.trial, "killed", {}, "interrupted")
             # Where the store cannot be written any more, the marks end with this process.
             with suppress(StoreError):
                 self.store.release(task.trial)
+        self.mirror.close()
 
 
 @contextmanager

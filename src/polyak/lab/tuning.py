@@ -7,17 +7,19 @@ seeds. Seeds 0, 1, 2, ... are reported; tuning seeds start at :data:`FIRST_TUNIN
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from polyak.core import checks
-from polyak.lab import statistics
+from polyak.lab import statistics, words
 from polyak.lab import versions as facts
 from polyak.lab.claim import Arm, Claim, Metric
 from polyak.lab.result import ClaimResult, TrialResult
 from polyak.lab.store import Planned, Store, Stored
 
 FIRST_TUNING_SEED = 10_000
+_NODES_NAMED = 8  # of a cluster, in a note
 Key = tuple[str, str]  # task, arm
 
 
@@ -178,8 +180,8 @@ class Plan:
             date=latest.finished,
             seconds=sum(t.seconds for t in trials),
             versions=self.versions,
-            machine=latest.machine,
-            notes=(*sorted(self.notes), *_divergences(trials)),
+            machine={name: fact for name, fact in latest.machine.items() if name != "node"},
+            notes=(*sorted(self.notes), *_divergences(trials), *_places([s.machine for s in stored])),
         )
 
 
@@ -219,3 +221,21 @@ def _divergences(trials: Sequence[TrialResult]) -> list[str]:
         for (task, arm), group in groups.items()
         if any(t.diverged for t in group)
     ]
+
+
+def _places(machines: Sequence[Mapping[str, str]]) -> list[str]:
+    """Where trials ran, if any ran on the nodes of a cluster: on how many, and which."""
+    if not any("node" in machine for machine in machines):
+        return []
+    counted = Counter((machine.get("node", ""), _kind(machine)) for machine in machines)
+    nodes = sorted(counted.items(), key=lambda item: (-item[1], item[0]))
+    said = [f"{count} on {f'node {name}' if name else 'another machine'} ({kind})" for (name, kind), count in nodes]
+    more = f", and others on {len(said) - _NODES_NAMED} further ones" if len(said) > _NODES_NAMED else ""
+    unlike = "; these are not alike, so that times on them are not" if len({kind for _, kind in counted}) > 1 else ""
+    where = words.count(sum(bool(name) for name, _ in counted), "node")
+    return [f"trials ran on {where} of a cluster: {', '.join(said[:_NODES_NAMED])}{more}{unlike}"]
+
+
+def _kind(machine: Mapping[str, str]) -> str:
+    accelerator = machine["accelerator"]
+    return f"{machine['processor']}, {machine['cores']} cores{'' if accelerator == 'none' else f', {accelerator}'}"

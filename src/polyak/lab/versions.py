@@ -55,6 +55,11 @@ def device_kind(device: str) -> str:
     return torch.cuda.get_device_name(device)
 
 
+def times(count: int, kind: str) -> str:
+    """What trials of several processes are stored under: "2 × cpu"."""
+    return kind if count == 1 else f"{count} × {kind}"
+
+
 def machine(device: str = "cpu") -> dict[str, str]:
     """The machine in words, without host's or user's name; ``device`` is the one that is used."""
     kind = device_kind(device)
@@ -64,6 +69,12 @@ def machine(device: str = "cpu") -> dict[str, str]:
         "cores": str(cores()),
         "accelerator": "none" if kind == "cpu" else kind,
     }
+
+
+def kind_of(machine: Mapping[str, str]) -> str:
+    """The :func:`device_kind` that was used on a :func:`machine`."""
+    used = machine["accelerator"]
+    return "cpu" if used == "none" else used
 
 
 def _processor() -> str:

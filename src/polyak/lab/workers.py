@@ -29,7 +29,7 @@ from polyak.core import checks
 from polyak.lab.claim import Diverged, Measurement, Trial, TrialFunction
 
 STOPPED = "stopped early"  # how the message of a trial begins that was told to stop
-_THREADS = (
+THREADS = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
@@ -43,7 +43,7 @@ class Job:
     """What a worker needs to know of a trial.
 
     ``stream``: "" collects measurements until the end; "tell" sends each on its way, too; "ask" also waits after each to hear
-    whether to go on.
+    whether to go on. ``processes``: how many the trial is (:mod:`polyak.lab.group`).
     """
 
     function: TrialFunction
@@ -52,6 +52,7 @@ class Job:
     needed: frozenset[str]  # metrics that the final measurement must hold
     libraries: tuple[str, ...]
     stream: Literal["", "tell", "ask"] = ""
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,20 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Died:
-    """A worker's end in the middle of a trial, in words."""
+    """A worker's end in the middle of a trial, in words, and how often a trial is begun at most that ends so.
+
+    A worker that died may have been the victim of others' use of memory: its trial gets a second chance, and no third.
+    """
 
     how: str
+    chances: int = 2
+
+
+@dataclass(frozen=True)
+class Began:
+    """A job that had to wait for a place has begun."""
+
+    ticket: int
 
 
 @dataclass(frozen=True)
@@ -90,22 +102,38 @@ class Heard:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job's end."""
+    """A job's end, and the machine that it ran on where that is another than the caller's."""
 
     ticket: int
     answer: Outcome | Trouble | Died
+    machine: Mapping[str, str] | None = None
 
 
 class Executor(Protocol):
     """Where jobs run. A ticket is the caller's number for a job."""
 
-    slots: int  # how many jobs may run at once
-
-    def start(self, ticket: int, job: Job) -> None:
-        """Begin a job; at most ``slots`` are in flight."""
+    @property
+    def slots(self) -> int:
+        """How many jobs may run at once."""
         ...
 
-    def events(self, timeout: float) -> list[Heard | Ended]:
+    def open(self) -> None:
+        """Make ready for jobs; may be called again."""
+        ...
+
+    def apart(self) -> None:
+        """From now on have no two jobs share a machine, so that none slows another down."""
+        ...
+
+    def call(self, function: Callable[..., Any], *arguments: Any, timeout: float) -> Any:
+        """``function(*arguments)`` where jobs run; errors are those of :func:`call_apart`."""
+        ...
+
+    def start(self, ticket: int, job: Job) -> bool:
+        """Begin a job; at most ``slots`` are in flight. Whether it has begun: if not, :class:`Began` tells when."""
+        ...
+
+    def events(self, timeout: float) -> list[Began | Heard | Ended]:
         """What has happened, as soon as anything has, or nothing after ``timeout`` seconds."""
         ...
 
@@ -126,7 +154,9 @@ class Executor(Protocol):
 
 
 @dataclass(eq=False)
-class _Worker:
+class Worker:
+    """A process, the pipe to it, and what it is at."""
+
     process: BaseProcess
     connection: Connection
     ticket: int | None = None
@@ -137,15 +167,25 @@ class Processes:
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
 
-    def start(self, ticket: int, job: Job) -> None:
+    def open(self) -> None:
+        """Processes are started as they are needed."""
+
+    def apart(self) -> None:
+        self.slots = 1
+
+    def call(self, function: Callable[..., Any], *arguments: Any, timeout: float) -> Any:
+        return call_apart(function, *arguments, timeout=timeout)
+
+    def start(self, ticket: int, job: Job) -> bool:
         worker = next((w for w in self._workers if w.ticket is None), None) or self._hire()
         worker.ticket = ticket
         with suppress(OSError):  # a worker that has died meanwhile is found dead when its answer is waited for
             worker.connection.send_bytes(pickle.dumps(job))
+        return True
 
-    def events(self, timeout: float) -> list[Heard | Ended]:
+    def events(self, timeout: float) -> list[Began | Heard | Ended]:
         busy = {worker.connection: worker for worker in self._workers if worker.ticket is not None}
         return [self._hear(busy[ready]) for ready in wait(list(busy), timeout=timeout)]  # pyright: ignore[reportArgumentType]
 
@@ -156,29 +196,29 @@ class Processes:
     def stop(self, ticket: int) -> None:
         worker = self._worker(ticket)
         self._workers.remove(worker)
-        _kill([worker])
+        end([worker])
 
     def close(self) -> None:
         """Stop the workers, which hold nothing that is worth an orderly end."""
-        _kill(self._workers)
+        end(self._workers)
         self._workers = []
 
-    def _worker(self, ticket: int) -> _Worker:
+    def _worker(self, ticket: int) -> Worker:
         return next(worker for worker in self._workers if worker.ticket == ticket)
 
-    def _hire(self) -> _Worker:
-        worker = _Worker(*_process(_work))
+    def _hire(self) -> Worker:
+        worker = Worker(*begin_process(_work))
         self._workers.append(worker)
         return worker
 
-    def _hear(self, worker: _Worker) -> Heard | Ended:
+    def _hear(self, worker: Worker) -> Heard | Ended:
         ticket = worker.ticket
         assert ticket is not None
         try:
             said = worker.connection.recv()
         except (EOFError, OSError):
             self._workers.remove(worker)
-            return Ended(ticket, Died(_end_of(worker.process)))
+            return Ended(ticket, Died(end_of(worker.process)))
         if isinstance(said, tuple):
             return Heard(ticket, *said)
         worker.ticket = None
@@ -192,32 +232,35 @@ def call_apart(function: Callable[..., Any], *arguments: Any, timeout: float) ->
         TimeoutError: it did not end.
         RuntimeError: the process died, or the function raised (the message is the traceback's text).
     """
-    worker = _Worker(*_process(_call))
+    worker = Worker(*begin_process(_call))
     try:
         worker.connection.send_bytes(pickle.dumps((function, arguments)))
         if not worker.connection.poll(timeout):
             raise TimeoutError(f"not done after {timeout:g} s")
         answer = worker.connection.recv()
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        raise RuntimeError(f"its process died with {_end_of(worker.process)}") from None
+        raise RuntimeError(f"its process died with {end_of(worker.process)}") from None
     finally:
-        _kill([worker])
+        end([worker])
     if isinstance(answer, Trouble):
         raise RuntimeError(answer.trace)
     return answer[0]
 
 
-def _process(target: Callable[[Connection], None]) -> tuple[BaseProcess, Connection]:
+def begin_process(target: Callable[[Connection], None]) -> tuple[BaseProcess, Connection]:
+    """A process that runs ``target`` with one end of a pipe; the other end."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=target, args=(theirs,), daemon=True)
+    # No daemon, since these may start no processes; :func:`begin` has it end with this process all the same.
+    process = context.Process(target=target, args=(theirs,))
     with _sigint_blocked():
         process.start()
     theirs.close()
     return process, ours
 
 
-def _kill(workers: Sequence[_Worker]) -> None:
+def end(workers: Sequence[Worker]) -> None:
+    """Kill processes, and wait until they are gone."""
     for worker in workers:
         worker.process.kill()
     for worker in workers:
@@ -225,7 +268,8 @@ def _kill(workers: Sequence[_Worker]) -> None:
         worker.connection.close()
 
 
-def _end_of(process: BaseProcess) -> str:
+def end_of(process: BaseProcess) -> str:
+    """How a process ended, in words."""
     process.join(5)
     code = process.exitcode or 0
     if code >= 0:
@@ -252,7 +296,7 @@ def _sigint_blocked() -> Iterator[None]:
 
 def _work(connection: Connection) -> None:
     """A worker's life: take a job, send its outcome, until nobody asks any more."""
-    _begin()
+    begin()
 
     def tell(at: Mapping[str, float], values: Mapping[str, float]) -> None:
         connection.send((at, values))
@@ -267,7 +311,7 @@ def _work(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            answer = carry_out(pickle.loads(packed), tell, ask)
+            answer = carry_out_anyhow(pickle.loads(packed), tell, ask)
         except (Exception, SystemExit):
             answer = Trouble(traceback.format_exc())
         connection.send(answer)
@@ -275,7 +319,7 @@ def _work(connection: Connection) -> None:
 
 def _call(connection: Connection) -> None:
     """The life of a process that makes one call."""
-    _begin()
+    begin()
     try:
         function, arguments = pickle.loads(connection.recv_bytes())
         answer = (function(*arguments),)
@@ -284,9 +328,10 @@ def _call(connection: Connection) -> None:
     connection.send(answer)
 
 
-def _begin() -> None:
+def begin() -> None:
+    """What a process does first: numerical libraries get one thread, and it ends when its parent does."""
     # Before numpy or torch are imported, which read these once.
-    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    os.environ.update(dict.fromkeys(THREADS, "1"))
     # What a trial prints must not get into what the command prints, which may be JSON.
     with suppress(OSError):
         os.dup2(2, 1)
@@ -301,11 +346,20 @@ def _end_with(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-def carry_out(
-    job: Job,
-    tell: Callable[[Mapping[str, float], Mapping[str, float]], None],
-    ask: Callable[[Mapping[str, float], Mapping[str, float]], bool],
-) -> Outcome:
+Tell = Callable[[Mapping[str, float], Mapping[str, float]], None]  # at, values
+Ask = Callable[[Mapping[str, float], Mapping[str, float]], bool]
+
+
+def carry_out_anyhow(job: Job, tell: Tell, ask: Ask) -> Outcome | Trouble | Died:
+    """Run a trial, in this process or in several."""
+    if job.processes == 1:
+        return carry_out(job, tell, ask)
+    from polyak.lab import group
+
+    return group.carry_out(job, tell, ask)
+
+
+def carry_out(job: Job, tell: Tell, ask: Ask) -> Outcome:
     """Run a trial. Measurements on the way go to ``tell`` or ``ask`` if the job says so.
 
     Raises:

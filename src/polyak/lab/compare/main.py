@@ -22,8 +22,9 @@ from polyak.lab.compare.sampling import Draw
 from polyak.lab.compare.search import MEASURE, ComparisonPlan
 from polyak.lab.compare.task import Facts, TaskError, add_folder
 from polyak.lab.compare.trial import Train
-from polyak.lab.run import Listener, Progress, carry_out
+from polyak.lab.run import Listener, Progress, carry_out, device_kind
 from polyak.lab.store import Store
+from polyak.lab.trackers import Tracker
 from polyak.lab.workers import Executor, call_apart
 
 EXAMINATION_S = 300.0  # a task that has not been built and looked at by then is taken to hang
@@ -58,6 +59,8 @@ def compare(
     on_progress: Callable[[Progress], None] | None = None,
     on_measurement: Listener | None = None,
     executor: Executor | None = None,
+    processes: int = 1,
+    track: str | Tracker | Sequence[str | Tracker] = (),
 ) -> Comparison:
     """Compare optimizers or samplers on tasks of one's own, at an equal budget for tuning and for each trial.
 
@@ -79,7 +82,10 @@ def compare(
         progress: show a bar (in a notebook or a terminal), where ``on_progress`` is not given.
         on_progress: called with the progress of each task's trials.
         on_measurement: hears every measurement as it is made (see :func:`polyak.lab.run.carry_out`).
-        executor: where trials run, in place of ``jobs`` processes of this machine.
+        executor: where trials run, in place of ``jobs`` processes of this machine: a :class:`polyak.lab.cluster.Cluster`. With
+            a budget in time and no ``jobs``, each of its nodes runs one trial at a time. It is closed at the end.
+        processes: of each trial (:mod:`polyak.lab.group`); with several the budget is a count.
+        track: where measurements are mirrored to, e.g. "tensorboard" (:mod:`polyak.lab.trackers`).
 
     Raises:
         TaskError: a task file cannot be used.
@@ -88,6 +94,8 @@ def compare(
         TrialError: a trial could not be run; finished ones are kept, and the same call goes on from there.
         KeyboardInterrupt: on SIGINT or SIGTERM; finished trials are kept.
         StoreError: the store cannot be read or written.
+        ClusterError: the cluster cannot be used.
+        TrackerError: a tracker's library is missing.
 
     Workers are processes that are started afresh: a script that calls this must do so under ``if __name__ == "__main__":``.
 
@@ -101,11 +109,12 @@ def compare(
         checks.real("target", target)
     if deadline is not None:
         checks.positive("deadline", deadline)
-    kind = versions.device_kind(device)
     files = task_files(tasks)
     for file in files:
         add_folder(file)  # arms may be beside the tasks
-    facts = {file: _examine(file, device, deadline or EXAMINATION_S) for file in files}
+    kind = device_kind(device, processes, executor)
+    call = call_apart if executor is None else executor.call
+    facts = {file: _examine(file, device, deadline or EXAMINATION_S, call) for file in files}
     kind_of_task = next(iter(facts.values())).kind
     if any(f.kind != kind_of_task for f in facts.values()):
         raise TaskError("tasks must be alike: some are of training and some of sampling")
@@ -115,6 +124,11 @@ def compare(
     tuned = sum(bool(arm.space) for arm in competitors)
     limit = budgets.parse(budget, len(files) * (tuned * trials + len(competitors) * seeds))
     _check_unit(limit, facts)
+    if limit.unit == "seconds" and processes > 1:
+        # Each process has a clock of its own: one would go on to a step that the others do not take.
+        raise ValueError(f"budget for trials of several processes is a count like 500steps, got {limit.label}")
+    if limit.unit == "seconds" and executor is not None and jobs is None:
+        executor.apart()
     at_once = jobs if jobs is not None else 1 if limit.unit == "seconds" else None
     plans = [
         _plan(file, f, competitors, limit, seeds=seeds, trials=trials, points=points, kind=kind, deadline=deadline)
@@ -129,6 +143,8 @@ def compare(
             on_progress=on_progress or tell,
             on_measurement=on_measurement,
             executor=executor,
+            processes=processes,
+            track=track,
         )
     setup = Setup(
         budget=limit,
@@ -136,7 +152,7 @@ def compare(
         trials=trials,
         points=points,
         target=target,
-        alone=at_once == 1 and executor is None,
+        alone=at_once == 1,
     )
     done = [
         TaskComparison(name=plan.claim.tasks[0].name, facts=f, claim=plan.claim, result=plan.result(), setup=setup)
@@ -174,9 +190,9 @@ def task_files(tasks: str | Path | Sequence[str | Path]) -> list[Path]:
     return [path.resolve() for path in found]
 
 
-def _examine(file: Path, device: str, patience: float) -> Facts:
+def _examine(file: Path, device: str, patience: float, call: Callable[..., Any]) -> Facts:
     try:
-        found = call_apart(examine, str(file), device, timeout=patience)
+        found = call(examine, str(file), device, timeout=patience)
     except TimeoutError:
         raise TaskError(
             f"{file.name}: not ready after {patience:g} s: a call of task, loss or evaluate does not end"

@@ -122,7 +122,7 @@ _CLOCK = (
     "counts taking batches, gradients and the optimizer's steps, so that what an optimizer costs counts. Evaluations, building the "
     "task, and two steps to warm up do not count."
 )
-_ALONE = "Trials ran one at a time, on one thread."
+_ALONE = "Trials ran one at a time on a machine, on one thread."
 _BESIDE = "Trials ran beside each other, which makes times rough."
 _INTERVALS = (
     "95 %, by bootstrap of the differences seed by seed. An arm is better or worse where the interval and an exact sign-flip test "
