@@ -287,12 +287,12 @@ class _Mailbox:
         self._news.set()
 
     async def ask(self, ticket: int, what: Any) -> bool:
-        self._asked[ticket] = self._future()
+        future = self._asked[ticket] = self._future()
         await self.say(ticket, what)
-        return await self._asked.pop(ticket)
+        return await future
 
     async def answer(self, ticket: int, go_on: bool) -> None:
-        self._asked[ticket].set_result(go_on)
+        self._asked.pop(ticket).set_result(go_on)
 
     async def take(self) -> list[tuple[int, Any]]:
         """All that was said and not taken yet, as soon as there is something, or the driver is to be woken."""

@@ -1,0 +1,175 @@
+"""Trials of several processes: two of gloo, as torchrun would start them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import group_claims_for_tests as examples
+import psutil
+import pytest
+import torch
+
+from polyak.cli import main
+from polyak.lab import Store, TrialError, collect, compare, run
+from polyak.lab.claim import Trial
+from polyak.lab.cluster import Cluster
+from polyak.lab.group import carry_out, environment
+from polyak.lab.workers import STOPPED, Job, Outcome
+
+from .tasks_for_tests import REGRESSION, write
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+
+
+def by_hand(seed: int, steps: int = 6) -> list[float]:
+    """The same descent in one process, with both ranks' noise."""
+    generators = [torch.Generator().manual_seed(1000 * seed + rank) for rank in (0, 1)]
+    x = torch.full((4,), 1.0 + seed)
+    losses = []
+    for _ in range(steps):
+        gradient = sum(2 * x + torch.randn(4, generator=g) for g in generators)
+        x = x - 0.1 * gradient / 2
+        losses.append(x.square().sum().item())
+    return losses
+
+
+def test_two_processes_are_one_trial(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        result = run(examples.make(), store=store, processes=2, jobs=1)
+        assert result.device == "2 × cpu"
+        for trial in result.trials:
+            losses = by_hand(trial.seed)
+            assert [values["loss"] for _, values in trial.curve] == losses
+            assert dict(trial.values) == {"loss": losses[-1], "rank": 0.0, "size": 2.0, "threads": 1.0}
+        assert collect(examples.make(), store=store) is None, "what one process does is another experiment"
+        assert collect(examples.make(), processes=2, store=store) == result
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("die", r"its process died 2 times, the last time with rank 1 of 2: signal SIGKILL"),
+        ("raise", r"rank 1 of 2: (.|\n)*RuntimeError: a bug in this rank"),
+    ],
+)
+def test_a_rank_that_fails_fails_the_trial(tmp_path: Path, how: str, message: str) -> None:
+    with Store(tmp_path) as store, pytest.raises(TrialError, match=message):
+        run(examples.make(how), store=store, processes=2, jobs=2)
+    assert not ranks()
+
+
+def ranks() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+
+
+def job(how: str, stream: Any = "") -> Job:
+    options = {"steps": 6, "how": how, "failing": 1}
+    trial = Trial(claim="group", scale="small", task="parabola", arm="plain", seed=1, options=options)
+    worst = dict.fromkeys(("loss", "rank", "size", "threads"), math.inf)
+    return Job(
+        function=examples.average,
+        trial=trial,
+        worst=worst,
+        needed=frozenset(["loss"]),
+        libraries=("torch",),
+        stream=stream,
+        processes=2,
+    )
+
+
+def test_a_rank_that_diverges_makes_the_trial_diverge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polyak.lab.group._DIVERGED_GRACE_S", 0.5)
+    outcome = carry_out(job("diverge"), lambda *_: None, lambda *_: True)
+    assert isinstance(outcome, Outcome)
+    assert outcome.diverged
+    assert outcome.message == "rank 1 of 2: too big"
+    assert [values["loss"] for _, values in outcome.curve] == by_hand(1)[:3]
+    assert set(outcome.values.values()) == {math.inf}
+
+
+def test_rank_0_is_told_to_stop() -> None:
+    heard: list[Any] = []
+
+    def ask(at: Any, values: Any) -> bool:
+        heard.append(values["loss"])
+        return len(heard) < 2
+
+    outcome = carry_out(job("", "ask"), lambda *_: None, ask)
+    assert isinstance(outcome, Outcome)
+    assert outcome.message == STOPPED
+    assert heard == by_hand(1)[:2]
+    assert not ranks()
+
+
+def test_the_environment_is_torchruns(tmp_path: Path) -> None:
+    """All that a script under torchrun finds, but for what is its agent's own, a rank finds here, too."""
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    script.write_text("import os, json, sys; open(sys.argv[1], 'w').write(json.dumps(dict(os.environ)))")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", script, out]
+    subprocess.run(command, check=True, capture_output=True)
+    theirs = json.loads(out.read_text())
+    words = ("RANK", "WORLD_SIZE", "MASTER", "TORCHELASTIC")
+    found = {name for name in theirs.keys() - os.environ.keys() if any(word in name for word in words)}
+    ours = environment(0, 1, 29500)
+    assert found - {"TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_SIGNALS_TO_HANDLE"} <= ours.keys()
+    for name in ours.keys() - {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"}:
+        assert ours[name] == theirs[name], name
+
+
+DATA_PARALLEL = {
+    "    model = nn.Linear(2, 1)\n": """    from accelerate import Accelerator
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(nn.Linear(2, 1))
+""",
+    '{"distance": (model.weight - TRUTH).norm()}': (
+        '{"distance": (accelerator.unwrap_model(model).weight - TRUTH).norm(), "ranks": accelerator.num_processes * '
+        "isinstance(model, nn.parallel.DistributedDataParallel)}"
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_a_comparison_under_accelerate(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    task = write(tmp_path, REGRESSION, replaced=DATA_PARALLEL)
+    small: dict[str, Any] = {"budget": "10steps", "seeds": 1, "trials": 1, "points": 5, "jobs": 1, "progress": False}
+    two = compare(task, "adamw,sgd", store=tmp_path, processes=2, **small).task()
+    one = compare(task, "adamw,sgd", store=tmp_path, **small).task()
+    assert [t.values["ranks"] for t in two.trials("adamw")] == [2]
+    assert [t.values["ranks"] for t in one.trials("adamw")] == [0]
+    # Both ranks have the same batches here, and the mean of two equal gradients is exact.
+    assert [t.values["distance"] for t in two.trials("adamw")] == [t.values["distance"] for t in one.trials("adamw")]
+
+
+def test_budgets_in_time_are_for_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["polyak.lab.compare.main"], "call_apart", lambda f, *given, timeout: f(*given))
+    with pytest.raises(ValueError, match="is a count like 500steps, got 1 seconds"):
+        compare(
+            write(tmp_path, REGRESSION), "adamw,sgd", budget="1s/trial", processes=2, store=tmp_path, progress=False
+        )
+
+
+def test_devices_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (
+        Store(tmp_path) as store,
+        pytest.raises(ValueError, match="device must be 'cpu' or 'cuda' where trials have several"),
+    ):
+        run(examples.make(), store=store, processes=2, device="cuda:1")
+    with pytest.raises(SystemExit) as left:
+        main(["reproduce", "lion", "--nproc-per-trial", "2", "--device", "cuda:1", "--home", str(tmp_path)])
+    assert left.value.code == 2
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_on_a_cluster_they_share_a_node(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    with Store(tmp_path) as store:
+        result = run(examples.make(seeds=1), store=store, processes=2, executor=Cluster("local", processes=2))
+    assert [values["loss"] for _, values in result.trials[0].curve] == by_hand(0)
