@@ -91,7 +91,6 @@ class _Group:
         self.first: Outcome | None = None  # rank 0's
         self.failure: Outcome | Trouble | None = None  # of whichever rank came to one first
         self.until: float | None = None  # when to wait no longer
-        self.began = time.perf_counter()
 
     def outcome(self) -> Outcome | Trouble | Died:
         while self.running:
@@ -108,6 +107,9 @@ class _Group:
                     return Died(self._of(rank, end_of(self.workers[rank].process)))
                 if (answer := self._take_in(connection, rank, said)) is not None:
                     return answer
+        if isinstance(self.failure, Outcome):
+            # Only now is all there that rank 0 measured until it waited for the other.
+            return replace(self.failure, curve=tuple(self.curve))
         if self.failure is not None:
             return self.failure
         assert self.first is not None
@@ -133,9 +135,7 @@ class _Group:
             # The other ranks may wait for one that has left its loop.
             return said if said.diverged or said.message == STOPPED else None
         if said.diverged:
-            seconds = time.perf_counter() - self.began
-            outcome = Outcome(self.job.worst, tuple(self.curve), seconds, True, self._of(rank, said.message))
-            self._failed(outcome, _DIVERGED_GRACE_S)
+            self._failed(replace(said, message=self._of(rank, said.message)), _DIVERGED_GRACE_S)
         return None
 
     def _failed(self, failure: Outcome | Trouble, grace: float) -> None:
