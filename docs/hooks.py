@@ -203,13 +203,18 @@ def api_page(room: str) -> str:
 
 def _modules(package: Any) -> Iterator[Any]:
     """The public modules below, in order. A package with ``__all__`` speaks for those in it."""
-    for name, module in sorted(package.modules.items()):
+    for name, module in sorted(_own_modules(package).items()):
         if not name.startswith("_"):
             yield module
             if module.exports is None:
                 yield from _modules(module)
             else:
-                yield from (m for n, m in sorted(module.modules.items()) if n in module.exports)
+                yield from (m for n, m in sorted(_own_modules(module).items()) if n in module.exports)
+
+
+def _own_modules(package: Any) -> dict[str, Any]:
+    """The modules in a package, without those that it imports: `import polyak` would lead around in circles."""
+    return {name: m for name, m in package.members.items() if not m.is_alias and m.is_module}
 
 
 def _public(module: Any) -> list[str]:

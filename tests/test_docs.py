@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -161,6 +162,23 @@ def task(seed, device):
 """
 
 
+def workers() -> dict[str, Any]:
+    """A model, and connections to four other workers, which send what this one does."""
+    from polyak.optim.monna import Peers
+
+    class Five:
+        rank, size = 0, 5
+
+        def exchange(self, vector: torch.Tensor, patience: Any) -> list[torch.Tensor]:
+            return [vector] * self.size
+
+        def serve(self, vector: torch.Tensor, patience: Any, server: int, mix: Any) -> torch.Tensor:
+            return mix(self.exchange(vector, patience))
+
+    mock.patch.object(Peers, "connect", return_value=Five()).start()  # until the page has run
+    return model()
+
+
 def task_file() -> dict[str, Any]:
     """A task file of little work."""
     Path("task.py").write_text(TASK, encoding="utf-8")
@@ -178,7 +196,7 @@ def engine() -> dict[str, Any]:
 
 
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
-    f.__name__: f for f in (model, network, pipe, checkpoints, task_file, engine)
+    f.__name__: f for f in (model, network, pipe, checkpoints, workers, task_file, engine)
 }
 IN_ROOM = {"optim": ("model",), "generate": ("network",)}  # what a claim's lines of use find, if its page says nothing
 
@@ -215,7 +233,15 @@ def run_page(page: str, shell: Callable[[str], None]) -> dict[str, Any]:
     """Run all blocks of a page; the namespace that is left."""
     text = text_of(page)
     found = blocks(text)
-    namespace = given(page, text) if any(b.language == "python" for b in found) else {}
+    try:
+        namespace = given(page, text) if any(b.language == "python" for b in found) else {}
+        _run_blocks(page, found, namespace, shell)
+    finally:
+        mock.patch.stopall()
+    return namespace
+
+
+def _run_blocks(page: str, found: list[Block], namespace: dict[str, Any], shell: Callable[[str], None]) -> None:
     for block in found:
         if block.not_run:
             continue
@@ -228,7 +254,6 @@ def run_page(page: str, shell: Callable[[str], None]) -> dict[str, Any]:
                     shell(command)
             else:
                 pytest.fail(f"{where}: a block of {block.language!r} is neither run nor marked as not run")
-    return namespace
 
 
 def commands(code: str) -> list[str]:
