@@ -115,7 +115,7 @@ class _Recorder:
     name = "recorder"
 
     def __init__(self, heard: list[tuple[str, bool]]) -> None:
-        self.heard = heard
+        self.heard, self.ends = heard, list[str]()
 
     def begin(self, trial: Planned) -> None:
         pass
@@ -125,26 +125,29 @@ class _Recorder:
 
     def end(self, trial: Planned, status: Any, values: Any, message: str) -> None:
         self.heard.append((f"{trial.arm} {trial.seed} {dict(trial.point)}", True))
+        self.ends.append(status)
 
     def close(self) -> None:
         pass
 
 
 def test_a_node_that_dies_in_the_middle_costs_nothing(nodes: Any, here: Any, tmp_path: Path) -> None:
-    claim = examples.slow(seeds=4, sleep=0.5)
+    claim = examples.slow(seeds=4, sleep=1.0)
     victim = nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()
-    killed: list[float] = []
+    killed: list[Progress] = []
+    recorder = _Recorder([])
 
     def kill(p: Progress) -> None:
-        if p.done == 3 and not killed:
-            assert len(p.running) >= 2
-            killed.append(time.monotonic())
+        if p.done == 3 and len(p.running) == 3 and not killed:  # one on each node
+            time.sleep(0.3)  # the last of them has begun, too
+            killed.append(p)
             nodes.remove_node(victim, allow_graceful=False)
 
     with Store(tmp_path) as store:
-        result = run(claim, store=store, executor=Cluster(nodes.address), on_progress=kill)
+        result = run(claim, store=store, executor=Cluster(nodes.address), on_progress=kill, track=recorder)
     assert killed
+    assert [status for status in recorder.ends if status != "done"] == ["killed"], "a trial was in the middle"
     assert numbers(result) == here(claim)
 
 

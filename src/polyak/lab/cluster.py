@@ -101,13 +101,11 @@ class Cluster:
                 f"no node of the cluster has room for a trial, which needs {asked}; there are: {has or 'none'}. "
                 "(If it grows on demand, say with --jobs how many trials to run at once.)"
             )
+        # On the driver's own node: it dies with the driver, and not before.
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=True
+            ray.get_runtime_context().get_node_id(), soft=False
         )
-        # Ray may send it by way of a node that is dead without being known to be: it begins anew elsewhere.
-        mailbox = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=3, max_task_retries=3)(_Mailbox)
-        self._mailbox: Any = mailbox.remote()
-        ray.get(self._mailbox.left.remote())
+        self._mailbox: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
         self._news = self._mailbox.take.remote()
 
     def apart(self) -> None:
