@@ -16,7 +16,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -167,13 +166,17 @@ class Cluster:
     def close(self) -> None:
         if self._ray is None:
             return
-        for ticket in list(self._flight):
-            with suppress(Exception):  # it may be the connection that is gone
-                self.stop(ticket)
-        with suppress(Exception):
-            self._ray.kill(self._mailbox)
         if self._ours:
-            self._ray.shutdown()
+            self._ray.shutdown()  # which ends all that this driver has begun
+            self._flight.clear()
+        else:
+            ended = list(self._flight.values())
+            for ticket in list(self._flight):
+                self.stop(ticket)
+            # A task that lost its mailbox before its life would end otherwise than it is asked to.
+            if ended:
+                self._ray.wait(ended, num_returns=len(ended), timeout=_CONNECT_S)
+            self._ray.kill(self._mailbox)
         self._ray = None
 
     # -- beneath ---------------------------------------------------------------------------------------------------------
