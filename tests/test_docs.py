@@ -34,7 +34,7 @@ from polyak.lab import versions
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 60  # for one block
-NOT_RUN: dict[str, int] = {}  # page -> how many of its blocks are marked as not run
+NOT_RUN: dict[str, int] = {"docs/cluster.md": 1}  # page -> how many of its blocks are marked as not run
 
 
 def _load_hooks() -> types.ModuleType:

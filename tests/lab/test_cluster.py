@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,15 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], list[Any]]
     return measured
 
 
-def ray_processes(name: str) -> list[psutil.Process]:
-    running = psutil.process_iter(["cmdline"])
-    return [p for p in running if "".join(p.info["cmdline"] or [])[:30].startswith(f"ray::{name}")]
+def tasks(nodes: Any, name: str) -> list[psutil.Process]:
+    """The processes of these nodes that run a task or actor; another test process may have nodes of its own."""
+    raylets = [node.all_processes["raylet"][0].process.pid for node in nodes.list_all_nodes()]
+    found = []
+    for child in (child for pid in raylets for child in psutil.Process(pid).children()):
+        with suppress(psutil.NoSuchProcess):
+            if "".join(child.cmdline())[:30].startswith(f"ray::{name}"):
+                found.append(child)
+    return found
 
 
 def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
@@ -115,7 +122,7 @@ class _Recorder:
     name = "recorder"
 
     def __init__(self, heard: list[tuple[str, bool]]) -> None:
-        self.heard = heard
+        self.heard, self.ends = heard, list[str]()
 
     def begin(self, trial: Planned) -> None:
         pass
@@ -125,26 +132,29 @@ class _Recorder:
 
     def end(self, trial: Planned, status: Any, values: Any, message: str) -> None:
         self.heard.append((f"{trial.arm} {trial.seed} {dict(trial.point)}", True))
+        self.ends.append(status)
 
     def close(self) -> None:
         pass
 
 
 def test_a_node_that_dies_in_the_middle_costs_nothing(nodes: Any, here: Any, tmp_path: Path) -> None:
-    claim = examples.slow(seeds=4, sleep=0.5)
+    claim = examples.slow(seeds=4, sleep=1.0)
     victim = nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()
-    killed: list[float] = []
+    killed: list[Progress] = []
+    recorder = _Recorder([])
 
     def kill(p: Progress) -> None:
-        if p.done == 3 and not killed:
-            assert len(p.running) >= 2
-            killed.append(time.monotonic())
+        if p.done == 3 and len(p.running) == 3 and not killed:  # one on each node
+            time.sleep(0.3)  # the last of them has begun, too
+            killed.append(p)
             nodes.remove_node(victim, allow_graceful=False)
 
     with Store(tmp_path) as store:
-        result = run(claim, store=store, executor=Cluster(nodes.address), on_progress=kill)
+        result = run(claim, store=store, executor=Cluster(nodes.address), on_progress=kill, track=recorder)
     assert killed
+    assert [status for status in recorder.ends if status != "done"] == ["killed"], "a trial was in the middle"
     assert numbers(result) == here(claim)
 
 
@@ -200,7 +210,7 @@ def test_trials_are_told_to_stop_and_are_stopped(nodes: Any) -> None:
                 if isinstance(event, Heard):
                     cluster.answer(event.ticket, event.at["step"] < 3)
         cluster.stop(2)
-        until(lambda: len(ray_processes("_trial")) == 0)
+        until(lambda: len(tasks(nodes, "_trial")) == 0)
         assert cluster.events(0.2) == []
     finally:
         cluster.close()
@@ -250,14 +260,32 @@ def test_ctrl_c_releases_the_cluster(nodes: Any, tmp_path: Path) -> None:
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
     ) as driver:
-        until(lambda: len(ray_processes("_trial")) == 2, 60)
+        until(lambda: len(tasks(nodes, "_trial")) == 2, 60)
         began = time.monotonic()
         driver.send_signal(signal.SIGINT)
         _, errors = driver.communicate(timeout=30)
     assert driver.returncode == 130, errors
     assert "interrupted" in errors
     assert time.monotonic() - began < 15
-    until(lambda: not ray_processes("_trial") and not ray_processes("_Mailbox"))
+    until(lambda: not tasks(nodes, "_trial") and not tasks(nodes, "_Mailbox"))
+
+
+def test_a_connection_that_is_there_is_kept(nodes: Any, tmp_path: Path) -> None:
+    ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+
+    def interrupt(p: Progress) -> None:
+        if p.done == 2:
+            raise KeyboardInterrupt
+
+    try:
+        with Store(tmp_path) as store, pytest.raises(KeyboardInterrupt):
+            run(examples.slow(seeds=3), store=store, executor=Cluster(), on_progress=interrupt)
+        until(lambda: not tasks(nodes, "_trial") and not tasks(nodes, "_Mailbox"))
+        with Store(tmp_path) as store:
+            assert len(run(examples.slow(seeds=3), store=store, executor=Cluster()).trials) == 6
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
 
 
 # -- no cluster ------------------------------------------------------------------------------------------------------------

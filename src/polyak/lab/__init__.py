@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from polyak.lab.cluster import Cluster, ClusterError
     from polyak.lab.compare.arms import ArmError
     from polyak.lab.compare.main import compare
     from polyak.lab.compare.result import Comparison
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     from polyak.lab.run import Progress, TrialError, collect, run, run_many
     from polyak.lab.statistics import judge, verdict
     from polyak.lab.store import Store, StoreError
+    from polyak.lab.trackers import Tracker, TrackerError
 
 __all__ = [
     "ArmError",
+    "Cluster",
+    "ClusterError",
     "Comparison",
     "DataError",
     "Progress",
@@ -29,6 +33,8 @@ __all__ = [
     "Store",
     "StoreError",
     "TaskError",
+    "Tracker",
+    "TrackerError",
     "TrainingTask",
     "TrialError",
     "collect",
@@ -40,6 +46,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "cluster": ("Cluster", "ClusterError"),
     "compare.arms": ("ArmError",),
     "compare.main": ("compare",),
     "compare.result": ("Comparison",),
@@ -48,6 +55,7 @@ _HOMES = {
     "run": ("Progress", "TrialError", "collect", "run", "run_many"),
     "statistics": ("judge", "verdict"),
     "store": ("Store", "StoreError"),
+    "trackers": ("Tracker", "TrackerError"),
 }
 
 

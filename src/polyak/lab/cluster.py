@@ -16,7 +16,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -101,8 +100,9 @@ class Cluster:
                 f"no node of the cluster has room for a trial, which needs {asked}; there are: {has or 'none'}. "
                 "(If it grows on demand, say with --jobs how many trials to run at once.)"
             )
+        # On the driver's own node: it dies with the driver, and not before.
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=True
+            ray.get_runtime_context().get_node_id(), soft=False
         )
         # Ray may send it by way of a node that is dead without being known to be: it begins anew elsewhere.
         mailbox = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=3, max_task_retries=3)(_Mailbox)
@@ -169,13 +169,17 @@ class Cluster:
     def close(self) -> None:
         if self._ray is None:
             return
-        for ticket in list(self._flight):
-            with suppress(Exception):  # it may be the connection that is gone
-                self.stop(ticket)
-        with suppress(Exception):
-            self._ray.kill(self._mailbox)
         if self._ours:
-            self._ray.shutdown()
+            self._ray.shutdown()  # which ends all that this driver has begun
+            self._flight.clear()
+        else:
+            ended = list(self._flight.values())
+            for ticket in list(self._flight):
+                self.stop(ticket)
+            # A task that lost its mailbox before its life would end otherwise than it is asked to.
+            if ended:
+                self._ray.wait(ended, num_returns=len(ended), timeout=_CONNECT_S)
+            self._ray.kill(self._mailbox)
         self._ray = None
 
     # -- beneath ---------------------------------------------------------------------------------------------------------
