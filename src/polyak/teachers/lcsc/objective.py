@@ -254,7 +254,7 @@ class Evaluator:
 def _own_weights(bank: CheckpointBank, model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors under the bank's keys; ValueError where the two do not fit."""
     own = model.state_dict()
-    known = {*bank.keys, *bank.layout}
+    known = dict.fromkeys([*bank.keys, *bank.layout])  # in order: the first that does not fit is named
     for key in (*own, *known):
         if key not in known:
             raise ValueError(f"the checkpoints lack {key!r}, which the model has")
