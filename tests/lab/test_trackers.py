@@ -200,9 +200,11 @@ def test_diverged_numbers_are_mirrored(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_mlflow_is_read_back_from_a_local_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("where", ["sqlite:///{}/mlflow.db", "file:{}/mlruns"], ids=["database", "folder"])
+def test_mlflow_is_read_back_from_a_local_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     mlflow = pytest.importorskip("mlflow")
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # which MLflow 3.17 asks for where a folder is the store
+    uri = where.format(tmp_path)
     result = mirrored(tmp_path, f"mlflow:{uri}")
     client = mlflow.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("polyak/slow")
@@ -218,6 +220,12 @@ def test_mlflow_is_read_back_from_a_local_file(tmp_path: Path) -> None:
         assert (found.data.params["arm"], found.data.params["seed"]) == (trial.arm, str(trial.seed))
     mirrored(tmp_path, f"mlflow:{uri}")
     assert len(client.search_runs([experiment.experiment_id])) == 4
+
+
+def test_a_store_that_mlflow_refuses(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    with pytest.raises(trackers.TrackerError, match=r"tracking with mlflow:nosuch://there cannot begin: .*nosuch"):
+        mirrored(tmp_path, "mlflow:nosuch://there")
 
 
 # -- Weights & Biases ------------------------------------------------------------------------------------------------------

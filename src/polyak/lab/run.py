@@ -129,7 +129,7 @@ def run_many(
             from there.
         StoreError: the store cannot be read or written.
         ClusterError: the cluster cannot be used.
-        TrackerError: a tracker's library is missing.
+        TrackerError: a tracker cannot be used.
     """
     kind = device_kind(device, processes, executor)
     plans: dict[str, Plan] = {}

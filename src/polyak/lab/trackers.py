@@ -27,7 +27,7 @@ _STEPS = ("step", "steps", "evaluations", "nfe", "epoch", "iteration")  # coordi
 
 
 class TrackerError(RuntimeError):
-    """A tracker's library is missing."""
+    """A tracker cannot be used."""
 
 
 class Tracker(Protocol):
@@ -60,7 +60,7 @@ def make(what: str) -> Tracker:
 
     Raises:
         ValueError: the name is unknown.
-        TrackerError: its library is not installed.
+        TrackerError: its library is not installed, or refuses WHERE.
     """
     name, _, where = what.partition(":")
     kind = _KINDS[checks.one_of("track", name, list(_KINDS))]
@@ -70,6 +70,8 @@ def make(what: str) -> Tracker:
         raise TrackerError(
             f"tracking with {name} needs {missing.name}, of the extra `{name}`: pip install 'polyak[{name}]'"
         ) from None
+    except Exception as error:
+        raise TrackerError(f"tracking with {what} cannot begin: {error}") from error
 
 
 class Mirror:

@@ -95,7 +95,7 @@ def compare(
         KeyboardInterrupt: on SIGINT or SIGTERM; finished trials are kept.
         StoreError: the store cannot be read or written.
         ClusterError: the cluster cannot be used.
-        TrackerError: a tracker's library is missing.
+        TrackerError: a tracker cannot be used.
 
     Workers are processes that are started afresh: a script that calls this must do so under ``if __name__ == "__main__":``.
 
