@@ -143,7 +143,10 @@ def test_kernel_equals_the_float64_reference(name, dtype, capturable):
     expected = parameters(SIZES, torch.float64, "cpu")
     reference = train(lambda p: SYSTEMS[name](p, foreach=False), expected, 5, late=3)
     actual = parameters(SIZES, dtype, CUDA)
-    optimizer = train(lambda p: SYSTEMS[name](p, capturable=capturable), actual, 5, late=3)
+    optimizer = train(lambda p: SYSTEMS[name](p, capturable=capturable), actual, 2, late=3)
+    if name == "spam-sparse" and capturable:
+        optimizer.redraw_masks()  # step 3 resets
+    train(lambda _: optimizer, actual, 3, late=3, start=2)
     assert mode(optimizer) == "kernel"
     # float32: five roundings of |p| < 5 (half an ulp: 2.4e-7), and relative errors of the update well below 1e-4.
     atol = 5 * 2.4e-7 + 5 * 1e-2 * 1e-4 if dtype == torch.float32 else 1e-12
