@@ -80,6 +80,15 @@ def test_steps_and_seconds_to_a_target() -> None:
     assert (adan.spent_to_target, adan.seconds_to_target, adan.reached) == (2, pytest.approx(0.2), 4)
     assert (lion.spent_to_target, lion.reached) == (math.inf, 1)
     assert lion.best == pytest.approx((4 * 0.9 + 0.1) / 5)
+    # Each seed has its own target; one with which the baseline diverges has none.
+    own = {"adamw": [[0.9, 0.5], [0.9, 0.3], [0.9, 0.4]], "adan": [[0.5, 0.5], [0.4, 0.4], [0.4, 0.4]]}
+    ends = {name: [c[-1] for c in runs] for name, runs in own.items()}
+    adamw, adan = made_up(ends, curves=own).rows
+    assert (adamw.spent_to_target, adamw.reached) == (2, 3)
+    assert (adan.spent_to_target, adan.reached) == (1, 2)
+    adamw, adan = made_up({**ends, "adamw": [0.5, 0.3, math.inf]}, curves=own).rows
+    assert (adamw.spent_to_target, adamw.reached) == (2, 2)
+    assert (adan.spent_to_target, adan.reached) == (math.inf, 1)
     asked = made_up(finals, curves=curves, target=0.8).rows
     assert [r.spent_to_target for r in asked] == [2, 1, math.inf]
 

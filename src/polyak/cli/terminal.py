@@ -94,7 +94,7 @@ def comparison(out: Console, found: Comparison) -> None:
         )
         table.add_column("arm")
         unit = "steps" if t.facts.kind == "training" else "evaluations"
-        goal = words.number(t.target)
+        goal = t.goal.replace(" ", "\n")
         heads = (t.main.label, f"against\n{t.rows[0].label}", "95 %\ninterval", "chance\nto win", f"{unit}\nto {goal}")
         for head in (*heads, f"time\nto {goal}", "diverged"):
             table.add_column(head, justify="right", no_wrap=True)

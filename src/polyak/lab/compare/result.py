@@ -58,9 +58,9 @@ class Row:
     spent: float | None  # steps, or evaluations, of a trial: median of those that did not diverge
     seconds: float | None
     memory: float | None  # MB
-    spent_to_target: float  # median over seeds, infinite where less than half reach it
+    spent_to_target: float  # median over the seeds that have a target, infinite unless more than half reach it
     seconds_to_target: float
-    reached: int  # seeds that reach the target
+    reached: int  # seeds that reach it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +83,24 @@ class TaskComparison:
     def criterion(self, arm: str) -> CriterionResult | None:
         return next((c for c in self.result.criteria if c.name == arm), None)
 
-    @cached_property
-    def target(self) -> float:
-        """The main metric's value that arms are timed to: the one asked for, else the baseline's median at the end."""
+    @property
+    def goal(self) -> str:
+        """What arms are timed to, in words: "0.9", or "AdamW's end"."""
         if self.setup.target is not None:
-            return self.setup.target
-        return statistics.median(t.values[self.main.name] for t in self.trials(self.setup.baseline.text))
+            return words.number(self.setup.target)
+        return f"{self.claim.arm(self.setup.baseline.text).label}'s end"
+
+    @cached_property
+    def targets(self) -> Mapping[int, float]:
+        """By seed the main metric's value that arms are timed to: the one asked for, else where the baseline ends with this seed.
+
+        A seed with which the baseline diverges has none.
+        """
+        asked = self.setup.target
+        base = self.trials(self.setup.baseline.text)
+        if asked is not None:
+            return dict.fromkeys(self.result.seeds, asked)
+        return {t.seed: t.values[self.main.name] for t in base if not t.diverged}
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
@@ -98,7 +110,7 @@ class TaskComparison:
         trials = self.trials(arm)
         name, sound = self.main.name, [t for t in trials if not t.diverged]
         spent = "steps" if self.facts.kind == "training" else "evaluations"
-        reached = [self.reach(t) for t in trials]
+        reached = [self.reach(t) for t in trials if t.seed in self.targets] or [(math.inf, math.inf)]
         return Row(
             arm=arm,
             label=label,
@@ -121,11 +133,12 @@ class TaskComparison:
         return pick([values[self.main.name] for _, values in trial.curve] or [self.main.worst_value])
 
     def reach(self, trial: TrialResult) -> tuple[float, float]:
-        """(steps or evaluations, seconds) of the first measurement that reaches the target; infinite where none does."""
+        """(steps or evaluations, seconds) of the first measurement that reaches its seed's target; infinite where none does."""
+        target = self.targets[trial.seed]
         x = "step" if self.facts.kind == "training" else "evaluations"
         for at, values in trial.curve:
             value = values[self.main.name]
-            if value <= self.target if self.main.better == "lower" else value >= self.target:
+            if value <= target if self.main.better == "lower" else value >= target:
                 return at[x], at["seconds"]
         return math.inf, math.inf
 
