@@ -46,9 +46,10 @@ def test_from_an_example_to_a_page(call, tmp_path, monkeypatch) -> None:
     assert code == 0
     assert "3 seeds cannot decide anything: at least 5 can." in " ".join(out.split())
     assert "baseline" in out
-    assert f"The page, with curves and all trials: {Path('polyak-report/compare.html')}" in out
-    assert opened == [(tmp_path / "polyak-report/compare.html").as_uri()]
+    assert f"The page, with curves and all trials: {Path('polyak-report/compare-task.html')}" in out
+    assert opened == [(tmp_path / "polyak-report/compare-task.html").as_uri()]
     assert "15 of 15 trials, done" in err
+    assert err.startswith("checking task.py\ntrying each arm on task.py\n")
 
     code, out, _ = call("compare", "task.py", "--arms", "adamw,adan,lion", "--seeds", "3", "--json", *QUICK)
     data = json.loads(out)
@@ -89,8 +90,11 @@ def test_a_task_that_cannot_be_used(call, tmp_path) -> None:
     assert (code, out) == (3, "")
     assert "polyak: line.py: importing it raised ModuleNotFoundError: No module named 'nothing_like_this'" in err
     code, _, err = call("compare", "nowhere.py", "--arms", "adamw,adan")
-    assert code == 3
+    assert code == 2
     assert "nowhere.py: there is no such file" in err
+    code, _, err = call("compare", "line.py", "--arms", "adamw,", "adan")
+    assert code == 2
+    assert "separated by commas alone" in " ".join(err.replace("│", " ").split())
     code, _, err = call("init-task", "optimm")
     assert code == 2
     assert "did you mean 'optim'?" in err

@@ -355,9 +355,129 @@ def test_arguments_are_checked(tmp_path: Path, task: Path) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_an_optimizer_that_cannot_train_the_task(tmp_path: Path, task: Path) -> None:
-    with pytest.raises(TrialError, match="Muon only supports 2D parameters"):
-        compare(task, "adamw,torch.optim:Muon", store=tmp_path, **SMALL)
+def test_an_optimizer_that_cannot_train_the_task(tmp_path: Path) -> None:
+    """It is told before the first trial has run."""
+    (tmp_path / "odd.py").write_text(ODD)
+    here = write(tmp_path, REGRESSION)
+
+    def refused(arm: str, says: str) -> None:
+        with pytest.raises(ArmError, match=says):
+            compare(here, f"adamw,{arm}", store=tmp_path / "home", **SMALL)
+
+    refused(
+        "torch.optim:Muon", "arm 'torch.optim:Muon': Muon cannot be made: ValueError: Muon only supports 2D parameters"
+    )
+    refused("sgd:momentum=-1", "arm 'sgd:momentum=-1': SGD cannot be made: ValueError: Invalid momentum value: -1")
+    refused("odd:Breaks", "arm 'odd:Breaks': a step of Breaks raised ZeroDivisionError: division by zero")
+    refused(
+        "odd:Nothing", "arm 'odd:Nothing': Nothing is no optimizer: it has no step and no zero_grad and no param_groups"
+    )
+    with Store(tmp_path / "home") as store:
+        assert store.runs() == []
+
+
+ODD = """
+import torch
+
+
+class Breaks(torch.optim.SGD):
+    def step(self, closure=None):
+        1 / 0
+
+
+class Nothing:
+    def __init__(self, params, lr=0.1):
+        pass
+
+
+class Frozen(torch.optim.SGD):
+    def step(self, closure=None):
+        pass
+
+
+class TakesTheGradientThatIsThere(torch.optim.SGD):
+    def step(self, closure=None):
+        return super().step()
+
+
+class Bare(torch.optim.SGD):
+    def step(self):
+        return super().step()
+"""
+
+
+def test_an_optimizer_may_leave_its_closure_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "odd_too.py").write_text(ODD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = write(tmp_path, REGRESSION)
+    plain, outcome = trial(path, "torch.optim:SGD")
+    for name in ("TakesTheGradientThatIsThere", "Bare"):
+        curve, found = trial(path, f"odd_too:{name}")
+        assert [v for _, v in curve] == [v for _, v in plain]
+        assert found.values["evaluations"] == outcome.values["evaluations"] == 12
+
+
+@pytest.mark.usefixtures("here")
+def test_an_arm_that_changes_nothing_is_doubted(tmp_path: Path) -> None:
+    (tmp_path / "odd_three.py").write_text(ODD)
+    found = compare(write(tmp_path, REGRESSION), "sgd:lr=0.1,odd_three:Frozen:lr=0.1", store=tmp_path, **SMALL)
+    assert "Frozen (lr 0.1) never changes the distance: does its step() move the parameters?" in found.warnings
+
+
+@pytest.mark.usefixtures("here")
+def test_what_a_task_stands_on_makes_trials_anew(tmp_path: Path) -> None:
+    """A module beside it, data that it reads; and what nothing shows, on demand."""
+    ran: Counter[bool] = Counter()
+
+    def run(**options: Any) -> int:
+        ran.clear()
+        arms = ["sgd:lr=0.1:weight_decay=0", "adamw:lr=0.1:weight_decay=0"]
+        hear = {"on_measurement": lambda t, at, v: ran.update([not at])}
+        compare(tmp_path / "line.py", arms, store=tmp_path / "home", **{**SMALL, "seeds": 1, **hear, **options})
+        return ran[True]
+
+    outside = {"import torch\n": "import torch\nfrom pathlib import Path\n", "0.05 * torch": "NOISE * torch"}
+    outside["TRUTH = "] = "NOISE = float((Path(__file__).parent / 'noise.txt').read_text())\nTRUTH = "
+    outside["model = nn.Linear(2, 1)"] = "import a_helper; model = a_helper.make()"
+    write(tmp_path, REGRESSION, replaced=outside)
+    (tmp_path / "noise.txt").write_text("0.05")
+    helper = tmp_path / "a_helper.py"
+    helper.write_text("from torch import nn\ndef make():\n    return nn.Linear(2, 1)\n")
+    sys.modules.pop("line", None)
+    assert (run(), run()) == (2, 0)
+    (tmp_path / "noise.txt").write_text("0.5")
+    sys.modules["polyak.lab.compare.task"]._module.cache_clear()
+    assert (run(), run()) == (2, 0)
+    helper.write_text(helper.read_text() + "x = 1\n")
+    assert (run(), run()) == (2, 0)
+    assert (run(fresh=True), run()) == (2, 0)
+
+
+@pytest.mark.usefixtures("here")
+def test_what_is_no_file_is_told(tmp_path: Path, task: Path) -> None:
+    with pytest.raises(TaskError, match=r"a task is a file, got a function: .* %%writefile task.py"):
+        compare(lambda seed, device: {}, ARMS, store=tmp_path, **SMALL)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ArmError, match=r"arm '__main__:Mine': .* %%writefile mine.py\), and name it mine:Mine"):
+        compare(task, "adamw,__main__:Mine", store=tmp_path, **SMALL)
+    with pytest.raises(ValueError, match=r"budget must be a time for all .*, in words, got 300"):
+        compare(task, ARMS, store=tmp_path, **{**SMALL, "budget": 300})
+    with pytest.raises(ArmError, match="an arm is a name, module:Class, or a class, got 3"):
+        compare(task, ["adamw", 3], store=tmp_path, **SMALL)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_changed_share_of_the_budget_is_told(tmp_path: Path, task: Path, caplog: pytest.LogCaptureFixture) -> None:
+    short = {**SMALL, "seeds": 1, "points": 2}
+    arms = ["sgd:lr=0.1:weight_decay=0", "adamw:lr=0.1:weight_decay=0"]
+    compare(task, arms, store=tmp_path, **{**short, "budget": "0.2s"})
+    assert not caplog.records
+    compare(task, [*arms, "adan:lr=0.1:weight_decay=0"], store=tmp_path, **{**short, "budget": "0.2s"})
+    [said] = [r.getMessage() for r in caplog.records]
+    assert said == (
+        "each trial now gets 0.067 s; stored ones got 0.1 s, and are not used (they are with a budget of 0.1s/trial)"
+    )
+    compare(task, [*arms, "lion:lr=0.1:weight_decay=0"], store=tmp_path, **{**short, "budget": "0.1s/trial"})
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.usefixtures("here")
@@ -368,7 +488,7 @@ def test_arms_may_be_beside_the_task_whatever_it_is_called(tmp_path: Path) -> No
     found = compare(path, arms, store=tmp_path, **{**SMALL, "seeds": 1, "trials": 1})
     theirs, mine = found.task().rows
     assert theirs.final == mine.final
-    assert mine.label == "Mine"
+    assert mine.label == "Mine (lr 0.1, weight_decay 0)"
 
 
 @pytest.mark.usefixtures("here")
@@ -486,7 +606,7 @@ def test_results_go_to_pandas_and_json(small: Comparison) -> None:
 def test_figures(small: Comparison) -> None:
     for what in ("curves", "sensitivity"):
         drawn = small.figure(what)
-        assert {t.get_text() for t in drawn.texts} >= {"AdamW", "Adan", "SGD"}
+        assert {t.get_text().split()[0] for t in drawn.texts} >= {"AdamW", "Adan", "SGD"}
     with pytest.raises(ValueError, match="figure must be one of 'curves', 'sensitivity', 'profiles', got 'curve'"):
         small.figure("curve")
 

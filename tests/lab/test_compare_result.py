@@ -93,6 +93,25 @@ def test_steps_and_seconds_to_a_target() -> None:
     assert [r.spent_to_target for r in asked] == [2, 1, math.inf]
 
 
+def test_a_best_value_at_an_end_is_doubted() -> None:
+    def said(tuned: list[tuple[float, float]], arm: str = "adamw:betas=(0.9,0.98)") -> list[str]:
+        return [w for w in made_up({arm: A, "sgd:lr=0.1": BETTER}, tuning={arm: tuned}).warnings if "end of what" in w]
+
+    # made_up's trials use lr 0.01
+    assert said([(0.001, 0.5), (0.01, 0.4), (0.1, 0.6)]) == []
+    [low] = said([(0.01, 0.4), (0.1, 0.6)], "adamw:betas=(0.9,0.98):lr=0.01..0.1")
+    assert low == (
+        "AdamW (betas (0.9, 0.98)): its best lr, 0.01, is at the low end of what was tried, and a better one may be beyond: "
+        "adamw:betas=(0.9,0.98):lr=0.0003..0.1"
+    )
+    [high] = said([(0.001, 0.4), (0.01, 0.6)], "torch.optim:AdamW:lr=0.001..0.01")
+    assert high.endswith(
+        "is at the high end of what was tried, and a better one may be beyond: torch.optim:AdamW:lr=0.001..0.3"
+    )
+    lost = made_up({"adamw": A, "sgd": BETTER}, tuning={"sgd": [(0.01, math.inf), (0.1, math.inf)]}).warnings
+    assert any(w.startswith("SGD: every tuning trial diverged") and w.endswith("sgd:lr=0.0001..0.003") for w in lost)
+
+
 def test_divergence_is_counted_and_is_the_worst() -> None:
     t = made_up({"adamw": A, "adan": [*BETTER[:3], math.inf, math.inf]})
     assert (t.rows[1].diverged, t.rows[1].final) == (2, math.inf)

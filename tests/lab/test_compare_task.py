@@ -92,6 +92,15 @@ BROKEN = {
     "metric shape": ({"TRUTH).norm()": "TRUTH)"}, "must return a number or a dictionary of numbers, got a Tensor"),
     "own name": ({'"distance"': '"seconds"'}, "must not call a number 'seconds'"),
     "accuracy": ({'"distance"': '"accuracy"'}, "is more of 'accuracy' better? Return better={'accuracy': 'higher'}"),
+    "name": (
+        {'"distance"': '"answer_rate"'},
+        "is more of 'answer_rate' better? Return better={'answer_rate': 'lower'} (or",
+    ),
+    "number": (
+        {'{"distance": (model.weight - TRUTH).norm()}': "(model.weight - TRUTH).norm()"},
+        "is more of what evaluate returns better, or less? Return better='higher' or better='lower'",
+    ),
+    "nothing": ({'{"distance": (model.weight - TRUTH).norm()}': "None"}, "got None (is there no return?)"),
     "better": ({'"evaluate"': '"better": "smaller", "evaluate"'}, "better must be 'lower' or 'higher', got 'smaller'"),
     "better name": ({'"evaluate"': '"better": {"dist": "lower"}, "evaluate"'}, "names 'dist', which is not measured"),
     "schedule": ({'"evaluate"': '"schedule": "cosin", "evaluate"'}, "schedule must be one of cosine, linear, constant"),

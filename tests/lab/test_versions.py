@@ -166,3 +166,32 @@ def test_the_lab_s_names() -> None:
         assert getattr(polyak.lab, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'absent'"):
         _ = polyak.lab.absent
+
+
+FOLDER = {
+    "task.py": "import mine\nimport torch\ndef task(seed, device):\n    from net import Net\n    import late\n",
+    "mine.py": "from deeper import x\n",
+    "deeper.py": "x = 1\n",
+    "late.py": "x = 1\n",
+    "net/__init__.py": "from .layers import Net\n",
+    "net/layers.py": "class Net:\n    pass\n",
+    "opt.py": "import deeper\nclass Opt:\n    pass\n",
+    "unused.py": "x = 1\n",
+    ".venv/torch/__init__.py": "x = 1\n",
+}
+
+
+@pytest.mark.parametrize("changed", list(FOLDER))
+def test_what_is_beside_a_task_or_an_arm_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
+    for name, text in FOLDER.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def digests() -> tuple[str, str]:
+        return versions.code_of_file(tmp_path / "task.py"), versions.code_of("opt:Opt")
+
+    task, arm = digests()
+    (tmp_path / changed).write_text(FOLDER[changed] + "y = 2\n")
+    assert (digests()[0] != task) == (changed in ("task.py", "mine.py", "deeper.py", "late.py", "net/layers.py"))
+    assert (digests()[1] != arm) == (changed in ("opt.py", "deeper.py"))

@@ -1,6 +1,10 @@
 """``polyak compare`` and ``polyak init-task``: the user's own problem."""
 
+import logging
+import sys
 import webbrowser
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -74,11 +78,15 @@ def compare(
             help="When a trial that does not end is stopped, e.g. 10m (default: generous).", show_default=False
         ),
     ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run all trials anew, also those that are stored.")] = False,
     cluster: ClusterAt = None,
     gpus: Gpus = None,
     processes: Processes = 1,
     track: Track = None,
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("polyak-report/compare.html"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The page to write (default: polyak-report/compare-TASK.html).", show_default=False),
+    ] = None,
     show_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     home: Home = None,
     as_json: Json = False,
@@ -93,7 +101,7 @@ def compare(
     from polyak.lab.compare.arms import ArmError
     from polyak.lab.compare.budget import seconds
     from polyak.lab.compare.main import compare as carry_out
-    from polyak.lab.compare.task import TaskError
+    from polyak.lab.compare.task import NoTaskError, TaskError
     from polyak.lab.run import TrialError
     from polyak.lab.store import Store
 
@@ -106,6 +114,7 @@ def compare(
             place(cluster, gpus=gpus, processes=processes, jobs=jobs, device=device) as executor,
             Store(home) as store,
             terminal.progress() as tell,
+            _told(),
         ):
             found = carry_out(
                 tasks,
@@ -119,6 +128,7 @@ def compare(
                 device=device,
                 jobs=jobs,
                 deadline=limit,
+                fresh=fresh,
                 store=store,
                 on_progress=tell,
                 executor=executor,
@@ -129,13 +139,15 @@ def compare(
         stop(trial_error(error, verbose))
     except KeyboardInterrupt:
         stop(INTERRUPTED, 130)
+    except NoTaskError as error:
+        raise typer.BadParameter(f"{error}{_space(tasks, arms)}", param_hint="TASK") from None
     except TaskError as error:
         stop(str(error))
     except ArmError as error:
         raise typer.BadParameter(str(error), param_hint="--arms") from None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    path = found.save(out)
+    path = found.save(out or Path("polyak-report", f"compare-{'-'.join(t.name for t in found.tasks[:3])}.html"))
     if as_json:
         print_json(found.to_json())
     else:
@@ -143,6 +155,31 @@ def compare(
         print(f"The page, with curves and all trials: {path}")
     if show_it:
         webbrowser.open(path.resolve().as_uri())
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What the lab says before the first trial, on stderr."""
+
+    class ToStderr(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            print(record.getMessage(), file=sys.stderr, flush=True)
+
+    log, handler = logging.getLogger("polyak.lab.compare"), ToStderr()
+    before = log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before
+
+
+def _space(tasks: Sequence[Path], arms: str) -> str:
+    """A hint where "adamw, adan" has become an arm and a task."""
+    return "; arms are separated by commas alone: --arms adamw,adan" if arms.endswith(",") and len(tasks) > 1 else ""
 
 
 def init_task(

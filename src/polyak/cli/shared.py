@@ -1,6 +1,7 @@
 """What the commands share: options, checks of them, and how a command ends."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -135,5 +136,7 @@ def trial_error(error: "TrialError", verbose: bool) -> str:
     """What could not run and why; the traceback only if asked for."""
     if verbose:
         return str(error)
-    what, why = str(error).splitlines()[0], error.trace.strip().splitlines()[-1:]
+    what = str(error).splitlines()[0]
+    # Our own errors are sentences; where they are defined says nothing.
+    why = [re.sub(r"^polyak\.[\w.]+: ", "", line) for line in error.trace.strip().splitlines()[-1:]]
     return "\n".join([what, *(f"  {line}" for line in why), "(--verbose prints all; finished trials are kept)"])

@@ -294,6 +294,13 @@ class Store:
                 "DELETE FROM trials WHERE digest = ? AND state = 'running' AND owner = ?", [trial.digest, self._owner]
             )
 
+    def forget(self, digests: Iterable[str]) -> None:
+        """Remove the results that are stored of these trials."""
+        with self._clear_errors(), self._transaction():
+            self._db.executemany(
+                "DELETE FROM trials WHERE digest = ? AND state = 'done'", [(digest,) for digest in digests]
+            )
+
     # -- what is stored --------------------------------------------------------------------------------------------------
 
     def results(self, trials: Iterable[Planned]) -> dict[str, Stored]:

@@ -11,7 +11,7 @@ import importlib.util
 import platform
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -108,14 +108,14 @@ def code_of_file(path: Path) -> str:
 
     What is beside it is found where its folder is on ``sys.path``.
     """
-    beside = {top for top in _read(path).tops if (path.parent / f"{top}.py").exists() or (path.parent / top).is_dir()}
-    return _digest(_follow([(path.stem, path)], {"polyak", *beside}))
+    return _digest(_follow([(path.stem, path)], _Near({"polyak"}, path.parent)))
 
 
 def code_of(target: str) -> str:
     """What decides the behaviour of ``module:Name``: the version of the package that brings it, else a digest of its code.
 
-    PyTorch's needs none: its version is stored in any case.
+    Its code is the module's, and that of what it imports from its package or from beside itself. PyTorch's needs none: its
+    version is stored in any case.
     """
     module, _, name = target.partition(":")
     top = module.partition(".")[0]
@@ -123,7 +123,24 @@ def code_of(target: str) -> str:
         return ""
     if top != "polyak" and (brought := metadata.packages_distributions().get(top)):
         return f"{brought[0]} {metadata.version(brought[0])}"
-    return _digest(_follow(_taken(module, name), {top}))
+    source = _locate(top)
+    # Of a module that is in no package what is beside it counts.
+    folder = source.parent if source is not None and source.name != "__init__.py" else None
+    return _digest(_follow(_taken(module, name), _Near({top}, folder)))
+
+
+class _Near:
+    """Top-level names whose code counts: those given, and those of what is found in a folder."""
+
+    def __init__(self, names: Collection[str], folder: Path | None) -> None:
+        self._names, self._folder = names, folder
+
+    def __contains__(self, top: object) -> bool:
+        if top in self._names or self._folder is None:
+            return top in self._names
+        own = (self._folder / f"{top}.py", self._folder / str(top) / "__init__.py")
+        found = _locate(str(top)) if any(path.exists() for path in own) else None
+        return found is not None and found.resolve() in [path.resolve() for path in own]
 
 
 def libraries(claim: Claim) -> tuple[str, ...]:
@@ -152,7 +169,7 @@ def _closure(claim: Claim) -> dict[str, Path]:
     return _follow([pair for name in start for pair in _files(name, must=f"claim {claim.slug!r}")], tops)
 
 
-def _follow(waiting: list[tuple[str, Path]], tops: Collection[str]) -> dict[str, Path]:
+def _follow(waiting: list[tuple[str, Path]], tops: Container[str]) -> dict[str, Path]:
     """Module -> file, of these and all that they import from the packages ``tops``."""
     found: dict[str, Path] = {}
     while waiting:
@@ -164,16 +181,16 @@ def _follow(waiting: list[tuple[str, Path]], tops: Collection[str]) -> dict[str,
     return found
 
 
-def _imported(name: str, path: Path, tops: Iterable[str]) -> list[tuple[str, Path]]:
+def _imported(name: str, path: Path, tops: Container[str]) -> list[tuple[str, Path]]:
     """The modules that a file's imports lead to."""
     found: list[tuple[str, Path]] = []
     for level, module, names in _read(path).imports:
         source = _absolute(name, path, level, module)
         if source.partition(".")[0] not in tops:
             continue
-        if not names:
-            # "import polyak" alone names the house, not all that is in it.
-            found += _files(source) if "." in source else []
+        if not names and source != "polyak":
+            # "import polyak" alone names the house, not all that is in it. "import a.b" runs a, too, and may use all of it.
+            found += _files(source if source.startswith("polyak.") else source.partition(".")[0])
         for taken, _ in names:
             found += _taken(source, taken)
     return found

@@ -71,6 +71,11 @@ class ArmSpec:
     def class_name(self) -> str:
         return self.target.rpartition(":")[2]
 
+    @property
+    def pieces(self) -> list[str]:
+        """Its words, taken apart: "my_module", "MyOpt", "beta=0.9"."""
+        return _split(self.text, ":")
+
     @cached_property
     def label(self) -> str:
         """For people: "Adan", or "Adan (weight_decay 0.02)"."""
@@ -78,13 +83,13 @@ class ArmSpec:
         return f"{self.class_name} ({own})" if own else self.class_name
 
 
-def parse(text: str | Sequence[str], kind: Kind) -> tuple[ArmSpec, ...]:
-    """Arms from a comma-separated list, or from a sequence of words for one each.
+def parse(text: str | Sequence[str | type], kind: Kind) -> tuple[ArmSpec, ...]:
+    """Arms from a comma-separated list, or from a sequence of words (or classes) for one each.
 
     Raises:
         ArmError: a name or option is unknown (with a suggestion), a value cannot be read, arms are equal, or there is one only.
     """
-    words = _split(text, ",") if isinstance(text, str) else list(text)
+    words = _split(text, ",") if isinstance(text, str) else [_word(given) for given in text]
     grouped: list[str] = []
     for word in (w.strip() for w in words):
         # "adan:eps=1e-6,weight_decay=0.02": a piece that is an option only belongs to the arm before it.
@@ -99,6 +104,15 @@ def parse(text: str | Sequence[str], kind: Kind) -> tuple[ArmSpec, ...]:
     if twice := sorted({text for text in texts if texts.count(text) > 1}):
         raise ArmError(f"arms must differ, {twice[0]!r} is given twice")
     return arms
+
+
+def _word(given: Any) -> str:
+    """A class by its name, which processes find it by."""
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, type):
+        raise ArmError(f"an arm is a name, module:Class, or a class, got {given!r}")
+    return f"{given.__module__}:{given.__qualname__}"
 
 
 def _split(text: str, separator: str) -> list[str]:
@@ -161,6 +175,11 @@ def find(target: str, text: str = "") -> Any:
         ArmError: there is no such module, or it has no such name.
     """
     module, _, name = target.partition(":")
+    if module == "__main__":
+        raise ArmError(
+            f"arm {text or target!r}: trials run in processes of their own, which do not see what a notebook or script holds. "
+            f"Write the class to a file (in a notebook: a cell that begins with %%writefile mine.py), and name it mine:{name}"
+        )
     try:
         found = importlib.import_module(module)
     except ImportError as error:
@@ -236,6 +255,8 @@ def _optimizer(text: str, target: str, cls: Any, values: dict[str, Any]) -> ArmS
     parameters = dict(list(parameters.items())[1:])  # the first is what is optimized
     _check_options(text, cls, values, parameters, takes_any)
     values = {name: _typed(value, parameters.get(name)) for name, value in values.items()}
+    for name, value in values.items():
+        _check_kind(f"arm {text!r}: {name}", value, parameters.get(name))
     rate, decay, says = _RELATIVE.get(cls.__name__.lower(), (None, 1.0, ""))
     if rate is None:
         default = parameters.get("lr")
@@ -258,6 +279,16 @@ def _typed(value: Any, default: Any) -> Any:
     if isinstance(value, Range) and not (isinstance(default, int) and not isinstance(default, bool)):
         return replace(value, whole=False)
     return value
+
+
+def _check_kind(what: str, value: Any, default: Any) -> None:
+    """A word where the default is a number or a tuple of numbers is a slip."""
+    if not isinstance(value, str):
+        return
+    if isinstance(default, (int, float)) and not isinstance(default, bool):
+        raise ArmError(f"{what} must be a number, got {value!r}")
+    if isinstance(default, tuple):
+        raise ArmError(f"{what} must be a tuple like {str(default).replace(' ', '')}, got {value!r}")
 
 
 def _around(centre: float, span: float) -> Range:

@@ -1,6 +1,6 @@
 """Looking at a task before it is compared on: does it run, is it a pure function of its seed, does it give itself away?
 
-:func:`examine` runs in a process of its own, so that what the user's code does to it is forgotten.
+:func:`examine` and :func:`try_arms` run in processes of their own, so that what the user's code does to them is forgotten.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from polyak.lab.compare.arms import ArmError
+from polyak.lab.compare.sampling import sampler
 from polyak.lab.compare.task import (
     AnyTask,
     Facts,
@@ -26,6 +28,7 @@ from polyak.lab.compare.task import (
     metrics,
     says,
 )
+from polyak.lab.compare.trial import build, rehearse
 from polyak.lab.workers import settle
 
 SEED = 20_000  # neither tuned on nor reported
@@ -45,6 +48,35 @@ def examine(file: str, device: str) -> Facts | str:
         return str(error)
 
 
+def try_arms(file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any]]]) -> ArmError | TaskError | None:
+    """What is wrong with the first arm that cannot be used on a task; None where all can.
+
+    ``arms``: each one's words, and its options as a trial gets them.
+    """
+    try:
+        for text, options in arms:
+            task = _load(file, device)
+            name = str(options["class"]).rpartition(":")[2]
+            try:
+                if isinstance(task, SamplingTask):
+                    sampler(task, options, device)
+                    continue
+                optimizer = build(task, task.model.train(), options)
+            except Exception as error:
+                return ArmError(f"arm {text!r}: {name} cannot be made: {type(error).__name__}: {error}")
+            if missing := [part for part in ("step", "zero_grad", "param_groups") if not hasattr(optimizer, part)]:
+                return ArmError(f"arm {text!r}: {name} is no optimizer: it has no {' and no '.join(missing)}")
+            try:
+                rehearse(task, task.model, optimizer, next(endless(task.batches, Path(file).name)))
+            except TaskError:
+                raise
+            except Exception as error:
+                return ArmError(f"arm {text!r}: a step of {name} raised {type(error).__name__}: {error}")
+    except TaskError as error:
+        return error
+    return None
+
+
 def _load(file: str, device: str) -> AnyTask:
     settle(("numpy", "torch"), SEED)
     return load(file, SEED, device)
@@ -61,7 +93,7 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
     better = betters(first, untrained, file)
     if validated is not None and len(untrained) > 1 and next(iter(untrained)) not in validated:
         raise TaskError(f"{name}: validate must return {next(iter(untrained))!r}, too, which arms are compared by")
-    seconds = _take_steps(first, batches, file)
+    seconds, loss = _take_steps(first, batches, file)
     # A second call with the same seed must not meet what the first one left: trained weights, drawn random numbers.
     second = _load(file, device)
     assert isinstance(second, TrainingTask)
@@ -98,8 +130,16 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
         schedule=first.schedule if isinstance(first.schedule, str) else "of the task's own",
         validates=first.validate is not None,
         seconds=seconds,
+        identity=_identity(weights, contents, loss, untrained, validated),
         warnings=tuple(warnings),
     )
+
+
+def _identity(*parts: Any) -> str:
+    """A digest that changes where the task's data or model do; numbers count to five digits, which do not depend on a machine."""
+    said = [f"{part:.5g}" if isinstance(part, float) else part for part in parts]
+    said = [{k: f"{v:.5g}" for k, v in part.items()} if isinstance(part, Mapping) else part for part in said]
+    return digest(said)
 
 
 def _evaluate(task: TrainingTask, what: str, file: str) -> dict[str, float]:
@@ -116,14 +156,14 @@ def _evaluate(task: TrainingTask, what: str, file: str) -> dict[str, float]:
     return found
 
 
-def _take_steps(task: TrainingTask, batches: list[Any], file: str) -> float:
-    """A few plain gradient steps: the loss is one finite number with a gradient. Seconds for one."""
+def _take_steps(task: TrainingTask, batches: list[Any], file: str) -> tuple[float, float]:
+    """A few plain gradient steps: the loss is one finite number with a gradient. Seconds for one, and the first loss."""
     import torch
 
     name = Path(file).name
     task.model.train()
-    took = []
-    for i, batch in enumerate(batches):
+    took, losses = [], []
+    for batch in batches:
         began = time.perf_counter()
         with blame(f"{name}: loss(model, batch)", file):
             loss = task.loss(task.model, batch)
@@ -134,8 +174,9 @@ def _take_steps(task: TrainingTask, batches: list[Any], file: str) -> float:
             raise TaskError(
                 f"{name}: the loss has no gradient: it does not depend on the model's parameters, or was detached"
             )
-        if i == 0 and not math.isfinite(float(loss.detach())):
-            raise TaskError(f"{name}: the loss of the first batch is {float(loss.detach())}, before any step")
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[0]):
+            raise TaskError(f"{name}: the loss of the first batch is {losses[0]}, before any step")
         with blame(f"{name}: the gradient of loss(model, batch)", file):
             loss.backward()
         with torch.no_grad():
@@ -144,7 +185,7 @@ def _take_steps(task: TrainingTask, batches: list[Any], file: str) -> float:
                     p.add_(p.grad, alpha=-1e-3)
                     p.grad = None
         took.append(time.perf_counter() - began)
-    return min(took)
+    return min(took), losses[0]
 
 
 def _examine_sampling(first: SamplingTask, file: str, device: str) -> Facts:
@@ -152,7 +193,7 @@ def _examine_sampling(first: SamplingTask, file: str, device: str) -> Facts:
 
     name = Path(file).name
     warnings: list[str] = []
-    seconds, shape = 0.0, tuple(first.shape)
+    seconds, shape, made = 0.0, tuple(first.shape), ""
     if first.denoiser is not None:
         process = first.process or getattr(first.denoiser, "process", None)
         if process is None:
@@ -179,13 +220,20 @@ def _examine_sampling(first: SamplingTask, file: str, device: str) -> Facts:
             raise TaskError(
                 f"{name}: two calls with one seed give denoisers that differ: something is left from one call to the next"
             )
+        made = digest(answers[0])
         with blame(f"{name}: metric(samples)", file):
             found = metrics(first.metric(x), "metric", file)
     else:
         found = _pipeline_metrics(first, file, device)
     better = betters(first, found, file)
     return Facts(
-        kind="sampling", says=says(file), better=better, initial=found, seconds=seconds, warnings=tuple(warnings)
+        kind="sampling",
+        says=says(file),
+        better=better,
+        initial=found,
+        seconds=seconds,
+        identity=_identity(made, found),
+        warnings=tuple(warnings),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,11 +17,11 @@ from polyak.lab.compare import arms as specs
 from polyak.lab.compare import budget as budgets
 from polyak.lab.compare.arms import ArmSpec
 from polyak.lab.compare.budget import Budget
-from polyak.lab.compare.examine import examine
+from polyak.lab.compare.examine import examine, try_arms
 from polyak.lab.compare.result import Comparison, Setup, TaskComparison
 from polyak.lab.compare.sampling import Draw
 from polyak.lab.compare.search import MEASURE, ComparisonPlan
-from polyak.lab.compare.task import Facts, TaskError, add_folder
+from polyak.lab.compare.task import Facts, NoTaskError, TaskError, add_folder
 from polyak.lab.compare.trial import Train
 from polyak.lab.run import Listener, Progress, carry_out, device_kind
 from polyak.lab.store import Store
@@ -31,6 +32,8 @@ EXAMINATION_S = 300.0  # a task that has not been built and looked at by then is
 # The files that decide what a trial yields, beside the task's and the arm's.
 _OWN_CODE = ("trial", "sampling", "task")
 _GUARD = '; a script that calls compare must do so under `if __name__ == "__main__":`'
+_LONG = 32  # characters of a label
+_log = logging.getLogger("polyak.lab.compare")
 _OWN_METRICS = (
     Metric(name="train_loss", label="training loss"),
     Metric(name="steps", label="steps", better="higher"),
@@ -43,7 +46,7 @@ _OWN_METRICS = (
 
 def compare(
     tasks: str | Path | Sequence[str | Path],
-    arms: str | Sequence[str],
+    arms: str | Sequence[str | type],
     *,
     budget: str = "5m",
     seeds: int = 5,
@@ -54,6 +57,7 @@ def compare(
     device: str = "cpu",
     jobs: int | None = None,
     deadline: float | None = None,
+    fresh: bool = False,
     store: Store | Path | str | None = None,
     progress: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
@@ -66,7 +70,7 @@ def compare(
 
     Args:
         tasks: a task file (see :mod:`polyak.lab.compare.task`), several, or a folder of them.
-        arms: what is compared, e.g. ``"adamw,adan,lion"`` (see :mod:`polyak.lab.compare.arms`).
+        arms: what is compared, e.g. ``"adamw,adan,lion"`` (see :mod:`polyak.lab.compare.arms`); in a sequence also classes.
         budget: a time for the whole comparison ("5m"), which all trials share equally; a time for each trial ("20s/trial"); or a
             count for each trial ("500steps", for samplers "20nfe").
         seeds: how many are reported, the same for all arms; 5 or more can decide something.
@@ -78,6 +82,7 @@ def compare(
         jobs: trials at once. Default: with a budget in time 1, since trials that run at once slow each other down; else one for
             each core.
         deadline: seconds after which a trial is given up. Default: generous (``Budget.deadline``).
+        fresh: run all trials anew, and forget what is stored of them.
         store: where results are kept, a folder or an open store. Default: as for all of polyak.
         progress: show a bar (in a notebook or a terminal), where ``on_progress`` is not given.
         on_progress: called with the progress of each task's trials.
@@ -99,8 +104,11 @@ def compare(
 
     Workers are processes that are started afresh: a script that calls this must do so under ``if __name__ == "__main__":``.
 
-    Finished trials are stored by what determines them (the task's code, the arm, its options, seed, budget, versions), and are not
-    run again.
+    Finished trials are stored by what determines them, and are not run again: the code of the task and of the arm, with what
+    they import from beside them; the initial weights, first batches and first numbers that the task gives; the arm's options,
+    the seed, the budget, versions. What this does not see, such as a change far back in a data file, is for ``fresh``.
+
+    What it is at before the first trial it says to the logger "polyak.lab.compare".
     """
     checks.integer("seeds", seeds, least=1)
     checks.integer("trials", trials, least=1)
@@ -110,6 +118,8 @@ def compare(
     if deadline is not None:
         checks.positive("deadline", deadline)
     files = task_files(tasks)
+    if not isinstance(budget, str):
+        raise ValueError(f"budget must be {budgets.FORMS}, in words, got {budget!r}")
     for file in files:
         add_folder(file)  # arms may be beside the tasks
     kind = device_kind(device, processes, executor)
@@ -130,11 +140,23 @@ def compare(
     if limit.unit == "seconds" and executor is not None and jobs is None:
         executor.apart()
     at_once = jobs if jobs is not None else 1 if limit.unit == "seconds" else None
-    plans = [
-        _plan(file, f, competitors, limit, seeds=seeds, trials=trials, points=points, kind=kind, deadline=deadline)
-        for file, f in facts.items()
-    ]
+
+    def make() -> list[ComparisonPlan]:
+        given: dict[str, Any] = {"seeds": seeds, "trials": trials, "points": points, "kind": kind, "deadline": deadline}
+        return [_plan(file, f, competitors, limit, **given) for file, f in facts.items()]
+
+    plans = make()
     with _opened(store) as opened, _bar(progress and on_progress is None) as tell:
+        if fresh:
+            _forget(plans, opened)
+            plans = make()
+        for file, plan in zip(files, plans, strict=True):
+            known = list(plan.known())
+            there = opened.results(known)
+            if not there:
+                _say_what_is_not_used(plan, limit, opened)
+            if len(there) < len(known):
+                _try(file, plan, device, deadline or EXAMINATION_S, call)
         carry_out(
             plans,
             device=device,
@@ -168,12 +190,18 @@ def task_files(tasks: str | Path | Sequence[str | Path]) -> list[Path]:
         TaskError: there is no such file, a folder has none, or two have one name.
     """
     found: list[Path] = []
-    for given in [tasks] if isinstance(tasks, (str, Path)) else tasks:
+    for given in list(tasks) if isinstance(tasks, (list, tuple)) else [tasks]:
+        if not isinstance(given, (str, Path)):
+            what = "a function" if callable(given) else repr(given)
+            raise TaskError(
+                f"a task is a file, got {what}: trials run in processes of their own, which do not see what a notebook or script "
+                "holds. Write it to a file (in a notebook: a cell that begins with %%writefile task.py), and name that"
+            )
         path = Path(given).expanduser()
         if path.is_dir():
             inside = sorted(p for p in path.glob("*.py") if not p.name.startswith("_"))
             if not inside:
-                raise TaskError(f"{path} has no task files (*.py)")
+                raise NoTaskError(f"{path} has no task files (*.py)")
             found += inside
         elif path.is_file():
             found.append(path)
@@ -181,7 +209,7 @@ def task_files(tasks: str | Path | Sequence[str | Path]) -> list[Path]:
             near = (
                 checks.suggestion(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
             )
-            raise TaskError(f"{path}: there is no such file{near or '; `polyak init-task` writes an example'}")
+            raise NoTaskError(f"{path}: there is no such file{near or '; `polyak init-task` writes an example'}")
     if not found:
         raise TaskError("name a task file, or a folder of them")
     stems = [path.stem for path in found]
@@ -191,20 +219,64 @@ def task_files(tasks: str | Path | Sequence[str | Path]) -> list[Path]:
 
 
 def _examine(file: Path, device: str, patience: float, call: Callable[..., Any]) -> Facts:
+    _log.info("checking %s", file.name)
+    found = _apart(file, call, examine, str(file), device, timeout=patience)
+    if isinstance(found, str):
+        raise TaskError(found)
+    return found
+
+
+def _try(file: Path, plan: ComparisonPlan, device: str, patience: float, call: Callable[..., Any]) -> None:
+    """Build every arm on the task, and take two steps, before the first trial has run its time."""
+    _log.info("trying each arm on %s", file.name)
+    arms = []
+    for name, arm in plan.specs.items():
+        centre = {option: r.centre for option, r in arm.space.items()}
+        arms.append((name, {"class": arm.target, "fixed": dict(arm.fixed), "tuned": sorted(centre), **centre}))
+    wrong = _apart(file, call, try_arms, str(file), device, arms, timeout=patience)
+    if wrong is not None:
+        raise wrong
+
+
+def _apart(file: Path, call: Callable[..., Any], function: Callable[..., Any], *arguments: Any, timeout: float) -> Any:
+    """A call in a process of its own, on a task's code."""
     try:
-        found = call(examine, str(file), device, timeout=patience)
+        return call(function, *arguments, timeout=timeout)
     except TimeoutError:
         raise TaskError(
-            f"{file.name}: not ready after {patience:g} s: a call of task, loss or evaluate does not end"
+            f"{file.name}: not ready after {timeout:g} s: a call of task, loss or evaluate does not end"
         ) from None
     except RuntimeError as error:
         why = str(error).strip().splitlines()[-1]
         # A script without the guard runs itself again in every process that it starts.
         hint = _GUARD if why.endswith("exit status 1") else ""
         raise TaskError(f"{file.name}: {why}{hint}") from error
-    if isinstance(found, str):
-        raise TaskError(found)
-    return found
+
+
+def _forget(plans: Sequence[ComparisonPlan], store: Store) -> None:
+    for plan in plans:
+        plan.load(store)
+        store.forget(plan.found)
+
+
+def _say_what_is_not_used(plan: ComparisonPlan, limit: Budget, store: Store) -> None:
+    """Of a shared budget each trial's part changes with the number of arms, tasks, seeds and trials."""
+    if limit.total is None:
+        return
+    own = {trial.versions["fingerprint"] for trial in plan.known()}
+    for run in reversed(store.runs(plan.claim.slug)):
+        if (
+            run.versions.get("fingerprint") in own
+            and run.done
+            and run.device == plan.device
+            and run.scale.endswith("seconds")
+        ):
+            before = run.scale.partition(" ")[0]
+            _log.warning(
+                "each trial now gets %g s; stored ones got %s s, and are not used (they are with a budget of %ss/trial)",
+                limit.amount, before, before,
+            )  # fmt: skip
+            return
 
 
 def _baseline(name: str | None, arms: Sequence[ArmSpec]) -> ArmSpec:
@@ -267,7 +339,7 @@ def _plan(
         specs=by_name,
         trials=trials,
         points=tuning_points,
-        fingerprints={arm.text: _fingerprint(code, *own, *_codes(arm)) for arm in arms},
+        fingerprints={arm.text: _fingerprint(code, facts.identity, *own, *_codes(arm)) for arm in arms},
         deadline=budget.deadline if deadline is None else deadline,
     )
 
@@ -344,12 +416,11 @@ def experiment(file: Path, facts: Facts, arms: Sequence[ArmSpec], budget: Budget
 
 
 def _labels(arms: Sequence[ArmSpec]) -> dict[str, str]:
-    """Class names; where several arms share one, with their fixed options; where these are the same, too, as they were given."""
-    found = {arm.text: arm.class_name for arm in arms}
-    for fuller in ("label", "text"):
-        labels = list(found.values())
-        found = {a.text: found[a.text] if labels.count(found[a.text]) == 1 else getattr(a, fuller) for a in arms}
-    return found
+    """Class names with the options that were given; these are left out where they are long and the class alone says which."""
+    names = [arm.class_name for arm in arms]
+    found = {a.text: a.class_name if len(a.label) > _LONG and names.count(a.class_name) == 1 else a.label for a in arms}
+    labels = list(found.values())
+    return {a.text: found[a.text] if labels.count(found[a.text]) == 1 else a.text for a in arms}
 
 
 def _metric(name: str, better: Any, facts: Facts) -> Metric:

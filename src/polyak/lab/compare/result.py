@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 _BUSY = 0.8  # of the time: a trial that had a processor for less was held up
+_EDGE = 0.02  # of a range's length: a best point this near to its end may have a better one beyond
+_FURTHER = 30.0  # a range that is proposed goes on by this factor
 _MANY_TIMES = 10.0  # better than the baseline: rarely real
 
 
@@ -211,7 +213,45 @@ class TaskComparison:
     @cached_property
     def warnings(self) -> tuple[str, ...]:
         """What makes the numbers doubtful: too good, or a task that gives itself away."""
-        return (*self.facts.warnings, *self._too_good(), *self._too_short(), *self._too_busy())
+        return (
+            *self.facts.warnings,
+            *self._too_good(),
+            *self._unmoved(),
+            *self._badly_tuned(),
+            *self._too_short(),
+            *self._too_busy(),
+        )
+
+    def _unmoved(self) -> Iterable[str]:
+        for row in self.rows:
+            curves = [[values[self.main.name] for at, values in t.curve] for t in self.trials(row.arm)]
+            begun = all(t.curve and t.curve[0][0]["used"] == 0 for t in self.trials(row.arm))
+            if begun and not row.diverged and all(len(set(values)) == 1 < len(values) for values in curves):
+                yield f"{row.label} never changes the {self.main.label}: does its step() move the parameters?"
+
+    def _badly_tuned(self) -> Iterable[str]:
+        """Where the best of what was tried is at an end of its range, or nothing that was tried is any good."""
+        for spec, row in zip(self.setup.arms, self.rows, strict=True):
+            tried = self.trials(row.arm, "tuning")
+            if tried and all(t.diverged for t in tried):
+                lower = f": {_wider(spec, 'lr', r.low / _FURTHER, r.low)}" if (r := spec.space.get("lr")) else ""
+                yield f"{row.label}: every tuning trial diverged, and the first one's options are used; try a lower range{lower}"
+                continue
+            for name, r in spec.space.items():
+                value = row.point.get(name)
+                if not r.log or value is None:
+                    continue
+                # The range has grown where the best was at its end.
+                values = [r.low, r.high, *(t.point[name] for t in tried)]
+                low, high = min(values), max(values)
+                near = _EDGE * math.log(high / low)
+                for end, side in ((low, "low"), (high, "high")):
+                    if abs(math.log(value / end)) < near:
+                        ends = (low / _FURTHER, high) if side == "low" else (low, high * _FURTHER)
+                        yield (
+                            f"{row.label}: its best {name}, {words.number(value)}, is at the {side} end of what was tried, and a "
+                            f"better one may be beyond: {_wider(spec, name, *ends)}"
+                        )
 
     def _too_busy(self) -> Iterable[str]:
         """On a CPU whose cores were shared with other work, seconds say little."""
@@ -399,6 +439,12 @@ class Comparison:
         from polyak.lab.compare.page import summary
 
         return summary(self)
+
+
+def _wider(spec: ArmSpec, name: str, low: float, high: float) -> str:
+    """An arm's words with another range of an option."""
+    kept = [piece for piece in spec.pieces if not piece.startswith(f"{name}=")]
+    return ":".join([*kept, f"{name}={low:.1g}..{high:.1g}"])
 
 
 _VERDICTS = {"holds": "wins", "fails": "loses", "undecided": "is undecided on"}

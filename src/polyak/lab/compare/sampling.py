@@ -42,19 +42,15 @@ class Draw:
         if not isinstance(task, SamplingTask):
             raise TaskError(f"{Path(self.file).name}: samplers need a task with a denoiser or a pipeline, and a metric")
         main = trial.options.get("main")
-        given = split_options({**trial["fixed"], **{name: trial[name] for name in trial["tuned"]}})
-        cls = find(trial["class"])
-        sampler: _Sampler = (
-            _Solver(task, cls, given, trial.device) if task.pipeline is None else _Pipeline(task, cls, given)
-        )
+        arm = sampler(task, trial, trial.device)
         with torch.no_grad():
-            limit = _limit(sampler, trial)
+            limit = _limit(arm, trial)
             values: dict[str, float] = {}
             spent, seconds = 0, 0.0
             for part in _PARTS if main is None else (1.0,):
                 count = math.floor(part * limit)
                 try:
-                    samples, spent, seconds = _timed(sampler, count, trial)
+                    samples, spent, seconds = _timed(arm, count, trial)
                 except ValueError:
                     if part < 1.0:  # a part of the budget may be too little for one step
                         continue
@@ -64,6 +60,13 @@ class Draw:
                 yield Measurement(values=values, at=at)
         final = {"evaluations": spent, "seconds": seconds, "memory": _memory(trial.device)}
         yield Measurement(values={**values, **final})
+
+
+def sampler(task: SamplingTask, options: Trial | Mapping[str, Any], device: str) -> _Sampler:
+    """An arm, with its fixed and tuned options."""
+    given = split_options({**options["fixed"], **{name: options[name] for name in options["tuned"]}})
+    cls = find(options["class"])
+    return _Solver(task, cls, given, device) if task.pipeline is None else _Pipeline(task, cls, given)
 
 
 def _limit(sampler: _Sampler, trial: Trial) -> int:

@@ -17,7 +17,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from polyak.lab import versions as facts
-from polyak.lab import words
 from polyak.lab.claim import Claim
 from polyak.lab.compare.arms import ArmSpec, Range
 from polyak.lab.result import TrialResult
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 MEASURE = "validation"  # what tuning trials yield
 _GRID = 0.6  # of an arm's tuning trials
 _PATIENCE = 0.3  # of the budget: none is stopped before
-_EDGE = 0.02  # of a range's length: a best point this near to its end may have a better one beyond
 
 
 class Search:
@@ -266,19 +264,6 @@ class ComparisonPlan(Plan):
     def _choose(self, key: Key) -> None:
         best = self._asked[key][self._searches[key].best]
         self.chosen[key] = dict(best.point)
-        arm = key[1]
-        if all(self.found[t.digest].result.diverged for t in self._asked[key]):
-            self.notes.append(f"{arm}: every tuning trial diverged; the first is used")
-            return
-        for name, r in self._searches[key].space.items():
-            if not r.log or name not in best.point:
-                continue
-            for end, side in ((r.low, "low"), (r.high, "high")):
-                if abs(math.log(best.point[name] / end)) < _EDGE * math.log(r.high / r.low):
-                    self.notes.append(
-                        f"{arm}: the best {name}, {words.number(best.point[name])}, is at the {side} end of its range ({r}): a "
-                        f"wider one may be better: {arm.partition(':')[0]}:{name}=..."
-                    )
 
 
 def stopped(trial: TrialResult) -> bool:

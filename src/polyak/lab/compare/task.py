@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ OWN = (
     "evaluations",
     "processor",
 )  # the lab's own measurements
+_NO_RETURN = " (is there no return?)"
 _PARTS = 1000  # a schedule's steps from the first to the last
 SCHEDULES: Mapping[str, Schedule] = {
     "cosine": Warmup(Cosine(1.0, 0.0, _PARTS * 19 // 20), _PARTS // 20),
@@ -47,10 +49,20 @@ SCHEDULES: Mapping[str, Schedule] = {
     "constant": Constant(1.0),
 }
 _MORE_IS_BETTER = ("acc", "auc", "f1", "bleu", "r2", "psnr", "ssim", "precision", "recall", "iou", "score", "reward")
+_UNNAMED = ("evaluate", "metric")  # what a number is called that comes without a name
+# What names that leave no doubt hold, as a part or as a word.
+_LESS_IS_BETTER = ("loss", "error", "perplex", "entropy", "distance", "diverg", "residual", "regret")
+_LESS_WORDS = frozenset(
+    ("err", "mse", "rmse", "mae", "mape", "nll", "ppl", "fid", "kid", "kl", "wer", "cer", "cost", "bits", "bpc", "bpd")
+)
 
 
 class TaskError(ValueError):
     """A task file cannot be used; the message says why, in a sentence."""
+
+
+class NoTaskError(TaskError):
+    """There is no such file."""
 
 
 @dataclass(kw_only=True)
@@ -65,7 +77,7 @@ class TrainingTask:
             data that is not trained on. The model is in evaluation mode then, and gradients are off.
         validate: as ``evaluate``, on data of its own: what learning rates are chosen by. Default: ``evaluate``, and the report
             says so, since numbers by which something was chosen are a little too good.
-        better: "lower" or "higher", or one for each name: ``{"accuracy": "higher"}``.
+        better: "lower" or "higher", or one for each name: ``{"accuracy": "higher"}``. Names like "loss" need none.
         params: ``params(model)`` are the param groups. Default: all parameters that need gradients, in one group.
         schedule: factor of the learning rate by the part of the budget that is used, from 0 to 1: "cosine" (up over the first
             20th, then half a cosine to 0), "linear", "constant", or a function. The same for all arms.
@@ -129,6 +141,7 @@ class Facts:
     schedule: str = ""
     validates: bool = False  # whether what is tuned by is apart from what is reported
     seconds: float = 0.0  # of one step, or of one evaluation of the denoiser
+    identity: str = ""  # a digest of what the function gave: initial weights, first batches, first numbers
     warnings: tuple[str, ...] = ()
 
     @property
@@ -226,7 +239,7 @@ def _checked(made: Any, name: str) -> AnyTask:
     else:
         raise TaskError(
             f"{name}: {FUNCTION} must return a dictionary with model, batches, loss and evaluate (or denoiser, shape and metric), "
-            f"got {_kind(made)}"
+            f"got {_kind(made)}{_NO_RETURN if made is None else ''}"
         )
     return made
 
@@ -296,7 +309,10 @@ def metrics(given: Any, what: str, file: str) -> dict[str, float]:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, Real):
             of = f" for {key!r}" if isinstance(given, Mapping) else ""
-            raise TaskError(f"{name}: {what} must return a number or a dictionary of numbers, got {_kind(value)}{of}")
+            hint = _NO_RETURN if given is None else ""
+            raise TaskError(
+                f"{name}: {what} must return a number or a dictionary of numbers, got {_kind(value)}{of}{hint}"
+            )
         if not isinstance(key, str) or key in OWN:
             raise TaskError(f"{name}: {what} must not call a number {key!r}: the lab uses this name itself")
         found[key] = float(value)
@@ -307,7 +323,7 @@ def betters(task: AnyTask, names: Iterable[str], file: str) -> dict[str, Better]
     """Whether lower or higher is better, by metric.
 
     Raises:
-        TaskError: what is declared is neither, or names no metric; or nothing is, of a metric that looks like an accuracy.
+        TaskError: what is declared is neither, or names no metric; or nothing is, of a metric whose name does not say.
     """
     name, names = Path(file).name, list(names)
     declared = task.better if isinstance(task.better, Mapping) else dict.fromkeys(names, task.better)
@@ -319,12 +335,23 @@ def betters(task: AnyTask, names: Iterable[str], file: str) -> dict[str, Better]
     found: dict[str, Better] = {}
     for key in names:
         value = declared.get(key)
-        if value is None and any(word in key.lower() for word in _MORE_IS_BETTER) and "loss" not in key.lower():
-            raise TaskError(
-                f"{name}: is more of {key!r} better? Return better={{{key!r}: 'higher'}} (or 'lower') with the others"
-            )
+        words = set(re.split(r"[^a-z]+", key.lower()))
+        if value is None and not (words & _LESS_WORDS or any(part in key.lower() for part in _LESS_IS_BETTER)):
+            raise TaskError(f"{name}: {_ask(key)}")
         found[key] = "higher" if value == "higher" else "lower"
     return found
+
+
+def _ask(key: str) -> str:
+    """Which is better, more or less of a metric whose name does not say?"""
+    if key in _UNNAMED:
+        return (
+            f"is more of what {key} returns better, or less? Return better='higher' or better='lower' with the others (a name that "
+            "says so, like {'loss': ...}, would do, too)"
+        )
+    guess = "higher" if any(word in key.lower() for word in _MORE_IS_BETTER) else "lower"
+    other = "lower" if guess == "higher" else "higher"
+    return f"is more of {key!r} better? Return better={{{key!r}: {guess!r}}} (or {other!r}) with the others"
 
 
 def endless(batches: Iterable[Any], name: str) -> Iterator[Any]:

@@ -8,6 +8,7 @@ same batches in the same order.
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import math
 import random
@@ -55,6 +56,7 @@ class _Training:
         self.optimizer = build(task, task.model, trial)
         self.bases = [group["lr"] for group in self.optimizer.param_groups if "lr" in group]
         self.steps = self.gradients = 0
+        self.closure = True  # whether the optimizer asks for the gradient itself, once it is warm
         self.loss: Any = 0.0
         self.since = 0  # gradients that the loss has been summed over
 
@@ -70,7 +72,11 @@ class _Training:
             batch = next(self.batches)
         with self.clock:
             self._set_rates()
-            self.optimizer.step(lambda: self._gradient(batch))
+            if self.closure:
+                self.optimizer.step(lambda: self._gradient(batch))
+            else:
+                self._gradient(batch)
+                self.optimizer.step()
             self.steps += 1
             if "seconds" in self.budget and self.steps % _EVERY == 0:
                 self.clock.wait()
@@ -81,18 +87,14 @@ class _Training:
             first = next(self.batches)
         self.batches = itertools.chain([first], self.batches)
         with _Generators(self.device):
-            self._rehearse(first)
+            model = copy.deepcopy(self.task.model).train()
+            self.closure = rehearse(self.task, model, build(self.task, model, self.trial), first)
+        del model
         if self.device != "cpu":
             import torch
 
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)  # the copy is gone
-
-    def _rehearse(self, batch: Any) -> None:
-        model = copy.deepcopy(self.task.model).train()
-        optimizer = build(self.task, model, self.trial)
-        for _ in range(2):
-            optimizer.step(lambda: _gradient(self.task, model, optimizer, batch))
 
     def _set_rates(self) -> None:
         factor = self.task.factor(self.used)
@@ -173,13 +175,39 @@ def _train(training: _Training) -> Iterator[Measurement]:
     yield Measurement(values={**found, **final, "train_loss": loss, "memory": training.memory()})
 
 
-def build(task: TrainingTask, model: nn.Module, trial: Trial) -> torch.optim.Optimizer:
+def build(task: TrainingTask, model: nn.Module, options: Trial | Mapping[str, Any]) -> torch.optim.Optimizer:
     """The arm's optimizer over a model's parameters, with its fixed and tuned options."""
     params = task.params(model) if task.params else [p for p in model.parameters() if p.requires_grad]
-    tuned = {name: trial[name] for name in trial["tuned"]}
+    tuned = {name: options[name] for name in options["tuned"]}
     # JSON, through which options come, has lists where optimizers have tuples.
-    fixed = {name: tuple(value) if isinstance(value, list) else value for name, value in trial["fixed"].items()}
-    return find(trial["class"])(params, **fixed, **tuned)
+    fixed = {name: tuple(value) if isinstance(value, list) else value for name, value in options["fixed"].items()}
+    return find(options["class"])(params, **fixed, **tuned)
+
+
+def rehearse(task: TrainingTask, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> bool:
+    """Take two steps. Whether the optimizer asks for the gradient itself, by calling what its ``step`` is given.
+
+    Many do not: they take the gradient that is there, and some have a ``step`` that is given nothing.
+    """
+    calls = 0
+
+    def closure() -> Any:
+        nonlocal calls
+        calls += 1
+        return _gradient(task, model, optimizer, batch)
+
+    takes_one = _takes_closure(optimizer)
+    for _ in range(2):
+        _gradient(task, model, optimizer, batch)
+        optimizer.step(closure) if takes_one else optimizer.step()
+    return calls > 0
+
+
+def _takes_closure(optimizer: torch.optim.Optimizer) -> bool:
+    try:
+        return bool(inspect.signature(optimizer.step).parameters)
+    except (TypeError, ValueError):
+        return True
 
 
 def _gradient(task: TrainingTask, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> Any:

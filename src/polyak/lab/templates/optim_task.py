@@ -40,9 +40,8 @@ def task(seed, device):
         "batches": batches,  # a DataLoader, a list, or an endless iterator
         "loss": loss,
         "evaluate": lambda model: measure(model, test),  # what is reported
-        "validate": lambda model: measure(
-            model, valid
-        ),  # what is tuned by; without it, evaluate (and the report says so)
+        # What is tuned by. Without it that is evaluate, and the report says so.
+        "validate": lambda model: measure(model, valid),
         "better": {"accuracy": "higher", "test_loss": "lower"},  # or one word for all
         # "params": lambda model: [{"params": ..., "weight_decay": 0.0}, ...],  # param groups, if one is not enough
         # "schedule": "cosine",  # of the learning rate: "cosine", "linear", "constant", or a function of the budget's used part
