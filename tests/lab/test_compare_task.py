@@ -100,7 +100,7 @@ BROKEN = {
         {'{"distance": (model.weight - TRUTH).norm()}': "(model.weight - TRUTH).norm()"},
         "is more of what evaluate returns better, or less? Return better='higher' or better='lower'",
     ),
-    "nothing": ({'{"distance": (model.weight - TRUTH).norm()}': "None"}, "got None (is there no return?)"),
+    "no return": ({'{"distance": (model.weight - TRUTH).norm()}': "None"}, "got None (is there no return?)"),
     "better": ({'"evaluate"': '"better": "smaller", "evaluate"'}, "better must be 'lower' or 'higher', got 'smaller'"),
     "better name": ({'"evaluate"': '"better": {"dist": "lower"}, "evaluate"'}, "names 'dist', which is not measured"),
     "schedule": ({'"evaluate"': '"schedule": "cosin", "evaluate"'}, "schedule must be one of cosine, linear, constant"),

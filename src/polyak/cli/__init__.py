@@ -32,5 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name = (missing.name or "").partition(".")[0]
         if name not in _EXTRA:
             raise
-        print(f"polyak: this command needs {name}, of the extra `lab`: pip install 'polyak[lab]'", file=sys.stderr)
+        print(
+            f"polyak: this command needs {name}, of the extra `lab`: pip install 'polyak[lab]' (or '.[lab]' in a checkout)",
+            file=sys.stderr,
+        )
         raise SystemExit(3) from None

@@ -197,7 +197,7 @@ def _target(name: str, kind: Kind) -> str:
     if kind == "sampling" and _has(f"diffusers:{name}"):
         return f"diffusers:{name}"
     raise ArmError(
-        f"no arm is called {name!r}{checks.suggestion(name.lower(), known)}; there are {', '.join(sorted(known))}, and "
+        f"no arm is called {name!r}{checks.suggestion(name.lower(), known) or '.'} There are {', '.join(sorted(known))}, and "
         "anything else is named by module:Class"
     )
 
@@ -308,9 +308,8 @@ def _defaults(cls: Any) -> tuple[dict[str, Any], bool]:
 def _check_options(text: str, cls: Any, values: Iterable[str], known: Mapping[str, Any], takes_any: bool) -> None:
     for name in values:
         if name not in known and not takes_any:
-            raise ArmError(
-                f"arm {text!r}: {cls.__name__} has no option {name!r}{checks.suggestion(name, known)}; it has {', '.join(known)}"
-            )
+            hint = checks.suggestion(name, known) or "."
+            raise ArmError(f"arm {text!r}: {cls.__name__} has no option {name!r}{hint} It has {', '.join(known)}")
 
 
 # -- samplers --------------------------------------------------------------------------------------------------------------

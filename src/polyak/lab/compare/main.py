@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -32,6 +33,7 @@ EXAMINATION_S = 300.0  # a task that has not been built and looked at by then is
 # The files that decide what a trial yields, beside the task's and the arm's.
 _OWN_CODE = ("trial", "sampling", "task")
 _GUARD = '; a script that calls compare must do so under `if __name__ == "__main__":`'
+_REDRAW_S = 2.0
 _LONG = 32  # characters of a label
 _log = logging.getLogger("polyak.lab.compare")
 _OWN_METRICS = (
@@ -444,16 +446,30 @@ def _bar(wanted: bool) -> Iterator[Callable[[Progress], None] | None]:
     if not wanted:
         yield None
         return
-    from tqdm.auto import tqdm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a notebook without ipywidgets has a bar of text
+        from tqdm.auto import tqdm
 
     news: dict[str, Progress] = {}
-    with tqdm(desc="trials", unit="trial") as bar:
+    bar: Any = None
+    drawn = -math.inf
 
-        def tell(p: Progress) -> None:
-            news[p.claim] = p
-            bar.total = sum(n.total for n in news.values())
-            bar.n = sum(n.done for n in news.values())
-            bar.set_postfix_str("; ".join(label for n in news.values() for label in n.running), refresh=False)
+    def tell(p: Progress) -> None:
+        nonlocal bar, drawn
+        news[p.claim] = p
+        done, total = sum(n.done for n in news.values()), sum(n.total for n in news.values())
+        if bar is None:
+            bar = tqdm(desc="trials", unit="trial", total=total)
+        grown = done > bar.n
+        bar.total, bar.n = total, done
+        bar.set_postfix_str("; ".join(label for n in news.values() for label in n.running), refresh=False)
+        # Where the bar is text, a saved notebook keeps every version of it.
+        if grown or p.elapsed - drawn > _REDRAW_S:
+            drawn = p.elapsed
             bar.refresh()
 
+    try:
         yield tell
+    finally:
+        if bar is not None:
+            bar.close()

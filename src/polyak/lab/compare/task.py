@@ -225,9 +225,8 @@ def _checked(made: Any, name: str) -> AnyTask:
         known = [f.name for f in fields(kind)]
         for key in made:
             if key not in known:
-                raise TaskError(
-                    f"{name}: {FUNCTION} returned an unknown {key!r}{checks.suggestion(key, known)}; known are {', '.join(known)}"
-                )
+                hint = checks.suggestion(key, known) or "."
+                raise TaskError(f"{name}: {FUNCTION} returned an unknown {key!r}{hint} Known are {', '.join(known)}")
         needed = ["metric"] if kind is SamplingTask else ["model", "batches", "loss", "evaluate"]
         if missing := [key for key in needed if key not in made]:
             raise TaskError(f"{name}: {FUNCTION} must return {', '.join(needed)}; {', '.join(missing)} is missing")
