@@ -158,7 +158,7 @@ def task(seed, device):
     y = x.sum(1, keepdim=True)
     model = nn.Linear(3, 1).to(device)
     loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
-    return {"model": model, "batches": [(x, y)], "loss": loss, "evaluate": lambda model: loss(model, (x, y)).item()}
+    return {"model": model, "batches": [(x, y)], "loss": loss, "evaluate": lambda model: {"loss": loss(model, (x, y))}}
 """
 
 
@@ -391,3 +391,17 @@ def test_what_the_tests_do_not_understand_is_not_passed_over(shell, monkeypatch)
     monkeypatch.setitem(globals(), "LIMIT_S", 0.05)
     with pytest.raises(TimeoutError):
         run_page("```python\nwhile True:\n    pass\n```", shell)
+
+
+def test_the_ten_lines_are_a_task(tmp_path: Path) -> None:
+    from polyak.lab.compare.examine import examine, try_arms
+
+    [block] = [b for b in blocks(text_of("docs/compare.md")) if "def task(" in b.code]
+    path = tmp_path / "ten_lines.py"
+    path.write_text(block.code, encoding="utf-8")
+    facts = examine(str(path), "cpu")
+    assert not isinstance(facts, str), facts
+    assert facts.better == {"mse": "lower"}
+    assert not facts.warnings
+    arm = {"class": "torch.optim:AdamW", "fixed": {}, "tuned": ["lr"], "lr": 1e-3}
+    assert try_arms(str(path), "cpu", [("adamw", arm)]) is None
