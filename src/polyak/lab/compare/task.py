@@ -335,7 +335,10 @@ def betters(task: AnyTask, names: Iterable[str], file: str) -> dict[str, Better]
     for key in names:
         value = declared.get(key)
         words = set(re.split(r"[^a-z]+", key.lower()))
-        if value is None and not (words & _LESS_WORDS or any(part in key.lower() for part in _LESS_IS_BETTER)):
+        less = bool(words & _LESS_WORDS) or any(part in key.lower() for part in _LESS_IS_BETTER)
+        more = any(part in key.lower() for part in _MORE_IS_BETTER)
+        # Of further metrics, which decide nothing, only those are asked about that look like more is better.
+        if value is None and not less and (more or key == names[0]):
             raise TaskError(f"{name}: {_ask(key)}")
         found[key] = "higher" if value == "higher" else "lower"
     return found
