@@ -417,6 +417,34 @@ def test_an_optimizer_may_leave_its_closure_alone(tmp_path: Path, monkeypatch: p
         assert found.values["evaluations"] == outcome.values["evaluations"] == 12
 
 
+def test_an_optimizer_around_another(task: Path) -> None:
+    """Against the same by hand."""
+    options = {"fixed": {"base": "torch.optim:SGD", "base.momentum": 0.9, "inv_freq": 3}, "lr": 0.01}
+    curve, outcome = trial(task, "polyak.optim:MKOR", **options)
+    assert len(curve) == 5
+    assert outcome.values["distance"] < curve[0][1]["distance"]
+    import importlib.util
+
+    import torch
+
+    from polyak.lab.compare.task import SCHEDULES
+    from polyak.optim import MKOR
+
+    spec = importlib.util.spec_from_file_location("line_around", task)
+    module = importlib.util.module_from_spec(spec)  # pyright: ignore[reportArgumentType]
+    spec.loader.exec_module(module)  # pyright: ignore[reportOptionalMemberAccess]
+    torch.manual_seed(0)
+    made = module.task(0, "cpu")
+    optimizer = MKOR(made["model"], torch.optim.SGD(made["model"].parameters(), lr=0.01, momentum=0.9), inv_freq=3)
+    made["model"].train()
+    for step in range(12):
+        optimizer.param_groups[0]["lr"] = 0.01 * SCHEDULES["cosine"](step / 12 * 1000)
+        optimizer.zero_grad()
+        made["loss"](made["model"], next(made["batches"])).backward()
+        optimizer.step()
+    assert outcome.values["distance"] == pytest.approx(made["evaluate"](made["model"])["distance"].item(), abs=1e-12)
+
+
 @pytest.mark.usefixtures("here")
 def test_an_arm_that_changes_nothing_is_doubted(tmp_path: Path) -> None:
     (tmp_path / "odd_three.py").write_text(ODD)

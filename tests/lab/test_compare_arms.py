@@ -52,6 +52,34 @@ def test_ranges_are_centred_where_the_papers_say() -> None:
     assert 990 <= min(widths) <= 1010
 
 
+def test_polyak_says_itself_what_its_rates_are() -> None:
+    from polyak import optim
+
+    for name in optim.names():
+        facts = optim.info(name)
+        if facts.lr is None or facts.weight_decay is None:
+            continue
+        [arm, _] = parse(
+            [f"{name}:f=1" if name == "monna" else f"{name}:kappa=l2" if name == "lionk" else name, "adamax"],
+            "training",
+        )
+        slack = 1.01  # ends of ranges have three digits
+        assert facts.lr[0] / slack <= arm.space["lr"].centre / 1e-3 <= facts.lr[1] * slack, name
+        if decay := arm.space.get("weight_decay"):
+            assert facts.weight_decay[0] / slack <= decay.centre / 1e-2 <= facts.weight_decay[1] * slack, name
+        assert arm.says == facts.relation
+
+
+def test_one_that_is_around_another() -> None:
+    plain, own, _ = parse("mkor,mkor:base=adamw:base.eps=1e-6:inv_freq=5..20:lr=1e-3,adamw", "training")
+    assert plain.fixed == {"base": "torch.optim:SGD", "base.momentum": 0.9}
+    assert list(plain.space) == ["lr", "weight_decay"]
+    assert plain.space["lr"].centre == pytest.approx(0.1, rel=0.01)
+    assert own.fixed == {"base": "torch.optim:AdamW", "base.eps": 1e-6, "lr": 1e-3}
+    assert list(own.space) == ["weight_decay", "inv_freq"]
+    assert own.space["inv_freq"].whole
+
+
 def test_samplers_have_guidance_and_integers() -> None:
     solver, guided = parse("dpmsolver:order=1..3,ddim:guidance=CFG:guidance.scale=1..8:grid=time_uniform", "sampling")
     assert solver.space == {"order": Range(1, 3, whole=True)}
@@ -69,6 +97,13 @@ def test_samplers_have_guidance_and_integers() -> None:
     ("words", "kind", "says"),
     [
         ("adamw,lionn", "training", "no arm is called 'lionn'; did you mean 'lion'?"),
+        ("adamw,lionk", "training", "arm 'lionk': LionK needs kappa: lionk:kappa=..."),
+        ("adamw,monna", "training", "arm 'monna': MoNNA needs f: monna:f=..."),
+        ("adamw,sgd:lr=abc", "training", "arm 'sgd:lr=abc': lr must be a number, got 'abc'"),
+        ("adamw,adam:betas=0.9/0.98", "training", "betas must be a tuple like (0.9,0.999), got '0.9/0.98'"),
+        ("adamw,mkor:invfreq=3", "training", "MKOR has no option 'invfreq'; did you mean 'inv_freq'?"),
+        ("adamw,mkor:base=nosuch", "training", "no arm is called 'nosuch'"),
+        ("adamw,mkor:base.momentun=1", "training", "SGD has no option 'momentun'; did you mean 'momentum'?"),
         ("adamw,adan:weight_deacy=1", "training", "Adan has no option 'weight_deacy'; did you mean 'weight_decay'?"),
         ("adamw,adan:lr", "training", "module 'adan' cannot be imported"),
         ("adamw,nowhere:Opt", "training", "module 'nowhere' cannot be imported"),

@@ -22,12 +22,18 @@ class Info:
         part: its module and class, "polyak.optim.adan:Adan".
         says: what it is, in a line.
         wraps: whether it is made of a module and a base optimizer instead of parameters.
+        lr: its best learning rate over AdamW's, from and to; None where it has none of its own.
+        weight_decay: its weight decay over AdamW's, likewise.
+        relation: who says so.
     """
 
     name: str
     part: str
     says: str
     wraps: bool = False
+    lr: tuple[float, float] | None = (1.0, 1.0)
+    weight_decay: tuple[float, float] | None = (1.0, 1.0)
+    relation: str = "AdamW's usual values"
 
     @property
     def optimizer(self) -> type[torch.optim.Optimizer]:
@@ -36,20 +42,32 @@ class Info:
         return getattr(import_module(module), name)
 
 
+_SGD = {
+    "lr": (100.0, 100.0),
+    "weight_decay": (0.05, 0.05),
+    "relation": "usual for SGD: learning rate 0.1, weight decay 5e-4",
+}
+_LION = {
+    "lr": (0.1, 1 / 3),
+    "weight_decay": (3.0, 10.0),
+    "relation": "Lion's paper: a third to a tenth of AdamW's learning rate, 3 to 10 times its weight decay",
+}
 _FACTS = {
     fact.name: fact
     for fact in (
         Info(
             name="adan", part="polyak.optim.adan:Adan",
             says="Adam-like steps from a Nesterov gradient that needs no second evaluation (arXiv 2208.06677)",
+            lr=(5.0, 10.0), weight_decay=(2.0, 2.0),
+            relation="its paper: 5 to 10 times AdamW's learning rate, weight decay 0.02",
         ),
         Info(
             name="lion", part="polyak.optim.lion:Lion",
-            says="the sign of a momentum that looks ahead; one state per parameter (arXiv 2302.06675)",
+            says="the sign of a momentum that looks ahead; one state per parameter (arXiv 2302.06675)", **_LION,
         ),
         Info(
             name="lionk", part="polyak.optim.lion:LionK",
-            says="Lion with the gradient of any convex K in place of the sign (arXiv 2310.05898)",
+            says="Lion with the gradient of any convex K in place of the sign (arXiv 2310.05898)", **_LION,
         ),
         Info(
             name="adamp", part="polyak.optim.adamp:AdamP",
@@ -57,23 +75,23 @@ _FACTS = {
         ),
         Info(
             name="sgdp", part="polyak.optim.adamp:SGDP",
-            says="SGD with momentum whose steps do not grow scale-invariant weights (arXiv 2006.08217)",
+            says="SGD with momentum whose steps do not grow scale-invariant weights (arXiv 2006.08217)", **_SGD,
         ),
         Info(
             name="spam", part="polyak.optim.spam:SPAM",
             says="Adam that clips spikes, resets its momentum and can keep a part of it (arXiv 2501.06842)",
         ),
         Info(
-            name="mkor", part="polyak.optim.mkor:MKOR", wraps=True,
+            name="mkor", part="polyak.optim.mkor:MKOR", wraps=True, lr=None, weight_decay=None, relation="its base's",
             says="second-order preconditioning in O(d^2) around any optimizer, by rank-1 updates (arXiv 2306.01685)",
         ),
         Info(
-            name="mkorh", part="polyak.optim.mkor:MKORH", wraps=True,
+            name="mkorh", part="polyak.optim.mkor:MKORH", wraps=True, lr=None, weight_decay=None, relation="its base's",
             says="MKOR that falls back to the optimizer inside when its progress slows (arXiv 2306.01685)",
         ),
         Info(
             name="monna", part="polyak.optim.monna:MoNNA",
-            says="SGD with momentum in many processes, some of them faulty: means of nearest neighbours (arXiv 2209.10931)",
+            says="SGD with momentum in many processes, some of them faulty: means of nearest neighbours (arXiv 2209.10931)", **_SGD,
         ),
     )
 }  # fmt: skip

@@ -229,49 +229,93 @@ def names(kind: Kind) -> dict[str, str]:
 
 # -- optimizers ------------------------------------------------------------------------------------------------------------
 
-# What an optimizer's rate and decay are, relative to AdamW's, and who says so.
+# Learning rates and weight decays of others than polyak's (which says so itself), relative to AdamW's, and who says so.
 _RELATIVE: Mapping[str, tuple[float, float, str]] = {
-    "adan": (10**0.85, 2.0, "its paper: 5 to 10 times AdamW's learning rate, weight decay 0.02"),
-    "lion": (
-        10**-0.75,
-        10**0.75,
-        "its paper: a third to a tenth of AdamW's learning rate, 3 to 10 times its weight decay",
-    ),
     "sgd": (100.0, 0.05, "usual for SGD: learning rate 0.1, weight decay 5e-4"),
-    "sgdp": (100.0, 0.05, "usual for SGD: learning rate 0.1, weight decay 5e-4"),
     "muon": (20.0, 1.0, "its authors: learning rate 0.02"),
     "adamax": (2.0, 1.0, "its paper: learning rate 0.002"),
     "adafactor": (10.0, 1.0, "PyTorch's default: learning rate 0.01"),
     "prodigy": (1000.0, 1.0, "its paper: learning rate 1"),
     "dadaptadam": (1000.0, 1.0, "its paper: learning rate 1"),
 }
-_LIKE_ADAMW = ("adamw", "adam", "radam", "nadam", "adamp", "spam", "amsgrad", "adabelief", "lionk")
+_LIKE_ADAMW = ("adamw", "adam", "radam", "nadam", "amsgrad", "adabelief")
+BASE = "base"  # the optimizer that one is wrapped around; base.momentum=0.9 is an option of its own
+OF_BASE = ("lr", "weight_decay")  # are the base's by their own names
+_BASE_DEFAULT = {BASE: "sgd", f"{BASE}.momentum": 0.9}
 
 
 def _optimizer(text: str, target: str, cls: Any, values: dict[str, Any]) -> ArmSpec:
     if not callable(cls):
         raise ArmError(f"arm {text!r}: {target} is no optimizer class")
+    if _wraps(target):
+        return _around_a_base(text, target, cls, values)
+    _check_given(text, cls, values)
+    values, space, says = _tuned(text, cls, values)
+    fixed = {name: value for name, value in values.items() if not isinstance(value, Range)}
+    return ArmSpec(text=text, target=target, fixed=fixed, space=space, says=says)
+
+
+def _around_a_base(text: str, target: str, cls: Any, values: dict[str, Any]) -> ArmSpec:
+    """An optimizer around another, whose the learning rate, the weight decay and all of ``base.option`` are."""
+    values = values if BASE in values else {**_BASE_DEFAULT, **values}
+    named = str(values.pop(BASE)).replace("/", ":")
+    base = named if ":" in named else _target(named, "training")
+    inner = {n.removeprefix(f"{BASE}."): v for n, v in values.items() if n.startswith(f"{BASE}.") or n in OF_BASE}
+    own = {n: v for n, v in values.items() if not n.startswith(f"{BASE}.") and n not in OF_BASE}
+    base_cls = find(base, text)
+    _check_given(text, base_cls, inner)
+    inner, space, says = _tuned(text, base_cls, inner)
+    known, takes_any = _defaults(cls)
+    _check_options(text, cls, own, dict.fromkeys([*list(known)[2:], *OF_BASE, BASE]), takes_any)
+    own = {name: _typed(value, known.get(name)) for name, value in own.items()}
+
+    def outer(options: Mapping[str, Any]) -> dict[str, Any]:
+        return {name if name in OF_BASE else f"{BASE}.{name}": value for name, value in options.items()}
+
+    fixed = {name: value for name, value in (outer(inner) | own).items() if not isinstance(value, Range)}
+    space = outer(space) | {name: value for name, value in own.items() if isinstance(value, Range)}
+    return ArmSpec(text=text, target=target, fixed={BASE: base, **fixed}, space=space, says=says)
+
+
+def _tuned(text: str, cls: Any, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Range], str]:
+    """An optimizer's options, what is tuned of them (the learning rate first: the grid is over it), and where ranges come from."""
     parameters, takes_any = _defaults(cls)
     parameters = dict(list(parameters.items())[1:])  # the first is what is optimized
     _check_options(text, cls, values, parameters, takes_any)
     values = {name: _typed(value, parameters.get(name)) for name, value in values.items()}
     for name, value in values.items():
         _check_kind(f"arm {text!r}: {name}", value, parameters.get(name))
-    rate, decay, says = _RELATIVE.get(cls.__name__.lower(), (None, 1.0, ""))
-    if rate is None:
-        default = parameters.get("lr")
-        if isinstance(default, float) and default > 0 and cls.__name__.lower() not in _LIKE_ADAMW:
-            rate, says = default / LR, f"its default: learning rate {default:g}"
-        else:
-            rate, says = 1.0, "AdamW's usual values"
+    rate, decay, says = _relation(cls, parameters.get("lr"))
     usual = {"lr": _around(LR * rate, LR_SPAN), "weight_decay": _around(WEIGHT_DECAY * decay, WEIGHT_DECAY_SPAN)}
-    # The learning rate comes first: the grid is over it.
     space = {name: values.get(name, usual[name]) for name in usual if name in parameters or name in values}
     space = {name: value for name, value in (space | values).items() if isinstance(value, Range)}
-    fixed = {name: value for name, value in values.items() if not isinstance(value, Range)}
-    return ArmSpec(
-        text=text, target=target, fixed=fixed, space=space, says=says if any(r.open for r in space.values()) else ""
-    )
+    return values, space, says if any(r.open for r in space.values()) else ""
+
+
+def _relation(cls: Any, default: Any) -> tuple[float, float, str]:
+    """The learning rate and the weight decay over AdamW's, and who says so."""
+    name = cls.__name__.lower()
+    optim = importlib.import_module("polyak.optim")
+    if name in optim.names() and (facts := optim.info(name)).lr and facts.weight_decay:
+        return math.sqrt(math.prod(facts.lr)), math.sqrt(math.prod(facts.weight_decay)), facts.relation
+    if name in _RELATIVE:
+        return _RELATIVE[name]
+    if isinstance(default, float) and default > 0 and name not in _LIKE_ADAMW:
+        return default / LR, 1.0, f"its default: learning rate {default:g}"
+    return 1.0, 1.0, "AdamW's usual values"
+
+
+def _wraps(target: str) -> bool:
+    """Whether it is one of polyak's that are made around another optimizer."""
+    optim = importlib.import_module("polyak.optim")
+    return target in [f"polyak.optim:{i.part.partition(':')[2]}" for i in map(optim.info, optim.names()) if i.wraps]
+
+
+def _check_given(text: str, cls: Any, values: Iterable[str]) -> None:
+    """An option without a default must be given, if it is not tuned in any case."""
+    asked = [n for n, default in list(_defaults(cls)[0].items())[1:] if default is inspect.Parameter.empty]
+    if missing := [name for name in asked if name not in (*values, *OF_BASE)]:
+        raise ArmError(f"arm {text!r}: {cls.__name__} needs {' and '.join(missing)}: {text}:{missing[0]}=...")
 
 
 def _typed(value: Any, default: Any) -> Any:

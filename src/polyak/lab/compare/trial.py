@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyak.lab.claim import Diverged, Measurement, Trial
-from polyak.lab.compare.arms import find
+from polyak.lab.compare.arms import BASE, OF_BASE, find
 from polyak.lab.compare.task import TaskError, TrainingTask, endless, load, metrics
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class _Training:
         self.streams = {what: _Generators(trial.device) for what in ("batches", "evaluation")}
         self.batches = endless(task.batches, self.name)
         self.trial = trial
+        self.spare = copy.deepcopy(task.model)  # before an optimizer hooks itself into the model
         self.optimizer = build(task, task.model, trial)
         self.bases = [group["lr"] for group in self.optimizer.param_groups if "lr" in group]
         self.steps = self.gradients = 0
@@ -87,9 +88,9 @@ class _Training:
             first = next(self.batches)
         self.batches = itertools.chain([first], self.batches)
         with _Generators(self.device):
-            model = copy.deepcopy(self.task.model).train()
+            model = self.spare.train()
             self.closure = rehearse(self.task, model, build(self.task, model, self.trial), first)
-        del model
+        del model, self.spare
         if self.device != "cpu":
             import torch
 
@@ -178,10 +179,15 @@ def _train(training: _Training) -> Iterator[Measurement]:
 def build(task: TrainingTask, model: nn.Module, options: Trial | Mapping[str, Any]) -> torch.optim.Optimizer:
     """The arm's optimizer over a model's parameters, with its fixed and tuned options."""
     params = task.params(model) if task.params else [p for p in model.parameters() if p.requires_grad]
-    tuned = {name: options[name] for name in options["tuned"]}
+    given = {**options["fixed"], **{name: options[name] for name in options["tuned"]}}
     # JSON, through which options come, has lists where optimizers have tuples.
-    fixed = {name: tuple(value) if isinstance(value, list) else value for name, value in options["fixed"].items()}
-    return find(options["class"])(params, **fixed, **tuned)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    cls = find(options["class"])
+    if BASE not in given:
+        return cls(params, **given)
+    inner = {n.removeprefix(f"{BASE}."): given.pop(n) for n in list(given) if n.startswith(f"{BASE}.")}
+    inner |= {name: given.pop(name) for name in OF_BASE if name in given}
+    return cls(model, find(str(given.pop(BASE)))(params, **inner), **given)
 
 
 def rehearse(task: TrainingTask, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> bool:
