@@ -121,11 +121,15 @@ def where(result: ClaimResult) -> str:
     return f"at scale {result.scale}, on {count(len(result.seeds), 'seed')}"
 
 
-def measured(c: CriterionResult) -> str:
-    """ "measured 0.267 (interval 0.178 to 0.399), asked at most 0.5; every seed must pass, and only 4 of 5 do"."""
+def figures(c: CriterionResult) -> str:
+    """ "measured 0.267 (interval 0.178 to 0.399), asked at most 0.5"."""
     within = "" if interval(c) == "none" else f" (interval {interval(c)})"
-    said = [f"measured {number(c.estimate)}{within}, asked {bound(c)}", reason(c)]
-    return "; ".join(filter(None, said))
+    return f"measured {number(c.estimate)}{within}, asked {bound(c)}"
+
+
+def measured(c: CriterionResult) -> str:
+    """The figures and, where they do not explain the verdict, its reason: "...; every seed must pass, and only 4 of 5 do"."""
+    return "; ".join(filter(None, [figures(c), reason(c)]))
 
 
 def names(claim: Claim, criteria: Sequence[Criterion | CriterionResult]) -> dict[str, str]:
