@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import cast
 
 import pytest
+from rich.console import Console
 
 import polyak
 from polyak import claims
-from polyak.cli import main
+from polyak.cli import main, terminal
+from polyak.lab.report import Entry
+
+from .lab.results_for_tests import optimizer_claim, optimizer_result
 
 # Workers import trial functions by name, so that these are in a module of their own on sys.path.
 TRIALS = '''
@@ -388,9 +395,31 @@ def test_record_needs_a_checkout(call, tmp_path, monkeypatch):
 
 def test_results_fit_a_narrow_terminal(call, monkeypatch):
     call("reproduce", "good", "--jobs", "1")
-    for width in ("80", "120"):
+    for width in ("60", "80", "100", "120"):
         monkeypatch.setattr("polyak.cli.terminal.PIPE_WIDTH", int(width))
         lines = call("show", "good")[1].splitlines()
         assert max(map(len, lines)) <= int(width)
-        row = next(line for line in lines if line.strip().startswith("New halves the loss") and "✓ holds" in line)
-        assert "5 of 5" in row
+        row = next(line for line in lines if "New halves the loss" in line and "✓ holds" in line)
+        assert "5 of 5" in (row if width != "60" else " ".join(lines[lines.index(row) :]))
+
+
+def test_the_list_fits_a_narrow_terminal(call, rooms, monkeypatch):
+    long = "a_slug_of_thirty_characters_yes"
+    add_claim(rooms, long, "toys", "holds")
+    call("reproduce", "good", "--jobs", "1")
+    for width in (60, 80, 100, 120):
+        monkeypatch.setattr("polyak.cli.terminal.PIPE_WIDTH", width)
+        out = call("list")[1]
+        assert max(map(len, out.splitlines())) <= width
+        for slug, verdict in (("good", "✓ holds"), (long, "– not run")):
+            assert re.search(rf"^ {slug} .*{verdict} ", out, flags=re.MULTILINE)
+        assert "…" not in out
+        assert out.count("toys") == 3
+
+
+def test_a_published_verdict_says_so_in_any_width():
+    entry = Entry(optimizer_claim(), optimizer_result(optimizer_claim()), published=True)
+    for width in (60, 120):
+        out = Console(file=io.StringIO(), width=width)
+        out.print(terminal.listing([entry], width))
+        assert cast(io.StringIO, out.file).getvalue().count("(published)") == 1

@@ -64,7 +64,7 @@ def test_every_system_has_a_page_with_its_verdict(site):
         page = Page(site / "systems" / f"{slug}.html")
         result = claims.published(slug)
         assert words_of(claim.says) in page.text
-        assert words_of(words.finding(result)) in page.text
+        assert words_of(words.finding(claim, result)) in page.text
         assert words_of(claim.departures[0] if claim.departures else claim.summary) in page.text
         if result is not None:
             assert words.where(result) in page.text

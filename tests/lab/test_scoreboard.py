@@ -12,8 +12,8 @@ import pytest
 import polyak
 from polyak import claims
 from polyak.lab import scoreboard as board
-from polyak.lab import words
-from polyak.lab.result import ClaimResult
+from polyak.lab import statistics, words
+from polyak.lab.result import ClaimResult, TrialResult
 
 from .results_for_tests import criterion, optimizer_claim, optimizer_result, solver_claim, solver_result
 
@@ -143,19 +143,87 @@ def test_duration(seconds, text):
 
 def test_findings():
     claim = optimizer_claim()
-    assert words.finding(None) == "Nothing yet: it has not been run."
-    assert words.finding(optimizer_result(claim)).startswith("Both criteria are met. At an equal budget")
-    fails = words.finding(optimizer_result(claim, "fails"))
+    assert words.finding(claim, None) == "Nothing yet: it has not been run."
+    assert words.finding(claim, optimizer_result(claim)).startswith("Both criteria are met. At an equal budget")
+    fails = words.finding(claim, optimizer_result(claim, "fails"))
     assert fails.startswith("Of 2 criteria, 1 is met. At half the budget")
     assert fails.endswith("measured ∞, asked at most 2.")
     assert "the control, which lacks the method's key ingredient, passes too" in words.finding(
-        optimizer_result(claim, "undecided")
+        claim, optimizer_result(claim, "undecided")
     )
     one = solver_claim()
-    assert words.finding(solver_result(one)).startswith("The criterion is not met.")
-    straddles = criterion(claim, "half", "undecided", 2.0, 1.8, 2.3)
-    assert words.why_undecided(straddles) == "the interval, 1.8 to 2.3, does not lie on one side of the bound"
-    assert words.why_undecided(replace(straddles, note="2 seeds cannot decide")) == "2 seeds cannot decide"
+    assert words.finding(one, solver_result(one)).startswith("The criterion is not met.")
+
+
+def test_a_finding_counts_what_is_not_met_apart_from_what_is_undecided():
+    claim = optimizer_claim()
+    loss, _, *rest = optimizer_result(claim).criteria
+
+    def counts(*verdicts: str) -> str:
+        more = [replace(loss, name=f"more{i}", says=f"More {i}", verdict=v) for i, v in enumerate(verdicts)]
+        result = replace(optimizer_result(claim), criteria=(*more, *rest), verdict=statistics.verdict(more))
+        return words.finding(claim, result).partition(". ")[0]
+
+    assert counts("holds", "holds", "holds") == "All 3 criteria are met"
+    assert counts("fails", "fails") == "Of 2 criteria, none is met"
+    assert counts("holds", "fails", "fails") == "Of 3 criteria, 1 is met"
+    assert counts("holds", "undecided", "fails", "undecided") == (
+        "Of 4 criteria, 1 is met, 1 is not met and 2 are undecided"
+    )
+    assert counts("undecided", "undecided") == "Of 2 criteria, 2 are undecided"
+
+
+def test_a_verdict_that_the_estimate_does_not_explain_comes_with_its_reason():
+    claim = optimizer_claim()
+    c = replace(criterion(claim, "half", "fails", 1.4, 1.02, 1.88), seeds_passing=4)
+    asked = "measured 1.4 (interval 1.02 to 1.88), asked at most 2"
+    assert words.measured(c) == f"{asked}; every seed must pass, and only 4 of 5 do"
+    assert words.measured(replace(c, seeds_passing=1)) == f"{asked}; every seed must pass, and only 1 of 5 does"
+    assert words.measured(replace(c, verdict="holds")) == asked
+    beyond = replace(c, estimate=2.1, high=2.4)
+    assert words.reason(beyond) == ""  # the estimate says it
+    for op, estimate, explains in ((">=", 2.0, False), (">", 2.0, True), ("<", 2.0, True), ("<=", 2.0, False)):
+        assert (words.reason(replace(c, op=op, estimate=estimate)) == "") == explains
+    control = replace(c, verdict="undecided", control_verdict="holds", note="its control 'blind' passes, too")
+    assert words.reason(control) == "the control, which lacks the method's key ingredient, passes too"
+
+
+def test_the_reason_of_an_undecided_criterion_is_the_one_that_the_judge_gives():
+    claim = optimizer_claim()
+
+    def reason(*ratios: float) -> str:
+        values = {"adamw": [1.0] * len(ratios), "half": ratios}
+        trials = [
+            TrialResult(
+                task="digits", arm=arm, seed=seed, purpose="report", point={}, curve=(), seconds=1.0,
+                values={"train_loss": loss, "accuracy": 0.9},
+            )
+            for arm, losses in values.items() for seed, loss in enumerate(losses)
+        ]  # fmt: skip
+        judged = statistics.judge(replace(claim, criteria=claim.criteria[1:2]), trials, range(len(ratios)))
+        assert judged[0].verdict == "undecided"
+        return words.reason(judged[0])
+
+    assert reason(1.0, 3.0, 1.5, 2.5, 2.2) == "the interval reaches across the bound (p = 0.438)"
+    assert reason(1.0, 1.1, 1.2, 1.3, 2.01) == f"{statistics.UNCLEAR} (p = 0.0625)"  # the interval is below the bound
+    assert reason(1.0, 1.1) == "2 seeds cannot decide: at least 3 are needed"
+    assert reason(1.0, 1.1, 1.2) == "3 seeds cannot decide: the exact test at 5% needs at least 5"
+
+
+def test_criteria_with_the_same_words_are_told_apart_by_their_tasks():
+    claim = optimizer_claim()
+    first, half, text, accuracy = claim.criteria
+    same = replace(claim, criteria=(first, half, replace(text, says=half.says), accuracy))
+    names = words.names(same, same.criteria)
+    assert names["half"] == f"{half.says} (Vision transformer on digits)"
+    assert names["text"] == f"{half.says} (Letters of Shakespeare)"
+    assert names["loss"] == first.says
+    result = optimizer_result(same, "fails")
+    found = replace(result, criteria=tuple(replace(c, says=names[c.name].partition(" (")[0]) for c in result.criteria))
+    assert f"{half.says} (Vision transformer on digits): measured ∞" in words.finding(same, found)
+    board_of = board.scoreboard([(same, found)])
+    assert board_of.count(f"| {half.says} (Letters of Shakespeare) (reported only) |") == 1
+    assert board_of.count(f"| {half.says} (Vision transformer on digits) |") == 2  # what decides, and its own row
 
 
 # ------------------------------------------------------------------------------------------------------------ this checkout

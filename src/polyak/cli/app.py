@@ -165,7 +165,8 @@ def list_systems(
     if as_json:
         print_json([_facts(e) for e in entries])
     elif entries:
-        terminal.console().print(terminal.listing(entries))
+        out = terminal.console()
+        out.print(terminal.listing(entries, out.width))
     else:
         print("No system is like that.")
 

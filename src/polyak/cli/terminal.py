@@ -41,35 +41,43 @@ def verdict(name: str, note: str = "") -> Text:
     return Text.assemble((f"{words.GLYPHS[name]} {name}", STYLES[name]), (f" {note}" if note else "", "dim"))
 
 
-def listing(entries: Sequence[Entry]) -> Table:
-    """All systems in a table."""
+def listing(entries: Sequence[Entry], width: int) -> Table:
+    """All systems in a table; in a narrow terminal room and "(published)" stand below slug and verdict."""
+    wide = width >= 100
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for head in ("system", "room", "verdict"):
+    for head in ("system", "room", "verdict") if wide else ("system", "verdict"):
         table.add_column(head, no_wrap=True)
     table.add_column("what it is")
     for e in entries:
-        mark = "(published)" if e.published else ""
-        table.add_row(e.claim.slug, e.claim.room, verdict(words.verdict_of(e.result), mark), Text(e.claim.summary))
+        mark = f"{'' if wide else chr(10)}(published)" if e.published else ""
+        name = [e.claim.slug, e.claim.room] if wide else [Text.assemble(e.claim.slug, (f"\n{e.claim.room}", "dim"))]
+        table.add_row(*name, verdict(words.verdict_of(e.result), mark), Text(e.claim.summary))
     return table
 
 
-def results(result: ClaimResult, width: int) -> Table:
-    """A claim's criteria with their numbers; in a narrow terminal intervals and bounds take two lines."""
-    gap = " " if width >= 100 else "\n"
+def results(claim: Claim, result: ClaimResult, width: int) -> Table:
+    """A claim's criteria with their numbers; in a narrow terminal these take two lines, in a very narrow one stand below."""
+    names = words.names(claim, result.criteria)
+    asked = [(c, Text(names[c.name]).append("" if c.gating else " (reported only)", "dim")) for c in result.criteria]
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    if width < 80:
+        table.add_column("verdict", no_wrap=True)
+        table.add_column("criterion")
+        for c, says in asked:
+            says.append(f"\n{words.measured(c)}. {words.seeds_passing(c)} seeds pass.", "dim")
+            table.add_row(verdict(c.verdict), says)
+        return table
+    gap = " " if width >= 100 else "\n"
     table.add_column("criterion")
     for head in ("estimate", f"95 %{gap}interval", "asked", "seeds"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    for c in result.criteria:
-        says = Text(c.says)
-        if not c.gating:
-            says.append(" (reported only)", "dim")
-        if c.control_verdict == "holds":
-            says.append("\nits control passes, too: it says nothing", "yellow")
+    for c, says in asked:
+        if why := words.reason(c):
+            says.append(f"\n{why}", "yellow")
         within = words.interval(c).replace(" to ", f"{gap}to ")
-        asked = f"{words.BOUNDS[c.op]}{gap}{words.number(c.bound)}"
-        table.add_row(says, words.number(c.estimate), within, asked, words.seeds_passing(c), verdict(c.verdict))
+        bound = f"{words.BOUNDS[c.op]}{gap}{words.number(c.bound)}"
+        table.add_row(says, words.number(c.estimate), within, bound, words.seeds_passing(c), verdict(c.verdict))
     return table
 
 
@@ -77,10 +85,10 @@ def outcome(out: Console, claim: Claim, result: ClaimResult, *, published: bool 
     """A claim's verdict in one line, what was found in a sentence, its criteria in a table."""
     head = Text.assemble(verdict(result.verdict), ": ", (claim.name, "bold"), f" {words.where(result)}")
     out.print(head.append(f" (published, {words.day(result.date)})" if published else "", "dim"))
-    out.print(Text(words.finding(result)))
+    out.print(Text(words.finding(claim, result)))
     if lost := sum(t.diverged for t in result.trials if t.purpose == "report"):
         out.print(Text(f"{words.count(lost, 'reported trial')} diverged, counted at the worst value.", "yellow"))
-    out.print(results(result, out.width))
+    out.print(results(claim, result, out.width))
 
 
 def comparison(out: Console, found: Comparison) -> None:
@@ -124,7 +132,8 @@ def sheet(out: Console, entry: Entry) -> None:
     source = ", ".join(filter(None, (f"{paper.title} ({paper.year})", paper.venue, paper.url, paper.code)))
     _part(out, "The paper says", [claim.says, source])
     _part(out, "Use it", words.usage(claim))
-    asked = [c.says + ("" if c.gating else " (reported only)") for c in claim.criteria]
+    names = words.names(claim, claim.criteria)
+    asked = [names[c.name] + ("" if c.gating else " (reported only)") for c in claim.criteria]
     _part(out, "Criteria", asked)
     _part(
         out,

@@ -92,6 +92,7 @@ def view(entry: Entry, *, so_far: ClaimResult | None = None) -> dict[str, Any]:
         "result": result,
         "verdict": words.verdict_of(result),
         "baselines": [arm.label for arm in claim.arms if arm.role == "baseline"],
+        "names": words.names(claim, claim.criteria),
         "asked": [c for c in claim.criteria if counts[c.name]],
         "others": [c for c in claim.criteria if not counts[c.name]],
         "aside": words.tally(o.verdict for o in outcomes.values() if not o.gating),

@@ -74,15 +74,16 @@ def _row(claim: Claim, result: ClaimResult | None) -> list[str]:
         return [name, _verdict(None), *[""] * 6]
     c = words.deciding(result)
     made_with = f"torch {result.versions.get('torch', '?')}, {result.device}"
-    decided = [_cell(c.says), _numbers(c)] if c else ["no criterion decides", ""]
+    decided = [_cell(words.names(claim, result.criteria)[c.name]), _numbers(c)] if c else ["no criterion decides", ""]
     return [name, _verdict(result), result.scale, *decided, str(len(result.seeds)), words.day(result.date), made_with]
 
 
 def _system(claim: Claim, result: ClaimResult) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(result.versions.items()))
+    names = words.names(claim, result.criteria)
     rows = [
         [
-            _cell(c.says) + ("" if c.gating else " (reported only)"),
+            _cell(names[c.name]) + ("" if c.gating else " (reported only)"),
             f"{words.GLYPHS[c.verdict]} {c.verdict}",
             _cell(c.statistic),
             words.number(c.estimate),
@@ -96,7 +97,7 @@ def _system(claim: Claim, result: ClaimResult) -> list[str]:
     return [
         f'<a id="{claim.slug}"></a>\n\n## {claim.name}',
         f"{_cell(claim.says)} ({_source(claim)})",
-        f"**{_verdict(result)}** {words.where(result)}. {_cell(words.finding(result))}",
+        f"**{_verdict(result)}** {words.where(result)}. {_cell(words.finding(claim, result))}",
         _table(
             ["criterion", "verdict", "statistic", "estimate", "95 % interval", "bound", "seeds", "its control"], rows
         ),
@@ -115,7 +116,8 @@ def _verdict(result: ClaimResult | None) -> str:
 
 
 def _numbers(c: Any) -> str:
-    return f"{words.number(c.estimate)} [{words.interval(c)}], asked {words.bound(c)}"
+    said = f"{words.number(c.estimate)} [{words.interval(c)}], asked {words.bound(c)}"
+    return "; ".join(filter(None, [said, words.reason(c)]))
 
 
 def _cell(text: str) -> str:

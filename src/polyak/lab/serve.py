@@ -28,12 +28,19 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 from polyak.lab import report, words
 from polyak.lab import versions as facts
 from polyak.lab.claim import Claim
+from polyak.lab.compare.task import OWN
+from polyak.lab.compared import Compared, budget_words, comparisons
 from polyak.lab.report import Entry, Live
 from polyak.lab.result import ClaimResult
-from polyak.lab.store import InFlight, Run, Store, StoreError
+from polyak.lab.store import COMPARISON, InFlight, Run, Store, StoreError
 from polyak.lab.tuning import Plan
 
 HOST = "127.0.0.1"
+_BESIDE = {*OWN} - {
+    "validation",
+    "train_loss",
+    "steps",
+}  # what the lab measures of a comparison's trial beside the point
 LATEST = 3  # ended trials that are shown of a run in flight
 HTML, JSON = "text/html; charset=utf-8", "application/json"
 Place = tuple[str, str, str]  # claim, scale, device kind
@@ -46,6 +53,15 @@ class Answer:
     status: HTTPStatus
     kind: str
     body: bytes
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a store holds: the runs of claims, and of comparisons, the latest last; and comparisons, the latest first."""
+
+    runs: Sequence[Run] = ()
+    compared_runs: Sequence[Run] = ()  # one for each state of an arm's code
+    comparisons: Sequence[Compared] = ()
 
 
 class Pages:
@@ -64,7 +80,7 @@ class Pages:
         self._versions: dict[str, dict[str, str]] = {}  # of the present code, by slug
         self._judged: dict[Place, tuple[list[Run], Plan]] = {}  # the runs that a plan was loaded from, and the plan
         self._results: dict[Place, ClaimResult] = {}
-        self._listed: tuple[Any, list[Run]] | None = None  # the state of the store's files, and its runs
+        self._listed: tuple[Any, Listed] | None = None  # the state of the store's files, and what it holds
         self._drawing = threading.Lock()  # matplotlib's settings are every thread's
 
     def check(self) -> None:
@@ -92,12 +108,14 @@ class Pages:
         claim = self.claims.get(slug) if page.endswith((".html", ".json")) else None
         if claim is None and page not in ("index.html", "runs.html", "progress.json"):
             return _message(HTTPStatus.NOT_FOUND, "Not found", "There is no such page here.")
-        runs = self._runs(store) if store else []
-        progress = self._progress(store, runs, claim) if store else []
+        listed = self._list(store) if store else Listed()
+        runs = listed.runs
+        flying = store.in_flight() if store else []
+        progress = self._progress(store, listed, flying, claim) if store else []
         live = Live(
             panel=report.render("panel.html", runs=progress),
             claim=claim.slug if claim else "",
-            revision=_revision(runs, progress, claim),
+            revision=_revision([*runs, *listed.compared_runs], progress, claim),
         )
         if page == "progress.json":
             data = {"revision": live.revision, "runs": progress, "panel": live.panel}
@@ -105,7 +123,8 @@ class Pages:
         with self._drawing:
             if page == "runs.html":
                 rows = [self._row(run, progress) for run in reversed(runs)]
-                text = report.render("runs.html", live=live, rows=rows)
+                compared = [self._compared_row(c, flying) for c in listed.comparisons]
+                text = report.render("runs.html", live=live, rows=rows, compared=compared)
             elif claim is None:
                 entries = [self._entry(store, c, runs) for c in self.claims.values()]
                 text = report.index_page(entries, linked=self.claims, live=live)
@@ -113,16 +132,22 @@ class Pages:
                 text = self._claim_page(store, claim, runs, query, live)
         return Answer(HTTPStatus.OK, HTML, text.encode())
 
-    def _runs(self, store: Store) -> list[Run]:
-        """The store's runs; read again only where its files have changed, since that reads all of a large table."""
+    def _list(self, store: Store) -> Listed:
+        """What the store holds; read again only where its files have changed, since that reads all of a large table."""
         files = [store.path, store.path.with_name(f"{store.path.name}-wal")]
         stamps = [path.stat().st_mtime_ns for path in files if path.exists()]
         state = (len(stamps), max(stamps, default=0))
         if self._listed is None or self._listed[0] != state:
             runs = store.runs()
+            compared = [r for r in runs if _is_compared(r)]
+            listed = Listed(
+                runs=[r for r in runs if not _is_compared(r)],
+                compared_runs=compared,
+                comparisons=comparisons(store.compared()) if compared else (),
+            )
             # Within a second of a change another may follow that a coarse clock cannot tell from it.
-            self._listed = (state, runs) if time.time_ns() - state[1] > 1e9 else None
-            return runs
+            self._listed = (state, listed) if time.time_ns() - state[1] > 1e9 else None
+            return listed
         return self._listed[1]
 
     def _claim_page(
@@ -149,6 +174,15 @@ class Pages:
             "href": f"{quote(run.claim)}.html?{place}" if current else "",
             "current": current,
             "running": any(_place(run) == (p["claim"], p["scale"], p["device"]) for p in progress) and current,
+        }
+
+    def _compared_row(self, compared: Compared, flying: Sequence[InFlight]) -> dict[str, Any]:
+        """A comparison in the list of runs. Of its code nobody here knows the present state; of the libraries one does."""
+        present = facts.versions()
+        return {
+            "of": compared,
+            "running": any(compared.goes_on(trial) for trial in flying),
+            "current": all(present.get(name) == version for name, version in compared.versions.items()),
         }
 
     # -- results ---------------------------------------------------------------------------------------------------------
@@ -203,13 +237,43 @@ class Pages:
 
     # -- progress --------------------------------------------------------------------------------------------------------
 
-    def _progress(self, store: Store, runs: Sequence[Run], claim: Claim | None) -> list[dict[str, Any]]:
+    def _progress(
+        self, store: Store, listed: Listed, flying: Sequence[InFlight], claim: Claim | None
+    ) -> list[dict[str, Any]]:
         """The runs in flight (of one claim, if one is named): what a page shows of each."""
         trials: dict[Any, list[InFlight]] = {}
-        for trial in store.in_flight():
+        for trial in flying:
             if claim is None or trial.claim == claim.slug:
-                trials.setdefault((_place(trial), *sorted(trial.versions.items())), []).append(trial)
-        return [self._run_in_flight(store, runs, group) for group in trials.values()]
+                # Of a comparison every arm has a fingerprint of its own.
+                key = trial.owner if _is_compared(trial) else str(sorted(trial.versions.items()))
+                trials.setdefault((_place(trial), key), []).append(trial)
+        return [
+            self._comparison_in_flight(store, listed, group)
+            if _is_compared(group[0])
+            else self._run_in_flight(store, listed.runs, group)
+            for group in trials.values()
+        ]
+
+    def _comparison_in_flight(self, store: Store, listed: Listed, trials: Sequence[InFlight]) -> dict[str, Any]:
+        """What one command has run of a comparison. How many trials it plans is not stored."""
+        first, now = trials[0], time.time()
+        compared = next((c for c in listed.comparisons if c.goes_on(first)), None)
+        ended = [t for t in compared.trials if t.owner == first.owner] if compared else []
+        done = sum(t.state == "done" for t in ended)
+        return {
+            "claim": first.claim,
+            "name": f"The comparison on {first.claim.removeprefix(COMPARISON)}",
+            "href": "",
+            "scale": first.scale,
+            "device": first.device,
+            "where": f"{budget_words(first.scale)}, {first.device}",
+            "done": done,
+            "failed": len(ended) - done,
+            "total": None,
+            "running": [trial.label for trial in trials],
+            "elapsed": max(0.0, now - first.since),
+            "latest": [_ended(None, stored, now) for stored in store.latest(first, LATEST)],
+        }
 
     def _run_in_flight(self, store: Store, runs: Sequence[Run], trials: Sequence[InFlight]) -> dict[str, Any]:
         first = trials[0]
@@ -227,6 +291,7 @@ class Pages:
             "href": f"{quote(run.claim)}.html" if claim else "",
             "scale": run.scale,
             "device": run.device,
+            "where": f"scale {run.scale}, {run.device}",
             "done": run.done,
             "failed": run.failed,
             "total": total,
@@ -244,9 +309,11 @@ def _ended(claim: Claim | None, stored: Any, now: float) -> dict[str, Any]:
     metrics = {metric.name: metric for metric in claim.metrics} if claim else {}
     values = []
     for name, value in trial.values.items():
+        if claim is None and name in _BESIDE:
+            continue
         metric = metrics.get(name)
         unit = f" {metric.unit}" if metric and metric.unit else ""
-        values.append((metric.label if metric else name, words.number(value) + unit))
+        values.append((metric.label if metric else name.replace("_", " "), words.number(value) + unit))
     return {
         "arm": arms.get(trial.arm, trial.arm),
         "task": tasks.get(trial.task, trial.task),
@@ -276,6 +343,10 @@ def _so_far(plan: Plan) -> ClaimResult:
         versions=plan.versions,
         machine={},
     )
+
+
+def _is_compared(of: Run | InFlight) -> bool:
+    return of.claim.startswith(COMPARISON)  # no slug does
 
 
 def _place(of: Run | InFlight) -> Place:

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05  # of the sign-flip test; the interval holds 1 - LEVEL
 LEAST_SEEDS = 3  # below, a verdict needs a scale that declares fewer
+UNCLEAR = "the sign-flip test does not tell the mean from the bound"
 LEAST_SEEDS_MEAN = 5  # 2^-5 is the first power of a half below LEVEL
+OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
 # Up to 14 seeds all sign flips are counted; beyond, this many are drawn.
 _FLIPS = 2**14
 _RESAMPLES = 9999
-_OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
 
 
 def judge(
@@ -142,7 +143,7 @@ def _outcome(judged: _Judged) -> CriterionResult:
         raise ValueError(f"{judged.where}: the bound of a ratio must be > 0, got {criterion.bound!r}")
     pairs = [pair for pair in (judged.pair(seed) for seed in judged.seeds) if pair is not None]
     per_seed = [_statistic(judged, *pair) for pair in pairs]
-    passing = sum(_OPERATORS[criterion.op](s, criterion.bound) for s in per_seed)
+    passing = sum(OPERATORS[criterion.op](s, criterion.bound) for s in per_seed)
     # What is averaged: on this scale the bound is at zero and both sides of it are alike.
     shifted = [_log(s) - math.log(criterion.bound) if logarithmic else s - criterion.bound for s in per_seed]
     mean, low, high = _mean_and_interval(shifted)
@@ -187,9 +188,9 @@ def _decide(
     if n < LEAST_SEEDS_MEAN:
         return "undecided", f"{n} seeds cannot decide: the exact test at {LEVEL:.0%} needs at least {LEAST_SEEDS_MEAN}"
     if p_value > LEVEL:
-        return "undecided", f"the sign-flip test does not tell the mean from the bound (p = {p_value:.3g})"
+        return "undecided", f"{UNCLEAR} (p = {p_value:.3g})"
     # The interval must not reach over to the other side; whether it may touch the bound, the operator says.
-    in_bounds = _OPERATORS[criterion.op]
+    in_bounds = OPERATORS[criterion.op]
     wants_below = criterion.op in ("<=", "<")
     nearest, farthest = (high, low) if wants_below else (low, high)
     if below == wants_below and in_bounds(nearest, 0.0):

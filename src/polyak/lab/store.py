@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from polyak.lab.result import TrialResult
+from polyak.lab.result import ComparedTrial, TrialResult
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -30,6 +30,7 @@ SCHEMA = 1
 # Marks the file as ours ("plyk"), so that no other program's database is taken for a store.
 APPLICATION = 0x706C796B
 FILE = "polyak.sqlite3"
+COMPARISON = "compare-"  # begins the name under which a comparison's trials are stored; the task file's name follows
 # Writers wait this long for each other: a write is one row, so that only a stuck disk takes longer.
 PATIENCE_S = 60.0
 
@@ -129,7 +130,9 @@ class InFlight:
     scale: str
     device: str
     versions: Mapping[str, str]
+    arm: str
     label: str
+    owner: str
     since: float
 
 
@@ -169,6 +172,8 @@ class Store:
         store = cls.__new__(cls)
         store._at(home)
         if not store.path.exists():
+            if store.home.exists() and not store.home.is_dir():
+                raise StoreError(f"{store.home} is a file, not the folder of a store: name a folder, or {_ELSEWHERE}")
             return None
         with store._clear_errors():
             address = f"{store.path.resolve().as_uri()}?mode=ro"
@@ -330,6 +335,18 @@ class Store:
             rows = self._db.execute(query, {"slug": slug}).fetchall()
         return [Run(**{**dict(row), "versions": json.loads(row["versions"])}) for row in rows]
 
+    def compared(self) -> list[ComparedTrial]:
+        """All trials of comparisons that have ended, in the order they were begun in."""
+        query = """
+            SELECT claim, scale, device, versions, arm, purpose, seed, state, owner, seconds, finished,
+                coalesce(json_extract(options, '$.class'), '') AS target, coalesce(json_extract(options, '$.number'), -1) AS number,
+                coalesce(json_extract(options, '$.points'), 0) AS points
+            FROM trials WHERE state != 'running' AND claim GLOB ? ORDER BY rowid
+        """
+        with self._clear_errors():
+            rows = self._db.execute(query, [f"{COMPARISON}*"]).fetchall()
+        return [ComparedTrial(**{**dict(row), "versions": json.loads(row["versions"])}) for row in rows]
+
     def durations(self, slug: str, scale: str, device: str) -> dict[tuple[str, str], float]:
         """How many seconds a trial took on average, by task and arm, whatever the versions."""
         query = """
@@ -354,22 +371,26 @@ class Store:
         for row in rows:
             began = since[row["owner"]]
             if began is not None:
-                facts = {name: row[name] for name in ("claim", "scale", "device")}
+                facts = {name: row[name] for name in ("claim", "scale", "device", "arm", "owner")}
                 label = _label(row["arm"], row["task"], row["seed"], row["purpose"], json.loads(row["point"]))
                 found.append(InFlight(**facts, versions=json.loads(row["versions"]), label=label, since=began))
         return sorted(found, key=lambda trial: trial.since)
 
-    def latest(self, run: Run, count: int) -> list[Stored]:
-        """The trials of a run that ended last, the very last first; without their curves."""
-        query = """
+    def latest(self, of: Run | InFlight, count: int) -> list[Stored]:
+        """The trials that ended last, the very last first, without their curves: of a run, or of the process that has this one
+        in flight."""
+        column, *key = (
+            ["owner", of.claim, of.scale, of.device, of.owner] if isinstance(of, InFlight) else ["versions", *_key(of)]
+        )
+        query = f"""
             SELECT *, '[]' AS curve FROM (
                 SELECT task, arm, seed, purpose, point, result, seconds, diverged, message, finished, machine FROM trials
-                WHERE state = 'done' AND claim = ? AND scale = ? AND device = ? AND versions = ?
+                WHERE state = 'done' AND claim = ? AND scale = ? AND device = ? AND {column} = ?
                 ORDER BY finished DESC, rowid DESC LIMIT ?
             )
         """
         with self._clear_errors():
-            rows = self._db.execute(query, [*_key(run), count]).fetchall()
+            rows = self._db.execute(query, [*key, count]).fetchall()
         return [_stored(row) for row in rows]
 
     def seeds(self, run: Run) -> int:

@@ -9,9 +9,10 @@ from typing import Any
 
 from polyak.lab.claim import Claim, Criterion
 from polyak.lab.result import ClaimResult, CriterionResult
+from polyak.lab.statistics import OPERATORS, UNCLEAR
 
 GLYPHS = {"holds": "✓", "fails": "✗", "undecided": "?", "not run": "–"}  # never by colour alone
-_STATES = {"fails": "is not met", "undecided": "is undecided"}
+_STATES = {"holds": "met", "fails": "not met", "undecided": "undecided"}
 BOUNDS = {"<=": "at most", "<": "below", ">=": "at least", ">": "above"}
 
 
@@ -95,13 +96,24 @@ def deciding(result: ClaimResult) -> CriterionResult | None:
     return next((c for c in gating if c.verdict == result.verdict), gating[0] if gating else None)
 
 
-def why_undecided(c: CriterionResult) -> str:
-    """Why a criterion could not be decided, in a clause."""
+def reason(c: CriterionResult) -> str:
+    """Why the verdict is not what the estimate alone would say, in a clause; "" where the estimate says it."""
+    if c.verdict == "undecided":
+        return _why_undecided(c)
+    if c.verdict == "fails" and OPERATORS[c.op](c.estimate, c.bound):
+        return f"every seed must pass, and only {seeds_passing(c)} do{'es' if c.seeds_passing == 1 else ''}"
+    return ""
+
+
+def _why_undecided(c: CriterionResult) -> str:
     if c.control_verdict == "holds":
         return "the control, which lacks the method's key ingredient, passes too"
-    if c.note:
-        return c.note.rstrip(".")
-    return f"the interval, {interval(c)}, does not lie on one side of the bound"
+    note = c.note.rstrip(".")
+    if not note:
+        return f"the interval, {interval(c)}, does not lie on one side of the bound"
+    if note.startswith(UNCLEAR) and c.low < c.bound < c.high:
+        return f"the interval reaches across the bound (p = {number(c.p_value)})"
+    return note
 
 
 def where(result: ClaimResult) -> str:
@@ -109,10 +121,24 @@ def where(result: ClaimResult) -> str:
     return f"at scale {result.scale}, on {count(len(result.seeds), 'seed')}"
 
 
-def measured(c: CriterionResult) -> str:
-    """ "measured 0.214 (interval 0.172 to 0.268), asked at most 0.5"."""
+def figures(c: CriterionResult) -> str:
+    """ "measured 0.267 (interval 0.178 to 0.399), asked at most 0.5"."""
     within = "" if interval(c) == "none" else f" (interval {interval(c)})"
     return f"measured {number(c.estimate)}{within}, asked {bound(c)}"
+
+
+def measured(c: CriterionResult) -> str:
+    """The figures and, where they do not explain the verdict, its reason: "...; every seed must pass, and only 4 of 5 do"."""
+    return "; ".join(filter(None, [figures(c), reason(c)]))
+
+
+def names(claim: Claim, criteria: Sequence[Criterion | CriterionResult]) -> dict[str, str]:
+    """What these criteria ask, by name; with the task where several ask the same."""
+    tasks = {c.name: claim.task(c.task).label for c in claim.criteria}
+    counts = Counter(c.says for c in criteria)
+    return {
+        c.name: f"{c.says} ({tasks[c.name]})" if counts[c.says] > 1 and c.name in tasks else c.says for c in criteria
+    }
 
 
 def quantity(claim: Claim, c: Criterion) -> str:
@@ -129,22 +155,23 @@ def quantity(claim: Claim, c: Criterion) -> str:
     return f"{metric.label}{unit}, {c.compare}: {arm} {'÷' if c.compare == 'ratio' else '−'} {rival}"
 
 
-def finding(result: ClaimResult | None) -> str:
-    """What was found, in plain sentences."""
+def finding(claim: Claim, result: ClaimResult | None) -> str:
+    """What was found, in plain sentences: how many criteria are met, and the one to name first with what decided it."""
     if result is None:
         return "Nothing yet: it has not been run."
-    gating = [c for c in result.criteria if c.gating]
-    met = sum(c.verdict == "holds" for c in gating)
-    if len(gating) == 1:
-        text = "The criterion is met." if met else f"The criterion {_STATES[gating[0].verdict]}."
-    elif met == len(gating):
+    counts = Counter(c.verdict for c in result.criteria if c.gating)
+    met, total = counts["holds"], counts.total()
+    if total == 1:
+        text = "The criterion is met." if met else f"The criterion is {_STATES[result.verdict]}."
+    elif met == total:
         text = "Both criteria are met." if met == 2 else f"All {met} criteria are met."
     else:
-        text = f"Of {len(gating)} criteria, {met or 'none'} {'is' if met < 2 else 'are'} met."
+        shown = _STATES if counts["undecided"] else {"holds": "met"}
+        parts = [f"{counts[v]} {'is' if counts[v] == 1 else 'are'} {state}" for v, state in shown.items() if counts[v]]
+        text = f"Of {total} criteria, {listing(parts) or 'none is met'}."
     c = deciding(result)
     if c is not None:
-        text += f" {c.says.rstrip('.')}: {measured(c)}"
-        text += f"; {why_undecided(c)}." if c.verdict == "undecided" else "."
+        text += f" {names(claim, result.criteria)[c.name].rstrip('.')}: {measured(c)}."
     return text
 
 
