@@ -68,7 +68,7 @@ def _power(value: float) -> int:
 
 def compared(c: CriterionResult) -> tuple[str, str]:
     """A difference and its 95 % interval, to the same decimals: ("−0.005", "−0.0066 to −0.0015")."""
-    if math.isnan(c.low) or math.isnan(c.high):
+    if math.isnan(c.low) or math.isnan(c.high) or (math.isinf(c.low) and c.low == c.high):
         return number(c.estimate), "none"
     said, low, high = (rounded(v, c.low, c.high) for v in (c.estimate, c.low, c.high))
     return said, f"{low} to {high}"
