@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from polyak.lab import words
 from polyak.lab.compare import figures
+from polyak.lab.compare.notebook import Drawing
 from polyak.lab.compare.page import page, summary, why
 from polyak.lab.compare.result import Comparison, TaskComparison
 
@@ -171,7 +172,7 @@ def markers(figure: Figure) -> dict[str, list[tuple[float, float]]]:
             look = {"x": "diverged", "|": "stopped"}.get(
                 str(line.get_marker()), "chosen" if line.get_markersize() > 12 else "other"
             )
-            found.setdefault(look, []).extend(zip(line.get_xdata(), line.get_ydata(), strict=True))
+            found.setdefault(look, []).extend(tuple(p) for p in line.get_xydata().tolist())
     return found
 
 
@@ -199,7 +200,7 @@ def test_all_tuning_trials_are_in_the_sensitivity_plot() -> None:
     t = replace(t, result=replace(t.result, trials=(*points, *asked), chosen=chosen))
     figure = together(t).figure("sensitivity")
     lines = {
-        line.get_color(): list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        line.get_color(): [tuple(p) for p in line.get_xydata().tolist()]
         for line in figure.axes[0].lines
         if line.get_linestyle() != "None"
     }
@@ -269,6 +270,17 @@ def test_a_loss_over_decades_has_a_logarithmic_axis() -> None:
     assert "loss, log scale; lower is better" in said
 
 
+def test_what_is_no_course_is_in_view_from_its_beginning() -> None:
+    """Samplers are measured at a few budgets, each of which is of interest."""
+    t = made_up(
+        dict.fromkeys(("adamw", "adan"), [0.1] * 5), curves=dict.fromkeys(("adamw", "adan"), [[9.0, 1.0, 0.1]] * 5)
+    )
+    [task] = t.claim.tasks
+    plots = tuple(replace(plot, log_x=True) for plot in task.plots)
+    figure = together(replace(t, claim=replace(t.claim, tasks=(replace(task, plots=plots),)))).figure()
+    assert figure.axes[0].get_ylim()[1] > 9.0
+
+
 def test_what_diverged_does_not_flatten_the_others() -> None:
     curves = {"adamw": [[1.0, 0.8, 0.6, 0.5]] * 5, "adan": [[1.0, 0.6, 0.4, 0.3]] * 5, "lion": [[1.0, 3e5, 1e9]] * 5}
     finals = {"adamw": [0.5] * 5, "adan": [0.3] * 5, "lion": [math.inf] * 5}
@@ -310,6 +322,7 @@ def test_strips_have_one_scale(found: dict[str, Comparison]) -> None:
 def test_a_figure_shows_itself(found: dict[str, Comparison]) -> None:
     for what in figures.KINDS:
         figure = found["three"].figure(what, "" if what == "profiles" else "letters")
+        assert isinstance(figure, Drawing)
         assert isinstance(figure, Figure)
         data, size = figure._repr_png_()
         assert data.startswith(b"\x89PNG")
@@ -403,7 +416,7 @@ def test_on_a_phone_each_arm_has_its_value_and_difference_in_view(chromium, page
         if row.difference:
             assert all(part in difference for part in words.compared(row.difference))
             assert abs(first["top"] - second["top"]) < 20  # side by side
-        assert {"To reach AdamW's end", "Chance to be better", "Memory"} <= {head for *_, head in others}
+        assert {"Steps, time to reach AdamW's end", "Chance to be better", "Memory"} <= {head for *_, head in others}
         for text, box, over, _ in cells:
             assert box["left"] >= 0, text
             assert box["right"] <= 390, text

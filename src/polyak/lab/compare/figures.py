@@ -36,15 +36,17 @@ def figure(comparison: Comparison, what: str, task: str = "") -> Figure:
 
     checks.one_of("figure", what, KINDS)
     if what == "profiles":
-        claim, found, title = comparison.tasks[0].claim, _profiles(comparison), ""
+        claim, found = comparison.tasks[0].claim, _profiles(comparison)
+        title = _capital(found.title)
     else:
         t = comparison.task(task)
-        claim, title = t.claim, f"{t.name}: "
+        claim = t.claim
         found = _sensitivity(t) if what == "sensitivity" else _curve(t, claim.tasks[0].plots[0])
+        title = f"{t.name}: {found.title}"
     if not found.lines:
         raise ValueError(f"there is nothing to draw for {what}")
     with plots.styled():
-        drawn = plots.draw(claim, found.lines, found.plot, title=title + found.title, figure=Drawing(), **found.how)
+        drawn = plots.draw(claim, found.lines, found.plot, title=title, figure=Drawing(), **found.how)
     drawn.set_dpi(SHARP)
     return drawn
 
@@ -62,6 +64,10 @@ class _Drawn:
         return plots.drawing(claim, self.lines, self.plot, name=name, prefix=prefix, **self.how)
 
 
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def curves(t: TaskComparison) -> list[tuple[str, str]]:
     """(title, SVG) of the reported trials' curves."""
     drawn = []
@@ -69,7 +75,7 @@ def curves(t: TaskComparison) -> list[tuple[str, str]]:
         found = _curve(t, plot)
         name = f"{t.name}: {t.claim.metric(plot.y).label} over {plot.x_label}, per arm"
         if svg := found.svg(t.claim, name, f"{t.name}-{plot.x}-{plot.y}"):
-            drawn.append((found.title, svg))
+            drawn.append((_capital(found.title), svg))
     return drawn
 
 
@@ -82,7 +88,7 @@ def _curve(t: TaskComparison, plot: Plot) -> _Drawn:
     )
     shown = [v for line in lines for v in (*line.middle, *(y for _, y in line.crosses)) if math.isfinite(v)]
     label = t.claim.metric(plot.y).label
-    title = f"{label[:1].upper()}{label[1:]} against {plot.x_label}"
+    title = f"{label} against {plot.x_label}"
     return _Drawn(lines, plot, title, {"above": _above(t, plot, shown, view), "view": view})
 
 
@@ -99,10 +105,11 @@ def _late(lines: Sequence[Line], plot: Plot, *, lost: bool) -> tuple[float, floa
     """From where to where an axis goes so that the ends of curves are told apart: as much of their course as allows it.
 
     Curves that begin far from where they end are seen from some part of their course on, at most from the middle; before, they are
-    out of view. So are the values of seeds that diverge (``lost``: there are some). None: all is in view.
+    out of view. So are the values of seeds that diverge (``lost``: there are some). None: all is in view. It is, too, where there
+    is no course, but a few budgets on a logarithmic axis.
     """
     ends = [v for line in lines if line.x for v in (line.middle[-1], line.low[-1], line.high[-1]) if math.isfinite(v)]
-    if not ends or any(line.singles for line in lines):
+    if not ends or plot.log_x or any(line.singles for line in lines):
         return None
     scale = math.log if plot.log_y else float
     courses = [list(_course(line)) for line in lines if line.x]
@@ -165,7 +172,7 @@ def _sensitivity(t: TaskComparison) -> _Drawn:
     there = {kind for line in lines for kind, points in line.marks.items() if points}
     there |= {"diverged"} if any(line.crosses for line in lines) else set()
     keys = {kind: says for kind, says in _KEYS.items() if not kind or kind in there}
-    title = f"Sensitivity: what tuning trials reached, by their {x_label}"
+    title = f"what tuning trials reached, by their {x_label}"
     return _Drawn(lines, plot, title, {"above": _above(t, plot, values, view), "view": view, "keys": keys})
 
 
@@ -246,7 +253,7 @@ def profile_svg(comparison: Comparison) -> str:
 
 
 def _profiles(comparison: Comparison) -> _Drawn:
-    title = "Share of tasks whose target is reached; higher is better"
+    title = "share of tasks whose target is reached; higher is better"
     return _Drawn(profile_lines(comparison), _PROFILES, title, {"above": "share of tasks"})
 
 
