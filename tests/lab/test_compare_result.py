@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from polyak.lab import words
 from polyak.lab.compare.result import profile
 
 from .tasks_for_tests import falling, made_up, together
@@ -176,3 +177,42 @@ def test_profiles_are_drawn_over_tasks() -> None:
     assert both.task("two").name == "two"
     with pytest.raises(KeyError, match="task 'three' is unknown; there are one, two"):
         both.task("three")
+
+
+def test_a_comparison_says_itself_in_a_few_lines() -> None:
+    t = made_up({"adamw": A, "adan": BETTER, "lion": MIXED})
+    assert repr(together(t)).splitlines() == [
+        t.answer,
+        "  AdamW  loss 0.51, baseline",
+        "  Adan   loss 0.412, difference −0.1 (95 %: −0.11 to −0.09), better",
+        "  Lion   loss 0.51, difference 0 (95 %: −0.012 to 0.01), undecided",
+    ]
+    both = repr(together(t, made_up({"adamw": A, "adan": BETTER, "lion": MIXED}, name="two"))).splitlines()
+    assert (both[1], both[5], len(both)) == ("made:", "two:", 9)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "says"),
+    [
+        (-3.19e-5, -0.00294, 0.003, "0"),
+        (-0.00476, -0.00663, -0.00149, "−0.0048"),
+        (0.5004, 0.5001, 0.5009, "0.5004"),  # far from zero, the width decides
+        (48_123.4, 41_000.0, 52_000.0, "48,000"),
+        (-2.23e-6, -3.2e-6, -1.1e-6, "−2.2e−6"),
+        (0.001, 0.001, 1.2, "0.001"),  # an end on one side of zero is not said to be zero
+        (-0.001, -0.001, 1.2, "0"),
+        (0.1234, -math.inf, math.inf, "0.123"),
+        (math.inf, 0.1, math.inf, "∞"),
+        (0.0, 0.0, 0.0, "0"),
+    ],
+)
+def test_an_estimate_has_the_decimals_of_its_interval(value: float, low: float, high: float, says: str) -> None:
+    assert words.rounded(value, low, high) == says
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    [(2.84, "2.8 s"), (3.41, "3.4 s"), (0.0634, "0.063 s"), (9.96, "10 s"), (12.3, "12 s"), (125, "2 min 05 s")],
+)
+def test_short_times_have_two_digits(seconds: float, says: str) -> None:
+    assert words.time(seconds) == says

@@ -62,6 +62,18 @@ def test_the_first_screen_shows_the_deciding_interval(chromium, pages, width, he
     page.close()
 
 
+def labels_are_apart(page, name: str) -> None:
+    for svg in page.locator("svg.curves, svg.strip").all():
+        boxes = svg.evaluate(
+            "e => [...e.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()])"
+        )
+        texts = [(text, b["left"], b["right"], b["top"], b["bottom"]) for text, b in boxes if text != "×"]
+        for i, a in enumerate(texts):
+            for b in texts[i + 1 :]:
+                apart = a[2] <= b[1] or b[2] <= a[1] or a[4] <= b[3] + 4 or b[4] <= a[3] + 4
+                assert apart, (name, a, b)
+
+
 @pytest.mark.browser
 @pytest.mark.xdist_group("browser")
 @pytest.mark.parametrize("width", [390, 1280])
@@ -69,15 +81,7 @@ def test_labels_in_a_browser_do_not_overlap(chromium, pages, width):
     page = chromium.new_page(viewport={"width": width, "height": 900})
     for name in ("swift", "swerve", "leap"):
         page.goto(pages[name].as_uri())
-        for svg in page.locator("svg.curves, svg.strip").all():
-            boxes = svg.evaluate(
-                "e => [...e.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()])"
-            )
-            texts = [(text, b["left"], b["right"], b["top"], b["bottom"]) for text, b in boxes if text != "×"]
-            for i, a in enumerate(texts):
-                for b in texts[i + 1 :]:
-                    apart = a[2] <= b[1] or b[2] <= a[1] or a[4] <= b[3] + 4 or b[4] <= a[3] + 4
-                    assert apart, (name, a, b)
+        labels_are_apart(page, name)
     page.close()
 
 

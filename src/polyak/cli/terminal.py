@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -20,7 +21,7 @@ from polyak.lab.report import Entry
 from polyak.lab.result import ClaimResult
 
 if TYPE_CHECKING:
-    from polyak.lab.compare.result import Comparison
+    from polyak.lab.compare.result import Comparison, Row, TaskComparison
     from polyak.lab.run import Progress
 
 STYLES = {"holds": "green", "fails": "red", "undecided": "yellow", "not run": "dim"}
@@ -97,29 +98,98 @@ def comparison(out: Console, found: Comparison) -> None:
     for warning in found.warnings:
         out.print(Text(f"! {warning}", "yellow"))
     for t in found.tasks:
-        table = Table(
-            box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=t.name if len(found.tasks) > 1 else None
-        )
-        table.add_column("arm")
-        unit = "steps" if t.facts.kind == "training" else "evaluations"
-        goal = t.goal.replace(" ", "\n")
-        heads = (t.main.label, f"against\n{t.rows[0].label}", "95 %\ninterval", "chance\nto win", f"{unit}\nto {goal}")
-        for head in (*heads, f"time\nto {goal}", "diverged"):
-            table.add_column(head, justify="right", no_wrap=True)
-        table.add_column("verdict", no_wrap=True)
-        for row in t.rows:
-            d = row.difference
-            against = (
-                (words.number(d.estimate), words.interval(d), f"{100 * d.improvement:.0f} %") if d else ("", "", "")
-            )
-            mark = Text.assemble((_OUTCOMES[d.verdict], STYLES[d.verdict])) if d else Text("baseline", "dim")
-            spent = words.number(row.spent_to_target)
-            seconds = "∞" if math.isinf(row.seconds_to_target) else words.duration(row.seconds_to_target)
-            lost = f"{row.diverged} of {row.seeds}"
-            table.add_row(Text(row.label), words.number(row.final), *against, spent, seconds, lost, mark)
-        out.print(table)
+        if len(found.tasks) > 1:
+            out.print(Text(f"\n{t.name}", "bold"))
+        out.print(_arms(out, t))
         for note in t.notes:
             out.print(Text(f"- {note}", "dim"))
+
+
+# What a narrow terminal does without, the least important first: the chance to be better, trials that diverged (they are then said
+# beside the arm's name), and what it cost to reach the target, in the budget's unit and in the other one.
+_OPTIONAL = ("chance", "diverged", "other cost", "cost")
+_NAME = 12  # columns that arms' names need at least, where they take several lines
+
+
+def _arms(out: Console, t: TaskComparison) -> Table | Text:
+    """A row for each arm, in the fullest form that is not wider than the terminal."""
+    endless = out.options.update(width=10_000)
+
+    def width(table: Table) -> int:
+        return Measurement.get(out, endless, table).maximum
+
+    forms = [_table(t, _OPTIONAL, broken=False)]
+    forms += [_table(t, _OPTIONAL[left_out:], broken=True) for left_out in range(len(_OPTIONAL) + 1)]
+    for table in forms:
+        if width(table) <= out.width:
+            return table
+    names = max(len(row.label) for row in t.rows)
+    if out.width >= width(forms[-1]) - names + _NAME:
+        return forms[-1]
+    lines = [Text.assemble((row.label, "bold"), f": {t.main.label} ", *_plainly(row)) for row in t.rows]
+    return Text("\n").join(lines)
+
+
+def _table(t: TaskComparison, optional: Sequence[str], *, broken: bool) -> Table:
+    """``broken``: intervals take two lines."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("arm", overflow="fold")
+    gap = "\n" if broken else " "
+    for head in (t.main.label.replace(" ", "\n"), "difference", f"95 %{gap}interval"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    unit, goal = "steps" if t.facts.kind == "training" else "evaluations", t.goal.replace(" ", "\n")
+    costs = {f"{unit}\nto {goal}": _spent, f"time\nto {goal}": _time}
+    first, other = reversed(costs) if t.setup.budget.unit == "seconds" else costs
+    heads = {"cost": first, "other cost": other, "chance": "chance\nto win", "diverged": "diverged"}
+    shown = {name: head for name, head in heads.items() if name in optional}
+    for head in shown.values():
+        table.add_column(head, justify="right", no_wrap=True)
+    for row in t.rows:
+        estimate, interval = words.compared(row.difference) if row.difference else ("", "")
+        lost = f"{row.diverged} of {row.seeds}"
+        label = Text(row.label)
+        if row.diverged and "diverged" not in shown:
+            label.append(f"\n{lost} diverged", "yellow")
+        cells = {
+            "chance": f"{100 * row.difference.improvement:.0f} %" if row.difference else "",
+            "diverged": lost,
+            "cost": costs[first](t, row),
+            "other cost": costs[other](t, row),
+        }
+        fixed = (label, words.number(row.final), estimate, interval.replace(" to ", f"{gap}to "), _judged(row))
+        table.add_row(*fixed, *(cells[name] for name in shown))
+    return table
+
+
+def _judged(row: Row) -> Text:
+    d = row.difference
+    return Text(_OUTCOMES[d.verdict], STYLES[d.verdict]) if d else Text("baseline", "dim")
+
+
+def _plainly(row: Row) -> list[str | Text]:
+    said = words.number(row.final)
+    if row.difference:
+        estimate, interval = words.compared(row.difference)
+        said += f", difference {estimate} (95 %: {interval})"
+    lost = f", {row.diverged} of {row.seeds} diverged" if row.diverged else ""
+    return [f"{said}{lost}, ", _judged(row)]
+
+
+def _spent(t: TaskComparison, row: Row) -> str:
+    return _cost(t, row, words.number(row.spent_to_target))
+
+
+def _time(t: TaskComparison, row: Row) -> str:
+    return _cost(t, row, words.time(row.seconds_to_target) if math.isfinite(row.seconds_to_target) else "")
+
+
+def _cost(t: TaskComparison, row: Row, amount: str) -> str:
+    """What it took to the target, with how many seeds reached it where not all did."""
+    some = t.reached(row)
+    if math.isfinite(row.seconds_to_target):
+        return f"{amount}\n{some}" if some else amount
+    return f"not reached\nby {some}" if row.reached else "not reached"
 
 
 _OUTCOMES = {"holds": "✓ better", "fails": "✗ worse", "undecided": "? undecided"}

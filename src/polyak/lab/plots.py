@@ -11,7 +11,7 @@ import math
 import re
 import statistics
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
@@ -34,6 +34,13 @@ VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", NEUTRAL: "neutral"} | {
     color: f"series-{i + 1}" for i, color in enumerate(SERIES)
 }
 DASHES = {"baseline": "", "method": "", "ablation": "6 3", "control": "1.5 2.5"}
+# Single points beside an arm's line, and what they are: how they look in the arm's colour (a shape of None: the arm's own).
+MARKS: dict[str, dict[str, Any]] = {
+    "other": {"marker": None, "markersize": 7, "markerfacecolor": "none", "markeredgewidth": 1.4},
+    "stopped": {"marker": "|", "markersize": 11, "markeredgewidth": 2},
+    "diverged": {"marker": "x", "markersize": 8, "markeredgewidth": 2},
+    "chosen": {"marker": "o", "markersize": 15, "markerfacecolor": "none", "markeredgewidth": 1.4},
+}
 # Regular polygons, (corners, turn in degrees): with them no two arms differ by colour alone.
 SHAPES = ((24, 0), (4, 45), (3, 0), (4, 0), (3, 180), (5, 0), (3, 90), (3, 270))
 
@@ -71,12 +78,14 @@ class Line:
     high: list[float] = field(default_factory=list)
     singles: list[list[tuple[float, float]]] = field(default_factory=list)  # where seeds have no x in common
     crosses: list[tuple[float, float]] = field(default_factory=list)  # the last points of diverged seeds
+    marks: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # others alone, by their kind in MARKS
     label: str = ""
 
     @property
     def end(self) -> tuple[float, float] | None:
         points = [p for p in zip(self.x, self.middle, strict=True) if math.isfinite(p[1])]
-        return max([*points[-1:], *(s[-1] for s in self.singles), *(() if points else self.crosses)], default=None)
+        marks = [] if points else [*self.crosses, *(p for places in self.marks.values() for p in places)]
+        return max([*points[-1:], *(s[-1] for s in self.singles), *marks], default=None)
 
 
 def lines(claim: Claim, task: Task, plot: Plot, result: ClaimResult) -> list[Line]:
@@ -85,7 +94,7 @@ def lines(claim: Claim, task: Task, plot: Plot, result: ClaimResult) -> list[Lin
     for arm in claim.arms_on(task.name):
         trials = [t for t in result.trials if (t.purpose, t.task, t.arm) == ("report", task.name, arm.name)]
         line = _line(arm, trials, plot, claim.metric(plot.y).worst_value)
-        if line.x or line.singles or line.crosses:
+        if line.end is not None:
             found.append(line)
     return found
 
@@ -129,20 +138,20 @@ def curves(claim: Claim, task: Task, plot: Plot, result: ClaimResult) -> str:
     log = ", log scale" if plot.log_y else ""
     above = f"{metric.label}{unit}{log}; {metric.better} is better"
     name = f"{claim.name} on {task.label}: {metric.label} over {plot.x_label or plot.x}, per arm"
-    return drawing(claim, shown, plot, above=above, name=name, prefix=f"{task.name}-{plot.x}-{plot.y}")
+    return drawing(claim, shown, plot, name=name, prefix=f"{task.name}-{plot.x}-{plot.y}", above=above)
 
 
-def drawing(claim: Claim, shown: Sequence[Line], plot: Plot, *, above: str, name: str, prefix: str) -> str:
+def drawing(claim: Claim, shown: Sequence[Line], plot: Plot, *, name: str, prefix: str, **how: Any) -> str:
     """The SVG of lines with their labels; "" where there are none.
 
-    ``above`` is said over the drawing, ``name`` to those who cannot see it; ``prefix`` is a word that no other drawing of the page
-    has.
+    ``name`` is said to those who cannot see it; ``prefix`` is a word that no other drawing of the page has; the rest is as for
+    :func:`draw`.
     """
     if not shown:
         return ""
     with styled():
         buffer = io.StringIO()
-        draw(claim, shown, plot, above).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        draw(claim, shown, plot, **how).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return _adapt(buffer.getvalue(), name, prefix=prefix)
 
 
@@ -161,21 +170,42 @@ def styled() -> Iterator[None]:
         yield
 
 
-def draw(claim: Claim, shown: Sequence[Line], plot: Plot, above: str) -> Figure:
-    """Lines as a figure, in a light page's colours."""
-    from matplotlib.figure import Figure
+def draw(
+    claim: Claim,
+    shown: Sequence[Line],
+    plot: Plot,
+    *,
+    above: str,
+    title: str = "",
+    view: tuple[float, float] | None = None,
+    keys: Mapping[str, str] | None = None,
+    figure: Figure | None = None,
+) -> Figure:
+    """Lines as a figure, in a light page's colours.
 
-    figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72), dpi=72)  # one point is one CSS pixel
+    Args:
+        above: said over the drawing, in one line or several.
+        title: said over that.
+        view: from where to where the vertical axis goes; lines leave it, single points beyond it are at its edge. Default: all.
+        keys: by kinds of marks ("" for a line), what they are.
+        figure: the empty one to draw on. Default: a new one.
+    """
+    from matplotlib.figure import Figure as Empty
+
+    figure = Empty() if figure is None else figure
+    figure.set_dpi(72)  # one point is one CSS pixel
+    figure.set_size_inches(WIDTH / 72, HEIGHT / 72)
     axes = figure.add_axes((0, 0, 1, 1))
     for line in shown:
-        _draw(axes, claim, line)
-    _scales(axes, plot)
-    _frame(figure, axes, above, plot.x_label or plot.x)
-    _label(figure, axes, claim, shown)
+        _draw(axes, claim, line, view)
+    _scales(axes, plot, view)
+    _frame(axes, plot.x_label or plot.x)
+    heads = [(title, INK)] * bool(title) + [(line, MUTED) for line in above.splitlines()]
+    _label(figure, axes, claim, shown, heads, keys or {})
     return figure
 
 
-def _draw(axes: Axes, claim: Claim, line: Line) -> None:
+def _draw(axes: Axes, claim: Claim, line: Line, view: tuple[float, float] | None) -> None:
     color, (_, dashes) = _color(claim, line.arm), style(claim, line.arm)
     pattern = (0, [float(d) for d in dashes.split()]) if dashes else "-"
     width = 2.4 if line.arm.role == "method" else 1.8
@@ -188,17 +218,23 @@ def _draw(axes: Axes, claim: Claim, line: Line) -> None:
         axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.16, linewidth=0)
     for single in line.singles:
         axes.plot(*zip(*single, strict=True), color=color, linewidth=1, alpha=0.7, linestyle=pattern)
-    for x, y in line.crosses:
-        axes.plot([x], [y], marker="x", markersize=8, markeredgewidth=2, color=color, linestyle="none")
+    for kind, places in (*line.marks.items(), ("diverged", line.crosses)):
+        look = MARKS[kind] | ({} if MARKS[kind]["marker"] else {"marker": points["marker"]})
+        for x, y in places:
+            y = min(max(y, view[0]), view[1]) if view else y
+            axes.plot([x], [y], **look, color=color, linestyle="none", clip_on=False, zorder=3)
 
 
-def _scales(axes: Axes, plot: Plot) -> None:
+def _scales(axes: Axes, plot: Plot, view: tuple[float, float] | None) -> None:
     from matplotlib import ticker
 
     for axis, log, limits in ((axes.xaxis, plot.log_x, axes.get_xlim), (axes.yaxis, plot.log_y, axes.get_ylim)):
         axis.set_major_locator(ticker.MaxNLocator(5))
         if log:
             (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
+        if view and axis is axes.yaxis:
+            axes.set_ylim(view)
+        if log:
             low, high = limits()
             axis.set_major_locator(_log_locator(low, high))
         axis.set_minor_locator(ticker.NullLocator())
@@ -214,7 +250,7 @@ def _log_locator(low: float, high: float):
     return ticker.LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,), numticks=6)
 
 
-def _frame(figure: Figure, axes: Axes, above: str, below: str) -> None:
+def _frame(axes: Axes, below: str) -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(GRID)
@@ -222,11 +258,20 @@ def _frame(figure: Figure, axes: Axes, above: str, below: str) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(colors=MUTED, length=0, pad=6, labelsize=FONT)
     axes.set_xlabel(below, color=MUTED, fontsize=FONT, labelpad=6)
-    figure.text(0, 1, above, color=MUTED, fontsize=FONT, verticalalignment="top")
 
 
-def _label(figure: Figure, axes: Axes, claim: Claim, shown: Sequence[Line]) -> None:
-    """Names at the ends of lines, pushed apart where they would overlap, in a margin as wide and a figure as high as they need."""
+def _label(
+    figure: Figure,
+    axes: Axes,
+    claim: Claim,
+    shown: Sequence[Line],
+    heads: Sequence[tuple[str, str]],
+    keys: Mapping[str, str],
+) -> None:
+    """All that is said around the lines, in margins as wide and a figure as high as it needs.
+
+    Names are at the ends of lines, pushed apart where they would overlap.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.lines import Line2D
 
@@ -241,22 +286,54 @@ def _label(figure: Figure, axes: Axes, claim: Claim, shown: Sequence[Line]) -> N
     texts = [textwrap.wrap(line.label, 17, break_on_hyphens=False) for line in shown]
     ticks = [t.get_window_extent(renderer).width for t in axes.get_yticklabels()]
     heights = [LEADING * len(text) + 3 for text in texts]
-    left, right, bottom, top = max(ticks, default=0) + 10, max(width(t) for text in texts for t in text) + 22, 48, 32
-    lowest, highest = bottom - 36, 18  # labels may go from here, above the bottom, to there, below the top
-    height = max(HEIGHT, sum(heights) + lowest + highest)
+    places = _key_places({kind: width(text) for kind, text in keys.items()})
+    rows = 1 + max((row for _, row in places.values()), default=-1)
+    left, right = max(ticks, default=0) + 10, max(width(t) for text in texts for t in text) + 22
+    bottom, top = 48 + (LEADING + 3) * rows, 17 + LEADING * len(heads)
+    lowest, highest = (
+        bottom - 36,
+        3 + LEADING * len(heads),
+    )  # labels may go from here, above the bottom, to there, below the top
+    height = max(HEIGHT + (LEADING + 3) * rows + LEADING * (len(heads) - 1), sum(heights) + lowest + highest)
     figure.set_size_inches(WIDTH / 72, height / 72)
     axes.set_position((left / WIDTH, bottom / height, (WIDTH - left - right) / WIDTH, (height - bottom - top) / height))
+    for i, (text, color) in enumerate(heads):
+        figure.text(0, 1 - LEADING * i / height, text, color=color, fontsize=FONT, verticalalignment="top")
 
     pixels = [axes.transData.transform(line.end or (0, 0)) for line in shown]
-    centres = spread([float(p[1]) for p in pixels], heights, low=lowest, high=height - highest)
+    ends_y = [min(max(float(p[1]), bottom), height - top) for p in pixels]  # of a line that ends out of view, the edge
+    centres = spread(ends_y, heights, low=lowest, high=height - highest)
     edge = WIDTH - right
-    for line, text, (x, y), centre in zip(shown, texts, pixels, centres, strict=True):
+    for line, text, (x, _), y, centre in zip(shown, texts, pixels, ends_y, centres, strict=True):
         color = _color(claim, line.arm)
         for row, part in enumerate(text):
             baseline = centre + LEADING * ((len(text) - 1) / 2 - row) - 0.35 * FONT
             figure.text((edge + 18) / WIDTH, baseline / height, part, color=color, fontsize=FONT)
         ends = [(x + 4) / WIDTH, (edge + 14) / WIDTH], [y / height, centre / height]
         figure.add_artist(Line2D(*ends, color=color, linewidth=0.8, alpha=0.55))
+    for kind, (x, row) in places.items():
+        y = (LEADING + 3) * (rows - row - 1) + 5
+        at: dict[str, Any] = {"color": MUTED, "linewidth": 0} | (
+            MARKS[kind] if kind else {"marker": "o", "markersize": 6}
+        )
+        at["markersize"] = min(at["markersize"], 12)
+        at["marker"] = at["marker"] or "o"
+        if not kind:
+            stroke = [x / WIDTH, (x + 20) / WIDTH], [(y + 4.5) / height] * 2
+            figure.add_artist(Line2D(*stroke, color=MUTED, linewidth=1.8))
+        figure.add_artist(Line2D([(x + 10) / WIDTH], [(y + 4.5) / height], **at))
+        figure.text((x + 25) / WIDTH, y / height, keys[kind], color=MUTED, fontsize=FONT)
+
+
+def _key_places(widths: Mapping[str, float]) -> dict[str, tuple[float, int]]:
+    """Where each key begins: its pixel, and its row."""
+    found, x, row = {}, 0.0, 0
+    for kind, width in widths.items():
+        if x and x + 25 + width > WIDTH:
+            x, row = 0.0, row + 1
+        found[kind] = (x, row)
+        x += 25 + width + 16
+    return found
 
 
 def spread(wanted: Sequence[float], heights: Sequence[float], *, low: float, high: float) -> list[float]:
@@ -294,45 +371,70 @@ def _adapt(svg: str, name: str, prefix: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------- strips
 
 
+_TICKS = 5  # on a strip, at most
 NARROW, GLYPH = 320, 6.8  # pixels: a strip's width on a phone, and a glyph's at most on average
 
 
-def strip(c: CriterionResult, compare: str, asked: str = "") -> str:
+def strip(
+    c: CriterionResult,
+    compare: str,
+    sides: tuple[str, str] = ("", ""),
+    among: Sequence[CriterionResult] = (),
+    said: tuple[str, str] = ("", ""),
+) -> str:
     """A criterion's interval against its bound: estimate, 95 % interval, one dot per seed, the side that passes shaded.
 
-    ``asked`` is said of the bound; by default its value.
+    ``sides`` are said to the left and to the right of the bound; by default what is asked. With ``among`` the scale is one for all
+    of these. ``said`` are the estimate and its interval in words; by default with three digits.
     """
-    asked = asked or f"asked: {words.bound(c)}"
+    asked = f"asked: {words.bound(c)}"
     neutral = {"ratio": [1.0], "difference": [0.0]}.get(compare, [])
-    values = [v for v in (c.estimate, c.low, c.high, c.bound, *c.per_seed, *neutral) if math.isfinite(v)]
+    seen = [v for o in (c, *among) for v in (o.estimate, o.low, o.high, o.bound, *o.per_seed)]
+    values = [v for v in (*seen, *neutral) if math.isfinite(v)]
     log = compare == "ratio" and min(values) > 0
     axis = _Axis(min(values), max(values), log)
     at = axis.place(c.bound)
     passes_left = c.op in ("<=", "<")
     left, width = (0.0, at) if passes_left else (at, 100 - at)
-    parts = [f'<rect class="passing" x="{left:.2f}%" y="20" width="{width:.2f}%" height="52"/>']
-    for value in neutral:
+    parts = [f'<rect class="passing" x="{left:.2f}%" y="36" width="{width:.2f}%" height="44"/>']
+    # What the bound is need not be said twice.
+    equal = [] if any(sides) else neutral
+    for value in equal:
         x, text = axis.place(value), f"{words.number(value)} (equal)"
-        parts.append(f'<line class="neutral" x1="{x:.2f}%" x2="{x:.2f}%" y1="20" y2="76"/>')
-        parts.append(_text(x, 90, text, "tick"))
-    for tick in axis.ticks():
+        parts.append(f'<line class="neutral" x1="{x:.2f}%" x2="{x:.2f}%" y1="36" y2="84"/>')
+        parts.append(_text(x, 98, text, "tick"))
+    for tick in axis.ticks(c.bound):
         x, text = axis.place(tick), words.number(tick)
-        parts.append(f'<line class="tick" x1="{x:.2f}%" x2="{x:.2f}%" y1="72" y2="76"/>')
-        if all(abs(x - axis.place(v)) > _width(text) / 2 + _width("1 (equal)") for v in neutral):
-            parts.append(_text(x, 90, text, "tick"))
-    parts.append('<line class="tick" x1="0" x2="100%" y1="72" y2="72"/>')
+        parts.append(f'<line class="tick" x1="{x:.2f}%" x2="{x:.2f}%" y1="80" y2="84"/>')
+        if all(abs(x - axis.place(v)) > _width(text) / 2 + _width("1 (equal)") for v in equal):
+            parts.append(_text(x, 98, text, "tick"))
+    parts.append('<line class="tick" x1="0" x2="100%" y1="80" y2="80"/>')
     parts += [_dot(axis, seed) for seed in c.per_seed]
     if not (math.isnan(c.low) or math.isnan(c.high)):
         low, high = axis.place(c.low), axis.place(c.high)
-        parts.append(f'<line class="interval" x1="{low:.2f}%" x2="{high:.2f}%" y1="46" y2="46"/>')
-    parts.append(f'<line class="bound" x1="{at:.2f}%" x2="{at:.2f}%" y1="16" y2="72"/>')
+        parts.append(f'<line class="interval" x1="{low:.2f}%" x2="{high:.2f}%" y1="52" y2="52"/>')
+    parts.append(f'<line class="bound" x1="{at:.2f}%" x2="{at:.2f}%" y1="36" y2="80"/>')
+    estimate, interval = (
+        own or usual for own, usual in zip(said, (words.number(c.estimate), words.interval(c)), strict=True)
+    )
     if not math.isnan(c.estimate):
-        x, within = axis.place(c.estimate), "" if words.interval(c) == "none" else f" (95 %: {words.interval(c)})"
-        parts.append(f'<circle class="estimate" cx="{x:.2f}%" cy="46" r="5.5"/>')
-        parts.append(_text(x, 35, words.number(c.estimate) + within, "estimate"))
-    parts.append(_text(at, 11, f"← {asked}" if passes_left else f"{asked} →", "bound"))
-    name = f"estimate {words.number(c.estimate)}, interval {words.interval(c)}, {asked}"
-    return f'<svg class="strip" height="96" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
+        x, within = axis.place(c.estimate), "" if interval == "none" else f" (95 %: {interval})"
+        parts.append(f'<circle class="estimate" cx="{x:.2f}%" cy="52" r="5.5"/>')
+        parts.append(_text(x, 12, estimate + within, "estimate"))
+    if any(sides):
+        parts += _sides(at, sides)
+    else:
+        parts.append(_text(at, 30, f"← {asked}" if passes_left else f"{asked} →", "bound"))
+    name = f"estimate {estimate}, interval {interval}, {asked}"
+    return f'<svg class="strip" height="104" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
+
+
+def _sides(at: float, sides: tuple[str, str]) -> Iterator[str]:
+    """What lies to the left and to the right of a place, where there is room for it."""
+    texts = f"← {sides[0]}", f"{sides[1]} →"
+    for text, anchor, room, x in zip(texts, ("end", "start"), (at, 100 - at), (at - 1.5, at + 1.5), strict=True):
+        if _width(text) + 1.5 <= room:
+            yield f'<text class="bound" x="{x:.2f}%" y="30" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 @dataclass(frozen=True)
@@ -349,26 +451,25 @@ class _Axis:
         low, high, v = (math.log(x) if self.log else x for x in (self.low, self.high, value))
         return 8 + 84 * (v - low) / (high - low) if high > low else 50.0
 
-    def ticks(self) -> list[float]:
+    def ticks(self, kept: float) -> list[float]:
+        """A few round values, ``kept`` among them where it is one."""
         from matplotlib import ticker
 
         if self.high <= self.low:
             return [self.low]
         wide = self.log and math.log10(self.high / self.low) >= 0.7
         locator = _log_locator(self.low, self.high) if wide else ticker.MaxNLocator(4)
-        return _thin([float(t) for t in locator.tick_values(self.low, self.high) if self.low <= t <= self.high])
-
-
-def _thin(ticks: list[float], most: int = 5) -> list[float]:
-    return ticks[:: math.ceil(len(ticks) / most)] if ticks else ticks
+        found = [float(t) for t in locator.tick_values(self.low, self.high) if self.low <= t <= self.high]
+        every = max(1, math.ceil(len(found) / _TICKS))
+        return found[found.index(kept) % every if kept in found else 0 :: every]
 
 
 def _dot(axis: _Axis, seed: float) -> str:
     if math.isnan(seed):
         return ""
     if math.isinf(seed):
-        return f'<text class="lost" x="{axis.place(seed):.2f}%" y="67" text-anchor="middle">×</text>'
-    return f'<circle class="seed" cx="{axis.place(seed):.2f}%" cy="62" r="3"/>'
+        return f'<text class="lost" x="{axis.place(seed):.2f}%" y="75" text-anchor="middle">×</text>'
+    return f'<circle class="seed" cx="{axis.place(seed):.2f}%" cy="70" r="3"/>'
 
 
 def _width(text: str) -> float:

@@ -7,14 +7,14 @@ import hashlib
 import json
 import math
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from polyak.lab import plots, words
-from polyak.lab.claim import Arm, Claim, Criterion, Task
+from polyak.lab.claim import Arm, Claim, Criterion, Metric, Task
 from polyak.lab.result import ClaimResult, CriterionResult, TrialResult
 
 ROLES = {
@@ -165,15 +165,29 @@ def arm_facts(claim: Claim, arm: Arm, result: ClaimResult | None) -> dict[str, A
     return {"arm": arm, "swatch": Markup(plots.swatch(claim, arm)), "chosen": chosen, "role": ROLES[arm.role]}
 
 
-def trial_rows(claim: Claim, result: ClaimResult) -> list[dict[str, Any]]:
-    """All trials, for the table of them."""
+def trial_rows(
+    claim: Claim, result: ClaimResult, metrics: Sequence[Metric] | None = None, *, told: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
+    """All trials, for the table of them, with these metrics (default: all of the claim's).
+
+    Of a diverged trial every metric has its worst value. ``told`` names, by purpose, the one that stands for its outcome;
+    the others are then left out, since they were not measured.
+    """
     labels = {a.name: a.label for a in claim.arms} | {t.name: t.label for t in claim.tasks}
+    shown = claim.metrics if metrics is None else metrics
+
+    def value(t: TrialResult, name: str) -> float | None:
+        measured = not t.diverged or told is None or told[t.purpose] == name
+        return t.values.get(name) if measured else None
+
     return [
         {
             "trial": t,
             "task": labels.get(t.task, t.task),
             "arm": labels.get(t.arm, t.arm),
-            "values": [t.values.get(m.name) for m in claim.metrics],
+            # A message of one that did not diverge is that it was stopped.
+            "purpose": f"{t.purpose}, {t.message}" if t.message and not t.diverged else t.purpose,
+            "values": [value(t, m.name) for m in shown],
         }
         for t in sorted(result.trials, key=lambda t: (t.purpose, t.task, t.arm, t.seed))
     ]

@@ -42,6 +42,39 @@ def interval(c: CriterionResult) -> str:
     return f"{number(c.low)} to {number(c.high)}"
 
 
+def rounded(value: float, low: float, high: float) -> str:
+    """A value to the decimals of its interval: two digits of the larger end, and at least one of the interval's width.
+
+    So of an estimate no more is said than is known: −3.19e−5 in −0.00294 to 0.003 is 0. The ends are said in the same way; one that
+    is not zero, of an interval on one side of it, does not become zero. Of an infinite interval the value's own digits are said.
+    """
+    ends = [end for end in (low, high) if math.isfinite(end)]
+    if not (ends and math.isfinite(value)):
+        return number(value)
+    size, width = max(map(abs, ends)), max(ends) - min(ends)
+    places = 1 - _power(size) if size else 0
+    if width:
+        places = max(places, -_power(width))
+    short = round(value, places)
+    if not short:
+        one_sided = low > 0 or high < 0
+        return number(value, 1) if one_sided else "0"
+    return number(short, max(1, _power(short) + places + 1))
+
+
+def _power(value: float) -> int:
+    """The power of ten of a number's first digit."""
+    return math.floor(math.log10(abs(value)))
+
+
+def compared(c: CriterionResult) -> tuple[str, str]:
+    """A difference and its 95 % interval, to the same decimals: ("−0.005", "−0.0066 to −0.0015")."""
+    if math.isnan(c.low) or math.isnan(c.high) or (math.isinf(c.low) and c.low == c.high):
+        return number(c.estimate), "none"
+    said, low, high = (rounded(v, c.low, c.high) for v in (c.estimate, c.low, c.high))
+    return said, f"{low} to {high}"
+
+
 def seeds_passing(c: CriterionResult) -> str:
     """ "5 of 5"."""
     return f"{c.seeds_passing} of {len(c.per_seed)}"
@@ -67,6 +100,11 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min"
+
+
+def time(seconds: float) -> str:
+    """A measured time: two significant digits below 10 s, so that 2.8 s and 3.4 s differ; from there on as :func:`duration`."""
+    return f"{number(float(f'{seconds:.2g}'), 2)} s" if float(f"{seconds:.2g}") < 10 else duration(seconds)
 
 
 def day(iso: str) -> str:

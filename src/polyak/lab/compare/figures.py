@@ -1,14 +1,15 @@
-"""The drawings that only comparisons have: sensitivity to the learning rate, and performance profiles over tasks."""
+"""A comparison's drawings: curves, sensitivity to the learning rate, and performance profiles over tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from polyak.core import checks
-from polyak.lab import plots
-from polyak.lab.claim import Arm, Plot
+from polyak.lab import plots, words
+from polyak.lab.claim import Arm, Claim, Plot
 from polyak.lab.compare.result import Comparison, TaskComparison, regular
 from polyak.lab.compare.search import MEASURE, stopped
 from polyak.lab.plots import Line
@@ -19,80 +20,212 @@ if TYPE_CHECKING:
 
 KINDS = ("curves", "sensitivity", "profiles")
 _WIDE = 20.0  # largest over smallest: beyond, an axis is logarithmic
+_LATE = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # parts of a curve's course from which on it may be looked at
+_APART = 0.2  # of an axis: how much the ends of curves should take
+_ROOM = 0.06  # of an axis, beyond what is on it
 _PROFILES = Plot(x="ratio", y="share", x_label="times as long as the fastest arm", log_x=True)
 
 
 def figure(comparison: Comparison, what: str, task: str = "") -> Figure:
-    """One drawing as a matplotlib figure.
+    """One drawing as a matplotlib figure, which a notebook shows.
 
     Raises:
         ValueError: ``what`` is none of :data:`KINDS`, or there is nothing to draw.
     """
+    from polyak.lab.compare.notebook import SHARP, Drawing
+
     checks.one_of("figure", what, KINDS)
     if what == "profiles":
-        claim, lines, plot, above = comparison.tasks[0].claim, profile_lines(comparison), _PROFILES, "share of tasks"
+        claim, found = comparison.tasks[0].claim, _profiles(comparison)
+        title = _capital(found.title)
     else:
         t = comparison.task(task)
         claim = t.claim
-        if what == "sensitivity":
-            lines, plot = sensitivity_lines(t), sensitivity_plot(t)
-        else:
-            plot = _scaled(t, claim.tasks[0].plots[0])
-            lines = plots.lines(claim, claim.tasks[0], plot, regular(t))
-        above = _above(t, plot)
-    if not lines:
+        found = _sensitivity(t) if what == "sensitivity" else _curve(t, claim.tasks[0].plots[0])
+        title = f"{t.name}: {found.title}"
+    if not found.lines:
         raise ValueError(f"there is nothing to draw for {what}")
     with plots.styled():
-        return plots.draw(claim, lines, plot, above)
+        drawn = plots.draw(claim, found.lines, found.plot, title=title, figure=Drawing(), **found.how)
+    drawn.set_dpi(SHARP)
+    return drawn
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What is drawn, and how (see :func:`plots.draw`)."""
+
+    lines: list[Line]
+    plot: Plot
+    title: str
+    how: dict[str, Any]
+
+    def svg(self, claim: Claim, name: str, prefix: str) -> str:
+        return plots.drawing(claim, self.lines, self.plot, name=name, prefix=prefix, **self.how)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def curves(t: TaskComparison) -> list[tuple[str, str]]:
     """(title, SVG) of the reported trials' curves."""
     drawn = []
     for plot in t.claim.tasks[0].plots:
-        plot = _scaled(t, plot)
-        label = t.claim.metric(plot.y).label
-        svg = plots.curves(t.claim, t.claim.tasks[0], plot, regular(t))
-        if svg:
-            drawn.append((f"{label[:1].upper()}{label[1:]} against {plot.x_label}", svg))
+        found = _curve(t, plot)
+        name = f"{t.name}: {t.claim.metric(plot.y).label} over {plot.x_label}, per arm"
+        if svg := found.svg(t.claim, name, f"{t.name}-{plot.x}-{plot.y}"):
+            drawn.append((_capital(found.title), svg))
     return drawn
 
 
+def _curve(t: TaskComparison, plot: Plot) -> _Drawn:
+    plot = _scaled(t, plot)
+    lines = plots.lines(t.claim, t.claim.tasks[0], plot, regular(t))
+    lost = {row.arm for row in t.rows if row.diverged == row.seeds}
+    view = _late(
+        [line for line in lines if line.arm.name not in lost] or lines, plot, lost=any(row.diverged for row in t.rows)
+    )
+    shown = [v for line in lines for v in (*line.middle, *(y for _, y in line.crosses)) if math.isfinite(v)]
+    label = t.claim.metric(plot.y).label
+    title = f"{label} against {plot.x_label}"
+    return _Drawn(lines, plot, title, {"above": _above(t, plot, shown, view), "view": view})
+
+
 def _scaled(t: TaskComparison, plot: Plot) -> Plot:
-    """With a logarithmic axis for a loss that falls far."""
-    values = [
-        v[plot.y] for trial in t.result.trials if trial.purpose == "report" for _, v in trial.curve if plot.y in v
-    ]
+    """With a logarithmic axis for a loss that falls far. What diverged says nothing of this, unless all did."""
+    trials = [trial for trial in t.result.trials if trial.purpose == "report"]
+    sound = [trial for trial in trials if not trial.diverged] or trials
+    values = [v[plot.y] for trial in sound for _, v in trial.curve if plot.y in v]
     wide = bool(values) and 0 < min(values) * _WIDE < max(values)
     return replace(plot, log_y=wide and t.claim.metric(plot.y).better == "lower")
 
 
+def _late(lines: Sequence[Line], plot: Plot, *, lost: bool) -> tuple[float, float] | None:
+    """From where to where an axis goes so that the ends of curves are told apart: as much of their course as allows it.
+
+    Curves that begin far from where they end are seen from some part of their course on, at most from the middle; before, they are
+    out of view. So are the values of seeds that diverge (``lost``: there are some). None: all is in view. It is, too, where there
+    is no course, but a few budgets on a logarithmic axis.
+    """
+    ends = [v for line in lines if line.x for v in (line.middle[-1], line.low[-1], line.high[-1]) if math.isfinite(v)]
+    if not ends or plot.log_x or any(line.singles for line in lines):
+        return None
+    scale = math.log if plot.log_y else float
+    courses = [list(_course(line)) for line in lines if line.x]
+    part, seen = 0.0, ends
+    for part in _LATE:
+        seen = [*ends, *(v for course in courses for share, v in course if share >= part)]
+        if _APART * (scale(max(seen)) - scale(min(seen))) <= scale(max(ends)) - scale(min(ends)):
+            break
+    return _around(seen, plot) if part or lost else None
+
+
+def _course(line: Line) -> Iterator[tuple[float, float]]:
+    """(share of the way, value) of a line's middle."""
+    first, last = line.x[0], line.x[-1]
+    for x, value in zip(line.x, line.middle, strict=True):
+        if math.isfinite(value):
+            yield ((x - first) / (last - first) if last > first else 1.0), value
+
+
+def _above(t: TaskComparison, plot: Plot, shown: Sequence[float], view: tuple[float, float] | None) -> str:
+    """What is said over a drawing; on a second line, what of these values is out of view."""
+    metric = t.claim.metric(plot.y)
+    log = ", log scale" if plot.log_y else ""
+    said = f"{metric.label}{log}; {metric.better} is better"
+    if view is None:
+        return said
+    over, under = [v for v in shown if v > view[1]], [v for v in shown if v < view[0]]
+    parts = [f"up to {words.number(max(over))}" if over else "", f"down to {words.number(min(under))}" if under else ""]
+    out = " and ".join(filter(None, parts))
+    return f"{said}\nout of view: {out}" if out else said
+
+
+# -- sensitivity -----------------------------------------------------------------------------------------------------------
+
+
 def sensitivity(t: TaskComparison) -> str:
     """The SVG of what each arm's tuning trials reached by learning rate; "" where none was tuned."""
-    plot = sensitivity_plot(t)
-    name = f"{t.name}: {t.main.label} in tuning over {plot.x_label}, per arm"
-    return plots.drawing(
-        t.claim, sensitivity_lines(t), plot, above=_above(t, plot), name=name, prefix=f"{t.name}-sensitivity"
+    found = _sensitivity(t)
+    name = f"{t.name}: {t.main.label} in tuning over {found.plot.x_label}, per arm"
+    return found.svg(t.claim, name, f"{t.name}-sensitivity")
+
+
+def _sensitivity(t: TaskComparison) -> _Drawn:
+    name = _tuned(t)
+    lines = [line for arm in t.claim.arms if (line := _tuning(t, arm, name)).end]
+    values = [y for line in lines for y in (*line.middle, *(y for _, y in _alone(line)))]
+    places = [x for line in lines for x in (*line.x, *(x for x, _ in (*_alone(line), *line.crosses)))]
+    x_label = "learning rate" if name == "lr" else name
+    near = _near(t, values)
+    plot = Plot(
+        x=name,
+        y=MEASURE,
+        x_label=x_label,
+        log_x=bool(places) and min(places) > 0,
+        log_y=bool(near) and 0 < min(near) * _WIDE < max(near),
     )
+    view = _around(near, plot) if len(near) < len(values) else None
+    worst = (max if t.main.better == "lower" else min)(near, default=0.0)
+    lines = [replace(line, crosses=[(x, worst) for x, _ in line.crosses]) for line in lines]
+    there = {kind for line in lines for kind, points in line.marks.items() if points}
+    there |= {"diverged"} if any(line.crosses for line in lines) else set()
+    keys = {kind: says for kind, says in _KEYS.items() if not kind or kind in there}
+    title = f"what tuning trials reached, by their {x_label}"
+    return _Drawn(lines, plot, title, {"above": _above(t, plot, values, view), "view": view, "keys": keys})
 
 
-def sensitivity_lines(t: TaskComparison) -> list[Line]:
-    """A line for each arm over what its grid was over, all else at the centre; crosses where a trial diverged."""
-    drawn = []
-    for arm in t.claim.arms:
-        trials = [trial for trial in t.trials(arm.name, "tuning") if not stopped(trial)]
-        if trials and (name := next(iter(trials[0].point))) == _tuned(t):
-            drawn.append((arm, name, _grid(trials, name)))
-    finite = [p.values[MEASURE] for _, _, trials in drawn for p in trials if not p.diverged]
-    worst = (max if t.main.better == "lower" else min)(finite, default=0.0)
-    return [_line(arm, name, trials, worst) for arm, name, trials in drawn]
+_KEYS = {
+    "": "the grid, all else at its centre",
+    "other": "other points",
+    "stopped": "stopped early, with its last value",
+    "diverged": "diverged",
+    "chosen": "chosen",
+}
 
 
-def _line(arm: Arm, name: str, trials: Sequence[TrialResult], worst: float) -> Line:
-    sound = sorted((float(p.point[name]), p.values[MEASURE]) for p in trials if not p.diverged)
-    x, y = [place for place, _ in sound], [value for _, value in sound]
-    crosses = [(float(p.point[name]), worst) for p in trials if p.diverged]
-    return Line(arm, x=x, middle=y, low=y, high=y, crosses=crosses, label=arm.label)
+def _tuning(t: TaskComparison, arm: Arm, name: str) -> Line:
+    """All of an arm's tuning trials that have this option: a line over its grid of it, and marks for the others."""
+    spec = next(spec for spec in t.setup.arms if spec.text == arm.name)
+    trials = [trial for trial in t.trials(arm.name, "tuning") if name in trial.point]
+    on_grid = _grid(trials, name) if next(iter(spec.space), "") == name else []
+    line = Line(arm, label=arm.label, crosses=[(float(p.point[name]), 0.0) for p in trials if p.diverged])
+    sound = [p for p in trials if not p.diverged]
+    whole = [p for p in sound if not stopped(p)]
+    points = sorted((float(p.point[name]), p.values[MEASURE]) for p in whole if p in on_grid)
+    line.x, line.middle = [x for x, _ in points], [y for _, y in points]
+    line.low = line.high = line.middle
+    chosen = [p for p in whole if p.point == t.result.chosen[t.name][arm.name]]
+    kinds = {
+        "other": [p for p in whole if p not in on_grid],
+        "stopped": [p for p in sound if stopped(p)],
+        "chosen": chosen[:1],
+    }
+    line.marks = {kind: [(float(p.point[name]), p.values[MEASURE]) for p in found] for kind, found in kinds.items()}
+    return line
+
+
+def _alone(line: Line) -> list[tuple[float, float]]:
+    return [point for points in line.marks.values() for point in points]
+
+
+def _near(t: TaskComparison, values: Sequence[float]) -> list[float]:
+    """Those values that are no farther beyond the untrained model's than that is from the best."""
+    untrained, lower = t.facts.initial.get(t.main.name, math.nan), t.main.better == "lower"
+    best = (min if lower else max)(values, default=math.nan)
+    farthest = 2 * untrained - best
+    if math.isnan(farthest) or (best >= untrained if lower else best <= untrained):
+        return list(values)
+    return [v for v in values if (v <= farthest if lower else v >= farthest)]
+
+
+def _around(values: Sequence[float], plot: Plot) -> tuple[float, float]:
+    """An axis that holds these values, with a little room."""
+    scale, back = (math.log, math.exp) if plot.log_y else (float, float)
+    low, high = scale(min(values)), scale(max(values))
+    room = _ROOM * (high - low) or _ROOM * max(abs(high), 1e-12)
+    return back(low - room), back(high + room)
 
 
 def _tuned(t: TaskComparison) -> str:
@@ -110,26 +243,18 @@ def _grid(trials: Sequence[TrialResult], name: str) -> list[TrialResult]:
     return [trial for trial in trials if others(trial) == others(trials[0])]
 
 
-def sensitivity_plot(t: TaskComparison) -> Plot:
-    lines = sensitivity_lines(t)
-    values = [y for line in lines for y in line.middle]
-    places = [x for line in lines for x in line.x]
-    name = _tuned(t)
-    return Plot(
-        x=name,
-        y=MEASURE,
-        x_label="learning rate" if name == "lr" else name,
-        log_x=bool(places) and min(places) > 0,
-        log_y=bool(values) and 0 < min(values) * _WIDE < max(values),
-    )
+# -- over tasks ------------------------------------------------------------------------------------------------------------
 
 
 def profile_svg(comparison: Comparison) -> str:
     """The SVG of the performance profiles."""
-    claim = comparison.tasks[0].claim
-    above = "share of tasks; higher is better"
     name = "Performance profiles: share of tasks whose target is reached, over the time relative to the fastest arm, per arm"
-    return plots.drawing(claim, profile_lines(comparison), _PROFILES, above=above, name=name, prefix="profiles")
+    return _profiles(comparison).svg(comparison.tasks[0].claim, name, "profiles")
+
+
+def _profiles(comparison: Comparison) -> _Drawn:
+    title = "share of tasks whose target is reached; higher is better"
+    return _Drawn(profile_lines(comparison), _PROFILES, title, {"above": "share of tasks"})
 
 
 def profile_lines(comparison: Comparison) -> list[Line]:
@@ -145,9 +270,3 @@ def profile_lines(comparison: Comparison) -> list[Line]:
         x, y = [*x, end], [*y, level]
         drawn.append(Line(arm, x=x, middle=y, low=y, high=y, label=arm.label))
     return drawn
-
-
-def _above(t: TaskComparison, plot: Plot) -> str:
-    metric = t.claim.metric(plot.y)
-    log = ", log scale" if plot.log_y else ""
-    return f"{metric.label}{log}; {metric.better} is better"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -11,6 +10,8 @@ from markupsafe import Markup, escape
 from polyak.lab import plots, report, words
 from polyak.lab.compare import figures
 from polyak.lab.compare.result import Comparison, Row, TaskComparison
+from polyak.lab.compare.search import MEASURE
+from polyak.lab.statistics import LEAST_SEEDS_MEAN, LEVEL
 
 OUTCOME = {"holds": "better", "fails": "worse", "undecided": "undecided"}
 
@@ -44,7 +45,7 @@ def summary(comparison: Comparison) -> str:
         for row in t.rows:
             d = row.difference
             cells = [t.name, row.label, words.number(row.final)]
-            cells += [words.number(d.estimate), words.interval(d), OUTCOME[d.verdict]] if d else ["", "", "baseline"]
+            cells += [*words.compared(d), OUTCOME[d.verdict]] if d else ["", "", "baseline"]
             rows.append("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>")
     warnings = "".join(f"<li>{escape(w)}</li>" for w in comparison.warnings)
     return (
@@ -55,44 +56,79 @@ def summary(comparison: Comparison) -> str:
 
 
 def _task(t: TaskComparison) -> dict[str, Any]:
-    criteria = {c.name: c for c in t.claim.criteria}
     svg = figures.sensitivity(t)
+    compared = [row.difference for row in t.rows if row.difference]
+    sides = ("better", "worse") if t.main.better == "lower" else ("worse", "better")
     return {
         "t": t,
         "rows": [_row(t, row) for row in t.rows],
         "strips": [
-            (row, Markup(plots.strip(row.difference, criteria[row.arm].compare, asked="no difference")))
+            (
+                row,
+                why(row),
+                Markup(plots.strip(row.difference, "difference", sides, compared, words.compared(row.difference))),
+            )
             for row in t.rows
             if row.difference
         ],
         "curves": [(title, Markup(svg)) for title, svg in figures.curves(t)],
         "sensitivity": Markup(svg),
-        "trials": report.trial_rows(t.claim, t.result),
+        "lost": any(row.diverged for row in t.rows),
+        "memory": any(row.memory for row in t.rows),
+        **_trials(t),
         "arms": [{**report.arm_facts(t.claim, t.claim.arm(arm.text), t.result), "spec": arm} for arm in t.setup.arms],
+    }
+
+
+def _trials(t: TaskComparison) -> dict[str, Any]:
+    """The table of all trials, without columns that say nothing: where no trial has a value, or all have another column's."""
+    measured = [trial.values for trial in t.result.trials]
+    metrics = [m for m in t.claim.metrics if any(m.name in values for values in measured)]
+    if all(values.get("evaluations") == values.get("steps") for values in measured):
+        metrics = [m for m in metrics if m.name != "evaluations"]
+    return {
+        "metrics": metrics,
+        "trials": report.trial_rows(t.claim, t.result, metrics, told={"report": t.main.name, "tuning": MEASURE}),
     }
 
 
 def _row(t: TaskComparison, row: Row) -> dict[str, Any]:
     finals = [trial.values[t.main.name] for trial in t.trials(row.arm)]
-    base = t.rows[0]
+    base, low, high = t.rows[0], min(finals), max(finals)
     return {
         "row": row,
         "swatch": Markup(plots.swatch(t.claim, t.claim.arm(row.arm))),
-        "range": f"{words.number(min(finals))} to {words.number(max(finals))}" if len(finals) > 1 else "",
-        "median": statistics.median(finals),
-        "reach": _reach(row, base),
+        "range": f"{words.number(low)} to {words.number(high)}" if low < high else "",
+        "difference": words.compared(row.difference) if row.difference else ("", ""),
+        "reach": _reach(t, row, base),
     }
 
 
-def _reach(row: Row, base: Row) -> tuple[str, str]:
-    """What it costs to reach the target, and how that compares with the baseline's cost."""
+def _reach(t: TaskComparison, row: Row, base: Row) -> tuple[str, ...]:
+    """What it costs to reach the target, how many seeds do where not all, and how the time compares with the baseline's."""
+    some = t.reached(row)
     if math.isinf(row.seconds_to_target):
-        return "not reached", f"by {row.reached} of {row.seeds} seeds" if row.reached else ""
+        return ("not reached", f"by {some}") if row.reached else ("not reached",)
     seconds = row.seconds_to_target
-    time = words.duration(seconds) if seconds >= 10 else f"{words.number(seconds, 2)} s"
     ratio = seconds / base.seconds_to_target if base.seconds_to_target else math.nan
-    beside = f"{words.number(ratio, 2)} of the baseline's time" if row is not base and 0 < ratio < math.inf else ""
-    return f"{words.number(row.spent_to_target)}, {time}", beside
+    beside = f"{words.number(ratio, 2)} × the baseline's time" if row is not base and 0 < ratio < math.inf else ""
+    said = f"{words.number(row.spent_to_target)}, {words.time(seconds)}"
+    return tuple(filter(None, (said, some, beside)))
+
+
+def why(row: Row) -> str:
+    """Why a difference is undecided, in a sentence; else nothing."""
+    d = row.difference
+    if d is None or d.verdict != "undecided":
+        return ""
+    if row.seeds < LEAST_SEEDS_MEAN:
+        return f"{words.count(row.seeds, 'seed')} cannot decide anything: at least {LEAST_SEEDS_MEAN} can."
+    if d.p_value > LEVEL:
+        chance = f"{words.number(100 * d.p_value, 2)} %"
+        return (
+            f"This may be chance: were both equally good, {chance} of such comparisons would look like this or clearer."
+        )
+    return "No difference is among what these seeds allow: the interval holds 0."
 
 
 def fair(comparison: Comparison) -> list[tuple[str, str]]:

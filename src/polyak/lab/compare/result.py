@@ -187,8 +187,8 @@ class TaskComparison:
             lost = row.diverged if d.verdict == "fails" else self.rows[0].diverged
             who = row.label if d.verdict == "fails" else base
             return f"{row.label} {verb} {base} ({lost} of {row.seeds} trials of {who} diverged)"
-        ends = sorted((abs(d.low), abs(d.high)))
-        return f"{row.label} {verb} {base} by {self._amount(ends[0])} to {self._amount(ends[1])}{self._of}"
+        near, far = sorted((abs(d.low), abs(d.high)))
+        return f"{row.label} {verb} {base} by {self._amounts(near, far)}{self._of}"
 
     def _undecided(self, row: Row, *, named: bool = False) -> str:
         d = row.difference
@@ -197,14 +197,24 @@ class TaskComparison:
         if row.diverged:
             return f"{who}{row.diverged} of {row.seeds} trials diverged"
         if not (math.isfinite(d.low) and math.isfinite(d.high)):
-            return f"{who}difference {self._amount(d.estimate)}{self._of}"
-        said = f"{who}difference {self._amount(d.low)} to {self._amount(d.high)}{self._of}"
+            return f"{who}difference {words.number(self._scale * d.estimate, 2)}{self._of}"
+        said = f"{who}difference {self._amounts(d.low, d.high)}{self._of}"
         clear = d.low > 0 or d.high < 0
         # The interval alone would decide: say what does not agree with it.
         return f"{said}, but p = {words.number(d.p_value, 2)}" if clear and not self.too_few else said
 
-    def _amount(self, value: float) -> str:
-        return words.number(100 * value if self.as_points else value, 2)
+    def _amounts(self, low: float, high: float) -> str:
+        ends = self._scale * low, self._scale * high
+        return " to ".join(words.rounded(end, *ends) for end in ends)
+
+    @property
+    def _scale(self) -> float:
+        return 100.0 if self.as_points else 1.0
+
+    def reached(self, row: Row) -> str:
+        """ "3 of 5 seeds" reach the target, where not all do that have one; else nothing."""
+        having = len(self.targets)
+        return f"{row.reached} of {words.count(having, 'seed')}" if row.reached < having else ""
 
     @property
     def _of(self) -> str:
@@ -434,6 +444,23 @@ class Comparison:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page(self), encoding="utf-8")
         return path
+
+    def __repr__(self) -> str:
+        """The answer and a row for each arm."""
+        lines = [self.answer]
+        for t in self.tasks:
+            if len(self.tasks) > 1:
+                lines.append(f"{t.name}:")
+            wide = max(len(row.label) for row in t.rows)
+            for row in t.rows:
+                said = f"  {row.label:{wide}}  {t.main.label} {words.number(row.final)}"
+                if d := row.difference:
+                    estimate, interval = words.compared(d)
+                    said += f", difference {estimate} (95 %: {interval}), {_OUTCOMES[d.verdict]}"
+                else:
+                    said += ", baseline"
+                lines.append(said)
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         from polyak.lab.compare.page import summary
