@@ -97,7 +97,7 @@ def test_times_are_told_apart_and_seeds_that_do_not_reach_the_target() -> None:
     assert "seeds" not in adamw
     assert " 0.2 s " in adan
     assert "4 of 5 seeds" in adan
-    assert "not reached" in lion
+    assert "reached by" in lion
     assert "by 1 of 5 seeds" in lion
 
 

@@ -189,7 +189,7 @@ def _cost(t: TaskComparison, row: Row, amount: str) -> str:
     some = t.reached(row)
     if math.isfinite(row.seconds_to_target):
         return f"{amount}\n{some}" if some else amount
-    return f"not reached\nby {some}" if row.reached else "not reached"
+    return f"reached by\n{some}" if row.reached else "not reached"
 
 
 _OUTCOMES = {"holds": "✓ better", "fails": "✗ worse", "undecided": "? undecided"}

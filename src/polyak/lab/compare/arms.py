@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from polyak.core import checks
+from polyak.lab import words
 
 Kind = Literal["training", "sampling"]
 LR, WEIGHT_DECAY = 1e-3, 1e-2  # AdamW's usual values: the centre of all ranges
@@ -54,7 +55,7 @@ class Range:
         return round(value) if self.whole else value
 
     def __str__(self) -> str:
-        return f"{self.low:.3g} to {self.high:.3g}"
+        return f"{words.number(self.low)} to {words.number(self.high)}"
 
 
 @dataclass(frozen=True, kw_only=True)

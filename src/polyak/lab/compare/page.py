@@ -108,7 +108,7 @@ def _reach(t: TaskComparison, row: Row, base: Row) -> tuple[str, ...]:
     """What it costs to reach the target, how many seeds do where not all, and how the time compares with the baseline's."""
     some = t.reached(row)
     if math.isinf(row.seconds_to_target):
-        return ("not reached", f"by {some}") if row.reached else ("not reached",)
+        return (f"reached by {some}",) if row.reached else ("not reached",)
     seconds = row.seconds_to_target
     ratio = seconds / base.seconds_to_target if base.seconds_to_target else math.nan
     beside = f"{words.number(ratio, 2)} × the baseline's time" if row is not base and 0 < ratio < math.inf else ""
