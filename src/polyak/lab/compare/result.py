@@ -471,7 +471,8 @@ class Comparison:
 def _wider(spec: ArmSpec, name: str, low: float, high: float) -> str:
     """An arm's words with another range of an option."""
     kept = [piece for piece in spec.pieces if not piece.startswith(f"{name}=")]
-    return ":".join([*kept, f"{name}={low:.1g}..{high:.1g}"])
+    ends = "..".join(f"{float(f'{end:.1g}'):g}" for end in (low, high))
+    return ":".join([*kept, f"{name}={ends}"])
 
 
 _VERDICTS = {"holds": "wins", "fails": "loses", "undecided": "is undecided on"}
