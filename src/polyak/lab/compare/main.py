@@ -25,7 +25,7 @@ from polyak.lab.compare.search import MEASURE, ComparisonPlan
 from polyak.lab.compare.task import Facts, NoTaskError, TaskError, add_folder
 from polyak.lab.compare.trial import Train
 from polyak.lab.run import Listener, Progress, carry_out, device_kind
-from polyak.lab.store import Store
+from polyak.lab.store import COMPARISON, Store
 from polyak.lab.trackers import Tracker
 from polyak.lab.workers import Executor, call_apart
 
@@ -374,7 +374,7 @@ def experiment(file: Path, facts: Facts, arms: Sequence[ArmSpec], budget: Budget
         if x == "step":
             plots.insert(1, Plot(x="seconds", y=facts.main, x_label="seconds of training"))
     return Claim(
-        slug=f"compare-{name}",
+        slug=f"{COMPARISON}{name}",
         room="compare",
         name=name,
         summary=facts.says,
