@@ -53,7 +53,7 @@ def test_training_goes_on_with_two_faulty_workers_and_one_killed(processes, tmp_
     running[KILLED].join(10)
     assert running[KILLED].exitcode == -signal.SIGKILL
     for r in HONEST:
-        running[r].join(60)
+        running[r].join(150)  # eight processes on a machine that is busy with other tests, too
         assert running[r].exitcode == 0
     runs = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in HONEST]
 
