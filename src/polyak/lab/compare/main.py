@@ -31,7 +31,7 @@ from polyak.lab.workers import Executor, call_apart
 
 EXAMINATION_S = 300.0  # a task that has not been built and looked at by then is taken to hang
 # The files that decide what a trial yields, beside the task's and the arm's.
-_OWN_CODE = ("trial", "sampling", "task")
+_OWN_CODE = ("trial", "sampling", "task", "generators")
 _GUARD = '; a script that calls compare must do so under `if __name__ == "__main__":`'
 _REDRAW_S = 2.0
 _LONG = 32  # characters of a label

@@ -1,25 +1,25 @@
 """One trial of a comparison: an optimizer trains the task's model until its budget is spent.
 
-The clock counts what a user waits for: taking a batch, the gradient, the optimizer's step. Evaluations stop it. Batches are drawn
-with global random generators of their own, and evaluations with others, so that whatever an optimizer draws, every arm meets the
-same batches in the same order.
+The clock counts what a user waits for: taking a batch, the gradient, the optimizer's step. Evaluations stop it. Batches, training
+and evaluations each have global random generators of their own, so that whatever an optimizer draws, every arm meets the same
+batches in the same order, and is evaluated with the same random numbers.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
-import itertools
 import math
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyak.lab.claim import Diverged, Measurement, Trial
 from polyak.lab.compare.arms import BASE, OF_BASE, find
+from polyak.lab.compare.generators import Generators, number, seed_all
 from polyak.lab.compare.task import TaskError, TrainingTask, endless, load, metrics
 
 if TYPE_CHECKING:
@@ -50,10 +50,9 @@ class _Training:
         self.device, self.options = trial.device, trial.options
         self.budget: Mapping[str, float] = trial["budget"]
         self.clock = _Clock(trial.device)
-        self.streams = {what: _Generators(trial.device) for what in ("batches", "evaluation")}
+        self.for_batches = Generators(trial.device)  # they go on from where the task has left them
         self.batches = endless(task.batches, self.name)
         self.trial = trial
-        self.spare = copy.deepcopy(task.model)  # before an optimizer hooks itself into the model
         self.optimizer = build(task, task.model, trial)
         self.bases = [group["lr"] for group in self.optimizer.param_groups if "lr" in group]
         self.steps = self.gradients = 0
@@ -69,7 +68,7 @@ class _Training:
         return min(self.clock.seconds / self.budget["seconds"], 1.0)
 
     def step(self) -> None:
-        with self.streams["batches"], self.clock:
+        with self.for_batches, self.clock:
             batch = next(self.batches)
         with self.clock:
             self._set_rates()
@@ -83,19 +82,24 @@ class _Training:
                 self.clock.wait()
 
     def warm_up(self) -> None:
-        """Two steps of a copy, off the clock: what is compiled or loaded at a first step is no cost of training."""
-        with self.streams["batches"]:
-            first = next(self.batches)
-        self.batches = itertools.chain([first], self.batches)
-        with _Generators(self.device):
-            model = self.spare.train()
-            self.closure = rehearse(self.task, model, build(self.task, model, self.trial), first)
-        del model, self.spare
+        """Two steps on what another call of the task's function gives, off the clock, so that this one's is as it was.
+
+        What is compiled or loaded at a first step is no cost of training.
+        """
+        with Generators(self.device):
+            other = load(self.file, self.trial.seed, self.device)
+            assert isinstance(other, TrainingTask)
+            batches = endless(other.batches, self.name)
+            model = other.model.train()
+            self.closure = rehearse(other, model, build(other, model, self.trial), next(batches))
+        batches.close()
+        del other, model, batches
+        gc.collect()  # an optimizer's hooks and its model hold each other
         if self.device != "cpu":
             import torch
 
             torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)  # the copy is gone
+            torch.cuda.reset_peak_memory_stats(self.device)  # what was warmed up with is gone
 
     def _set_rates(self) -> None:
         factor = self.task.factor(self.used)
@@ -133,7 +137,8 @@ class _Training:
         function = self.task.evaluate if main is None else self.task.validate or self.task.evaluate
         what = "validate" if main is not None and self.task.validate else "evaluate"
         self.task.model.eval()
-        with torch.no_grad(), self.streams["evaluation"]:
+        # The same numbers every time: an arm that is evaluated less often, at long steps, is not evaluated with others.
+        with torch.no_grad(), Generators(self.device, number("evaluation", self.trial.seed)):
             found = metrics(function(self.task.model), what, self.file)
         self.task.model.train()
         if main is not None:
@@ -159,6 +164,7 @@ def _train(training: _Training) -> Iterator[Measurement]:
     points = training.options["points"]
     training.task.model.train()
     training.warm_up()
+    seed_all(number("training", training.trial.seed), training.device)
     yield Measurement(values=training.evaluated(), at={"used": 0.0, "step": 0, "seconds": 0.0})
     done, loss, found = 0, 0.0, {}
     while training.used < 1.0:
@@ -200,13 +206,21 @@ def rehearse(task: TrainingTask, model: nn.Module, optimizer: torch.optim.Optimi
     def closure() -> Any:
         nonlocal calls
         calls += 1
-        return _gradient(task, model, optimizer, batch)
+        return _gradient(task, model, optimizer, _copy(batch))
 
     takes_one = _takes_closure(optimizer)
     for _ in range(2):
-        _gradient(task, model, optimizer, batch)
+        _gradient(task, model, optimizer, _copy(batch))
         optimizer.step(closure) if takes_one else optimizer.step()
     return calls > 0
+
+
+def _copy(batch: Any) -> Any:
+    """A batch for a loss that changes it; one that cannot be copied is given as it is."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:
+        return batch
 
 
 def _takes_closure(optimizer: torch.optim.Optimizer) -> bool:
@@ -261,37 +275,3 @@ class _Clock:
             torch.cuda.synchronize(self._device)
             if not self._began:
                 self.seconds += time.perf_counter() - began
-
-
-class _Generators:
-    """The global random generators' states of one use: inside of its ``with`` blocks the global ones go on from there."""
-
-    def __init__(self, device: str) -> None:
-        self._parts = list(_parts(device))
-        self._own = self._taken()
-
-    def _taken(self) -> list[Any]:
-        return [get() for get, _ in self._parts]
-
-    def _put(self, states: list[Any]) -> None:
-        for (_, put), state in zip(self._parts, states, strict=True):
-            put(state)
-
-    def __enter__(self) -> None:
-        self._others = self._taken()
-        self._put(self._own)
-
-    def __exit__(self, *_: object) -> None:
-        self._own = self._taken()
-        self._put(self._others)
-
-
-def _parts(device: str) -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any]]]:
-    import numpy as np
-    import torch
-
-    yield random.getstate, random.setstate
-    yield np.random.get_state, np.random.set_state
-    yield torch.get_rng_state, torch.set_rng_state
-    if device != "cpu":
-        yield (lambda: torch.cuda.get_rng_state(device)), (lambda state: torch.cuda.set_rng_state(state, device))

@@ -1,0 +1,158 @@
+"""What an arm cannot gain or lose by: random numbers, the warm-up, what a task keeps, the process that a trial runs in."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .tasks_for_tests import write
+from .test_compare import trial
+
+SEEN = "import torch\nfrom torch import nn\nSEEN = []\n"
+
+
+def seen(folder: Path, name: str, text: str, optimizer: str = "torch.optim:SGD", **options: Any) -> tuple[Any, Any]:
+    """What a task has noted in a trial, and the trial's curve."""
+    curve, _ = trial(write(folder, SEEN + text, f"{name}.py"), optimizer, **options)
+    return sys.modules[name].SEEN, curve
+
+
+# ---------------------------------------------------------------------------------------------------------- random numbers
+
+ALL_FROM_THE_GLOBAL_ONES = """
+def task(seed, device):
+    model = nn.Linear(3, 3)
+
+    def draw(what):
+        x = torch.randn(8, 3)
+        SEEN.append((what, x))
+        return x
+
+    def batches():
+        while True:
+            yield draw("batch")
+
+    def loss(model, x):
+        return (model(x + draw("noise")) - x).square().mean()
+
+    def evaluate(model):
+        x = draw("evaluation")
+        return {"distance": (model(x) - x).norm()}
+
+    return {"model": model, "batches": batches(), "loss": loss, "evaluate": evaluate}
+"""
+
+
+def test_batches_noise_and_evaluations_do_not_share_numbers(tmp_path: Path) -> None:
+    """Where all are drawn from the global generators, as in a denoiser's loss, the noise must not be the data."""
+    found, _ = seen(tmp_path, "denoise", ALL_FROM_THE_GLOBAL_ONES)
+    drawn = {what: {x[0, 0].item() for w, x in found if w == what} for what in ("batch", "noise", "evaluation")}
+    assert len(drawn["batch"]) == 13
+    assert not drawn["batch"] & drawn["noise"]
+    assert not drawn["batch"] & drawn["evaluation"]
+    assert not drawn["noise"] & drawn["evaluation"]
+
+
+def test_evaluations_draw_the_same_numbers_however_many_there_were(tmp_path: Path) -> None:
+    """An arm with long steps misses points: its last evaluation is not to be another than the others'."""
+    ends = []
+    for points in (2, 6):
+        found, _ = seen(tmp_path, f"evaluated_{points}", ALL_FROM_THE_GLOBAL_ONES, points=points)
+        evaluations = [x for what, x in found if what == "evaluation"]
+        assert len(evaluations) == points + 1
+        ends.append(evaluations[-1].tolist())
+    assert ends[0] == ends[1]
+
+
+def test_what_is_drawn_at_import_is_the_same_in_every_process(tmp_path: Path) -> None:
+    """Workers import the file before different trials."""
+    text = (
+        "DATA = torch.randn(3)\n\ndef task(seed, device):\n    SEEN.append((DATA.tolist(), torch.rand(2).tolist()))\n"
+    )
+    text += '    return {"model": nn.Linear(3, 1), "batches": [DATA], "loss": lambda m, b: m(b).sum(), "evaluate": evaluate}\n'
+    text += '\ndef evaluate(model):\n    return {"distance": model.weight.norm()}\n'
+    (first, *_), _ = seen(tmp_path, "early", text, seed=1)
+    (other, *_), _ = seen(tmp_path, "late", text, seed=2)
+    assert first[0] == other[0]
+    assert first[1] != other[1]
+    path = tmp_path / "late.py"
+    trial(path, "torch.optim:SGD", seed=1)
+    assert sys.modules["late"].SEEN[2][1] == first[1], "an import takes nothing from its trial's numbers"
+
+
+# ------------------------------------------------------------------------------------------------------------- the warm-up
+
+NORMALIZED = """
+def task(seed, device):
+    net = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+    x = torch.randn(16, 3)
+    passes = []
+
+    def loss(model, batch):
+        passes.append(0)
+        return (MODEL(batch) - 1).square().mean() + 0 * len(passes)
+
+    def evaluate(model):
+        SEEN.append((len(passes), net[1].num_batches_tracked.item(), net[0].weight.tolist()))
+        return {"distance": net(x).norm()}
+
+    return {"model": net, "batches": [x], "loss": loss, "evaluate": evaluate, "params": lambda model: MODEL.parameters()}
+"""
+
+
+@pytest.mark.parametrize("used", ["model", "net"])
+@pytest.mark.parametrize("optimizer", ["torch.optim:SGD", "torch.optim:LBFGS"])
+def test_the_warm_up_leaves_no_trace(tmp_path: Path, used: str, optimizer: str) -> None:
+    """In weights, buffers, and what the loss keeps; also where a task's functions hold the model themselves."""
+    name = f"warm_{used}_{optimizer[-3:].lower()}"
+    found, _ = seen(tmp_path, name, NORMALIZED.replace("MODEL", used), optimizer, lr=0.1)
+    assert found[0][:2] == (0, 0)
+    plain, _ = seen(tmp_path, f"{name}_plain", NORMALIZED.replace("MODEL", "model"), lr=1e-30)
+    assert found[0][2] == plain[0][2]
+    if optimizer == "torch.optim:SGD":
+        assert [passes for passes, *_ in found] == [tracked for _, tracked, _ in found] == [0, 3, 6, 9, 12]
+
+
+CHANGED = """
+def task(seed, device):
+    def batches():
+        while True:
+            yield {"x": torch.full((4, 3), 255.0), "y": torch.ones(4, 1)}
+
+    def loss(model, batch):
+        x, y = batch["x"].div_(255), batch.pop("y")
+        SEEN.append(x.max().item())
+        return (model(x) - y).square().mean()
+
+    return {"model": nn.Linear(3, 1), "batches": batches(), "loss": loss, "evaluate": lambda m: {"distance": m.bias.norm()}}
+"""
+
+
+def test_a_loss_may_change_its_batch(tmp_path: Path) -> None:
+    found, _ = seen(tmp_path, "changed", CHANGED)
+    assert set(found) == {1.0}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_model_that_cannot_be_copied_trains(tmp_path: Path) -> None:
+    text = """
+def task(seed, device):
+    x = torch.randn(16, 3)
+    model = nn.utils.weight_norm(nn.Linear(3, 1))
+    size = lambda m, x: m(x).square().mean()
+    return {"model": model, "batches": [x], "loss": size, "evaluate": lambda m: {"distance": size(m, x)}}
+"""
+    _, curve = seen(tmp_path, "weight_norm", text)
+    assert curve[-1][1]["distance"] < curve[0][1]["distance"]
+
+
+def test_a_trial_has_one_thread_whatever_the_file_says(tmp_path: Path) -> None:
+    """Said at import it would be for the first trial in a process alone."""
+    text = "torch.set_num_threads(2)\n" + CHANGED.replace(
+        "SEEN.append(x.max().item())", "SEEN.append(torch.get_num_threads())"
+    )
+    found, _ = seen(tmp_path, "threads", text)
+    assert set(found) == {1}
