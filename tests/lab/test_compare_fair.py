@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from polyak.lab.workers import call_apart
+
 from .tasks_for_tests import write
 from .test_compare import trial
 
+BEFORE = os.environ.get("PYTHONHASHSEED")
 SEEN = "import torch\nfrom torch import nn\nSEEN = []\n"
 
 
@@ -156,3 +160,13 @@ def test_a_trial_has_one_thread_whatever_the_file_says(tmp_path: Path) -> None:
     )
     found, _ = seen(tmp_path, "threads", text)
     assert set(found) == {1}
+
+
+# -------------------------------------------------------------------------------------------------------------- processes
+
+
+def test_what_is_made_from_a_set_is_the_same_in_every_process() -> None:
+    """A vocabulary, for one; else arms whose trials run in different workers would have other data."""
+    words = 'list({f"word {i}" for i in range(50)})'
+    assert call_apart(eval, words, timeout=60) == call_apart(eval, words, timeout=60)
+    assert os.environ.get("PYTHONHASHSEED") == BEFORE
