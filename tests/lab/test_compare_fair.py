@@ -170,3 +170,71 @@ def test_what_is_made_from_a_set_is_the_same_in_every_process() -> None:
     words = 'list({f"word {i}" for i in range(50)})'
     assert call_apart(eval, words, timeout=60) == call_apart(eval, words, timeout=60)
     assert os.environ.get("PYTHONHASHSEED") == BEFORE
+
+
+# ------------------------------------------------------------------------------------------------------------- divergence
+
+REFUSES_NAN = """
+def task(seed, device):
+    x = torch.randn(64, 3)
+    y = (x.sum(1, keepdim=True) > 0).float()
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 1), nn.Sigmoid())
+
+    def refusing(model):
+        given = model(x)
+        if given.isnan().any():
+            raise ValueError("Input contains NaN.")
+        return {"distance": (given - y).norm()}
+
+    losses = {
+        "loss": lambda model, b: nn.functional.binary_cross_entropy(model(b[0]), b[1]),
+        "evaluate": lambda model, b: (model[:3](b[0]) - b[1]).square().mean(),
+    }
+    return {"model": net, "batches": [[x, y]], "loss": losses["WHERE"], "evaluate": refusing, "schedule": "constant"}
+"""
+RAISES = """
+import torch
+
+
+class Decomposes(torch.optim.SGD):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            if p.ndim == 2:
+                torch.linalg.eigh(p.grad.T @ p.grad)
+        return super().step()
+
+
+class Fails(torch.optim.SGD):
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        if self.steps > 3:
+            raise ValueError("a mistake")
+        return super().step()
+"""
+
+
+@pytest.mark.parametrize("where", ["loss", "evaluate", "step"])
+def test_an_error_of_a_model_that_diverged_is_divergence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Losses, metrics and decompositions refuse NaN, which would end the whole comparison for one large learning rate."""
+    (tmp_path / "raising.py").write_text(RAISES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = SEEN + REFUSES_NAN.replace("WHERE", "loss" if where == "loss" else "evaluate")
+    optimizer = "raising:Decomposes" if where == "step" else "torch.optim:SGD"
+    options: dict[str, Any] = {"lr": 1e17 if where == "loss" else 1e5, "points": 12 if where == "evaluate" else 1}
+    _, outcome = trial(write(tmp_path, text, f"refuses_{where}.py"), optimizer, **options)
+    assert outcome.diverged
+    said = {"loss": "RuntimeError at step ", "evaluate": "ValueError at step ", "step": "_LinAlgError at step "}
+    assert outcome.message.startswith(said[where])
+
+
+def test_an_error_of_a_model_that_did_not_diverge_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "raising_too.py").write_text(RAISES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = SEEN + REFUSES_NAN.replace("WHERE", "loss")
+    with pytest.raises(ValueError, match="a mistake"):
+        trial(write(tmp_path, text, "mistaken.py"), "raising_too:Fails")

@@ -91,7 +91,8 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
     untrained = _evaluate(first, "evaluate", file)
     validated = _evaluate(first, "validate", file) if first.validate else None
     better = betters(first, untrained, file)
-    if validated is not None and len(untrained) > 1 and next(iter(untrained)) not in validated:
+    # Numbers without a name are called after the function: one of validate's is taken for the one of evaluate.
+    if validated is not None and not {next(iter(untrained)), "validate"} & validated.keys():
         raise TaskError(f"{name}: validate must return {next(iter(untrained))!r}, too, which arms are compared by")
     seconds, loss = _take_steps(first, batches, file)
     # A second call with the same seed must not meet what the first one left: trained weights, drawn random numbers.

@@ -12,7 +12,8 @@ import gc
 import inspect
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_GENTLY = 1e-6  # of the learning rate: that one is so large that the model breaks is for a trial to find
 _EVERY = 8  # on an accelerator, how many steps are enqueued before the clock waits for them
 
 
@@ -70,7 +72,7 @@ class _Training:
     def step(self) -> None:
         with self.for_batches, self.clock:
             batch = next(self.batches)
-        with self.clock:
+        with self._may_diverge(lambda: self.task.loss(self.task.model, batch)), self.clock:
             self._set_rates()
             if self.closure:
                 self.optimizer.step(lambda: self._gradient(batch))
@@ -139,7 +141,9 @@ class _Training:
         self.task.model.eval()
         # The same numbers every time: an arm that is evaluated less often, at long steps, is not evaluated with others.
         with torch.no_grad(), Generators(self.device, number("evaluation", self.trial.seed)):
-            found = metrics(function(self.task.model), what, self.file)
+            with self._may_diverge(lambda: function(self.task.model)):
+                given = function(self.task.model)
+            found = metrics(given, what, self.file)
         self.task.model.train()
         if main is not None:
             found = {"validation": found[main] if main in found else next(iter(found.values()))}
@@ -147,6 +151,35 @@ class _Training:
             name, value = next(iter(bad.items()))
             raise Diverged(f"{name} is {value} at step {self.steps}")
         return found
+
+    @contextmanager
+    def _may_diverge(self, again: Callable[[], Any]) -> Iterator[None]:
+        """An error where numbers are not finite is divergence: many losses, metrics and decompositions refuse NaN."""
+        try:
+            yield
+        except Exception as error:
+            if not self._is_finite(again):
+                raise Diverged(f"{type(error).__name__} at step {self.steps}: {error}") from error
+            raise
+
+    def _is_finite(self, again: Callable[[], Any]) -> bool:
+        """Whether squares of parameters and gradients are, and the modules give no NaN as a call is made again."""
+        import torch
+
+        held = [t for p in self.task.model.parameters() for t in (p.detach(), p.grad) if t is not None]
+        finite = all(bool(t.abs().le(torch.finfo(t.dtype).max ** 0.5).all()) for t in held)
+        given: list[torch.Tensor] = []
+        hooks = [
+            m.register_forward_hook(lambda *passed: given.extend(_tensors(passed[-1])))
+            for m in self.task.model.modules()
+        ]
+        try:
+            with torch.no_grad(), suppress(Exception):
+                again()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return finite and not any(bool(t.isnan().any()) for t in given)
 
     def memory(self) -> float:
         """Megabytes: the accelerator's peak; on a CPU parameters, gradients and the optimizer's state."""
@@ -209,6 +242,9 @@ def rehearse(task: TrainingTask, model: nn.Module, optimizer: torch.optim.Optimi
         return _gradient(task, model, optimizer, _copy(batch))
 
     takes_one = _takes_closure(optimizer)
+    for group in optimizer.param_groups:
+        if "lr" in group:
+            group["lr"] = group["lr"] * _GENTLY
     for _ in range(2):
         _gradient(task, model, optimizer, _copy(batch))
         optimizer.step(closure) if takes_one else optimizer.step()
