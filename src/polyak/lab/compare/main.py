@@ -34,6 +34,7 @@ EXAMINATION_S = 300.0  # a task that has not been built and looked at by then is
 _OWN_CODE = ("trial", "sampling", "task", "generators")
 _GUARD = '; a script that calls compare must do so under `if __name__ == "__main__":`'
 _REDRAW_S = 2.0
+_SHARES = ("acc", "auc", "f1", "precision", "recall", "iou")  # names of what lies between 0 and 1
 _LONG = 32  # characters of a label
 _log = logging.getLogger("polyak.lab.compare")
 _OWN_METRICS = (
@@ -410,6 +411,7 @@ def experiment(file: Path, facts: Facts, arms: Sequence[ArmSpec], budget: Budget
                 compare="difference",
                 op="<=" if better == "lower" else ">=",
                 bound=0.0,
+                both_diverged="equal",
             )
             for arm in arms[1:]
         ),
@@ -426,8 +428,9 @@ def _labels(arms: Sequence[ArmSpec]) -> dict[str, str]:
 
 
 def _metric(name: str, better: Any, facts: Facts) -> Metric:
-    # What lies between 0 and 1 has a worst value; a loss has none.
-    bounded = better == "higher" and 0 <= facts.initial.get(name, math.nan) <= 1
+    # A share has a worst value; a loss, a reward or R² has none, whatever it is at first.
+    share = any(part in name.lower() for part in _SHARES)
+    bounded = share and better == "higher" and 0 <= facts.initial.get(name, math.nan) <= 1
     return Metric(name=name, label=name.replace("_", " "), better=better, worst=0.0 if bounded else None)
 
 
