@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from polyak.lab.compare import arms, main
 from polyak.lab.workers import call_apart
 
 from .tasks_for_tests import write
@@ -170,6 +171,16 @@ def test_what_is_made_from_a_set_is_the_same_in_every_process() -> None:
     words = 'list({f"word {i}" for i in range(50)})'
     assert call_apart(eval, words, timeout=60) == call_apart(eval, words, timeout=60)
     assert os.environ.get("PYTHONHASHSEED") == BEFORE
+
+
+def test_the_code_of_what_an_arm_is_made_around_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    inner = tmp_path / "inner_optimizer.py"
+    inner.write_text("import torch\n\n\nclass Inner(torch.optim.SGD):\n    pass\n")
+    arm, _ = arms.parse("mkor:base=inner_optimizer/Inner,sgd", "training")
+    before = main._codes(arm)
+    inner.write_text(inner.read_text() + "    x = 1\n")
+    assert main._codes(arm) != before
 
 
 # ------------------------------------------------------------------------------------------------------------- divergence

@@ -348,7 +348,7 @@ def _plan(
 
 
 def _codes(arm: ArmSpec) -> list[str]:
-    parts = [value for name, value in arm.fixed.items() if name in ("guidance", "steering")]
+    parts = [value for name, value in arm.fixed.items() if name in ("guidance", "steering", specs.BASE)]
     return [versions.code_of(target) for target in (arm.target, *parts)]
 
 
