@@ -142,6 +142,8 @@ class Facts:
     schedule: str = ""
     validates: bool = False  # whether what is tuned by is apart from what is reported
     seconds: float = 0.0  # of one step, or of one evaluation of the denoiser
+    building: float = 0.0  # seconds of calling the function
+    evaluating: float = 0.0  # seconds of one evaluation of the model
     identity: str = ""  # a digest of what the function gave: initial weights, first batches, first numbers
     warnings: tuple[str, ...] = ()
 
