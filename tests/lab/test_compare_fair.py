@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from polyak.lab.claim import Trial
 from polyak.lab.compare import arms, main
+from polyak.lab.compare.sampling import Draw
 from polyak.lab.workers import call_apart
 
 from .tasks_for_tests import write
@@ -249,3 +251,62 @@ def test_an_error_of_a_model_that_did_not_diverge_is_an_error(tmp_path: Path, mo
     text = SEEN + REFUSES_NAN.replace("WHERE", "loss")
     with pytest.raises(ValueError, match="a mistake"):
         trial(write(tmp_path, text, "mistaken.py"), "raising_too:Fails")
+
+
+# --------------------------------------------------------------------------------------------------------------- samplers
+
+GUIDED = """
+from polyak.generate import VP, Denoiser
+
+
+def task(seed, device):
+    def network(x, t, **given):
+        SEEN.append(len(x))
+        gaps.append((x - start).abs().max().item())
+        return 0.1 * x
+
+    start, gaps = torch.randn(4, 2, generator=torch.Generator().manual_seed(seed)), []
+
+    def metric(x):
+        SEEN.append((torch.rand(3).tolist(), min(gaps)))
+        return {"distance": x.norm()}
+
+    denoiser = Denoiser(network, VP(), unconditional=network)
+    return {"denoiser": denoiser, "shape": (4, 2), "metric": metric, "better": "lower"}
+"""
+
+
+def sampled(folder: Path, name: str, budget: int, **fixed: Any) -> list[Any]:
+    target = "polyak.generate:DDIM"
+    draw = Draw(str(write(folder, SEEN + GUIDED, f"{name}.py")))
+    options = {"class": target, "fixed": fixed, "tuned": [], "budget": {"evaluations": budget}, "points": 4}
+    one = Trial(claim="c", scale="s", task="t", arm="a", seed=3, device="cpu", options=options)
+    return [*draw(one)]
+
+
+def test_every_call_of_the_network_counts(tmp_path: Path) -> None:
+    guided = {"guidance": "polyak.generate:CFG", "guidance.scale": 3.0}
+    for name, fixed in (("alone", {}), ("guided", guided)):
+        measured = sampled(tmp_path, name, 12, **fixed)
+        notes = sys.modules[name].SEEN
+        rows = 0
+        counts = iter([m.at["evaluations"] for m in measured if m.at])
+        for note in notes:
+            if isinstance(note, int):
+                rows += note
+            else:
+                assert rows == 4 * next(counts)
+                rows = 0
+        assert measured[-1].values["evaluations"] == 12
+    with pytest.raises(ValueError, match="takes 2 evaluations for a sample, and there are 1"):
+        sampled(tmp_path, "little", 1, **guided)
+
+
+def test_samplers_are_judged_with_the_same_numbers_and_start_at_a_noise_of_their_own(tmp_path: Path) -> None:
+    """Also one that cannot be judged at a part of the budget; and a task may draw with the seed itself."""
+    sampled(tmp_path, "four", 16)
+    sampled(tmp_path, "three", 8, guidance="polyak.generate:CFG", **{"guidance.scale": 3.0})
+    metrics = [[n for n in sys.modules[name].SEEN if not isinstance(n, int)] for name in ("four", "three")]
+    assert [len(found) for found in metrics] == [4, 3]
+    assert len({str(draws) for found in metrics for draws, _ in found}) == 1
+    assert min(gap for found in metrics for _, gap in found) > 0.1

@@ -134,12 +134,16 @@ class _Solver:
         # What one evaluation point costs in calls of the network per sample.
         cost = 2 if getattr(self._parts.get("guidance"), "paired", False) else 1
         cost *= getattr(self._parts.get("steering"), "particles", 1)
+        if evaluations < cost:
+            raise ValueError(
+                f"one point of {self._solver!r} takes {cost} evaluations for a sample, and there are {evaluations}"
+            )
         samples, info = sample(
             self._task.denoiser,
             tuple(self._task.shape),
             process=self._task.process,
             solver=self._solver,
-            nfe=max(evaluations // cost, 1),
+            nfe=evaluations // cost,
             generator=generator,
             dtype=self._task.dtype,
             device=self._device,
