@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -173,6 +174,11 @@ def test_what_is_made_from_a_set_is_the_same_in_every_process() -> None:
     words = 'list({f"word {i}" for i in range(50)})'
     assert call_apart(eval, words, timeout=60) == call_apart(eval, words, timeout=60)
     assert os.environ.get("PYTHONHASHSEED") == BEFORE
+
+
+def test_the_workers_of_a_loader_start_as_they_do_in_a_script() -> None:
+    """Where these are forked, spawned ones would import torch at every epoch, on the clock, and could take no lambda."""
+    assert call_apart(multiprocessing.get_start_method, timeout=60) == multiprocessing.get_all_start_methods()[0]
 
 
 def test_the_code_of_what_an_arm_is_made_around_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -355,6 +355,8 @@ def begin() -> None:
     # What a trial prints must not get into what the command prints, which may be JSON.
     with suppress(OSError):
         os.dup2(2, 1)
+    # A process that is spawned would spawn its own: a loader's workers would import torch at every epoch, and take no lambda.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
