@@ -505,6 +505,20 @@ def test_fresh_leaves_nothing_that_a_later_command_would_take_for_new(tmp_path: 
 
 
 @pytest.mark.usefixtures("here")
+def test_one_at_a_time_arms_take_turns(tmp_path: Path, task: Path) -> None:
+    """A machine that slows down must not do so for the arm that comes last."""
+    ended: list[Any] = []
+    compare(
+        task,
+        "sgd:weight_decay=0,adamw:weight_decay=0",
+        store=tmp_path,
+        on_measurement=lambda t, at, v: None if at or t.purpose == "tuning" else ended.append(t.seed),
+        **{**SMALL, "seeds": 3, "trials": 2},
+    )
+    assert ended == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.usefixtures("here")
 def test_times_of_trials_beside_each_other_are_not_taken_for_those_of_trials_alone(tmp_path: Path, task: Path) -> None:
     ended: list[Any] = []
     keywords = {**SMALL, "budget": "0.02s/trial", "seeds": 1, "points": 2}
