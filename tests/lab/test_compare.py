@@ -14,8 +14,11 @@ import pytest
 
 from polyak.lab import ArmError, Store, StoreError, TaskError, TrialError, compare
 from polyak.lab.claim import Trial
+from polyak.lab.compare.budget import parse
+from polyak.lab.compare.main import _deadline
 from polyak.lab.compare.result import Comparison
 from polyak.lab.compare.search import Search
+from polyak.lab.compare.task import Facts
 from polyak.lab.compare.trial import Train
 from polyak.lab.store import FILE, SCHEMA
 from polyak.lab.tuning import FIRST_TUNING_SEED
@@ -113,10 +116,10 @@ def test_batches_are_the_same_whatever_an_optimizer_draws(tmp_path: Path, monkey
     path = write(tmp_path, REGRESSION, "global_batches.py", replaced=GLOBAL)
     curves = [trial(path, arm)[0] for arm in ("torch.optim:SGD", "greedy:Greedy")]
     seen = sys.modules["global_batches"].SEEN
-    assert len(seen) == 24
-    assert seen[:12] == seen[12:]
+    assert len(seen) == 26, "twelve, and before them one to warm up with, for either"
+    assert seen[1:13] == seen[14:]
     assert [v for _, v in curves[0]] == [v for _, v in curves[1]]
-    assert len(set(seen[:12])) == 12
+    assert len(set(seen[1:13])) == 12
 
 
 def test_a_trial_is_training_as_one_writes_it(task: Path) -> None:
@@ -479,6 +482,67 @@ def test_what_a_task_stands_on_makes_trials_anew(tmp_path: Path) -> None:
     helper.write_text(helper.read_text() + "x = 1\n")
     assert (run(), run()) == (2, 0)
     assert (run(fresh=True), run()) == (2, 0)
+
+
+@pytest.mark.usefixtures("here")
+def test_fresh_leaves_nothing_that_a_later_command_would_take_for_new(tmp_path: Path, task: Path) -> None:
+    ran: Counter[tuple[str, int]] = Counter()
+
+    def note(t: Any, at: Any, values: Any) -> None:
+        ran[t.arm, t.seed] += not at
+
+    arms = ["sgd:lr=0.1:weight_decay=0", "adamw:lr=0.1:weight_decay=0"]
+
+    def run(arms: list[str], seeds: int, **options: Any) -> list[tuple[str, int]]:
+        ran.clear()
+        compare(task, arms, store=tmp_path, on_measurement=note, **{**SMALL, "seeds": seeds, **options})
+        return sorted(ran)
+
+    third = "adan:lr=0.1:weight_decay=0"
+    assert len(run([*arms, third], 3)) == 9
+    assert len(run(arms, 1, fresh=True)) == 2
+    assert run([*arms, third], 3) == [(arm, seed) for arm in sorted(arms) for seed in (1, 2)]
+
+
+@pytest.mark.usefixtures("here")
+def test_one_at_a_time_arms_take_turns(tmp_path: Path, task: Path) -> None:
+    """A machine that slows down must not do so for the arm that comes last."""
+    ended: list[Any] = []
+    compare(
+        task,
+        "sgd:weight_decay=0,adamw:weight_decay=0",
+        store=tmp_path,
+        on_measurement=lambda t, at, v: None if at or t.purpose == "tuning" else ended.append(t.seed),
+        **{**SMALL, "seeds": 3, "trials": 2},
+    )
+    assert ended == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.usefixtures("here")
+def test_times_of_trials_beside_each_other_are_not_taken_for_those_of_trials_alone(tmp_path: Path, task: Path) -> None:
+    ended: list[Any] = []
+    keywords = {**SMALL, "budget": "0.02s/trial", "seeds": 1, "points": 2}
+    for jobs, ran in ((2, 2), (2, 0), (None, 2), (1, 0)):
+        ended.clear()
+        found = compare(
+            task,
+            ["sgd:lr=0.1:weight_decay=0", "adamw:lr=0.1:weight_decay=0"],
+            store=tmp_path,
+            on_measurement=lambda t, at, v: None if at else ended.append(t),
+            **{**keywords, "jobs": jobs},
+        )
+        assert len(ended) == ran
+        assert found.setup.alone == (jobs != 2)
+
+
+def test_a_deadline_leaves_time_for_what_the_task_takes() -> None:
+    def limit(words: str, **seconds: float) -> float:
+        return _deadline(parse(words, 1), Facts(kind="training", says="", better={}, **seconds), 20)
+
+    assert limit("5s") == 60 + 4 * 5
+    assert limit("5s", evaluating=10.0, building=3.0) == 60 + 4 * (5 + 21 * 10 + 3)
+    assert limit("10steps") == 1800
+    assert limit("100000steps", seconds=0.1) > 3 * 100_000 * 0.1
 
 
 @pytest.mark.usefixtures("here")

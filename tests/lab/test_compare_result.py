@@ -123,6 +123,34 @@ def test_divergence_is_counted_and_is_the_worst() -> None:
     assert bounded.rows[1].final == pytest.approx(sum(A[:4]) / 5), "the worst of a share is none"
 
 
+def test_seeds_with_which_both_diverge_say_nothing() -> None:
+    lost = made_up({"adamw": [math.inf] * 5, "adan": [math.inf] * 5, "lion": [*A[:3], math.inf, math.inf]})
+    assert lost.answer == (
+        "Adan and Lion are undecided against AdamW at equal steps (Adan: 5 of 5 trials diverged; Lion: 2 of 5 trials diverged)."
+    )
+    adan, lion = (row.difference for row in lost.rows[1:])
+    assert adan is not None
+    assert lion is not None
+    assert (adan.estimate, adan.p_value, adan.improvement) == (0, 1, 0.5)
+    assert lion.per_seed == (-math.inf, -math.inf, -math.inf, 0, 0)
+
+
+def test_a_baseline_that_diverged_is_told() -> None:
+    said = made_up({"adamw": [*A[:4], math.inf], "adan": A}).answer
+    assert said == "Adan is undecided against AdamW at equal steps (1 of 5 trials of AdamW diverged)."
+
+
+def test_what_lies_between_0_and_1_at_first_need_not_do_so() -> None:
+    """One that diverged is not better than an R² below zero."""
+    t = made_up({"adamw": [-3.0] * 5, "adan": [-math.inf] * 5}, better="higher", metric="r2", initial={"r2": 0.01})
+    assert t.answer == "Adan loses to AdamW (5 of 5 trials of Adan diverged) at equal steps."
+
+
+def test_amounts_that_are_equal_are_said_once_and_an_error_has_no_points() -> None:
+    t = made_up({"adamw": [0.5] * 5, "adan": [0.25] * 5}, metric="acceleration_error")
+    assert t.answer == "Adan beats AdamW by 0.25 in acceleration error at equal steps."
+
+
 def test_performance_profiles_by_hand() -> None:
     inf = math.inf
     costs = {"a": [1.0, 2.0, 4.0, inf], "b": [2.0, 1.0, 4.0, inf], "c": [4.0, inf, 1.0, inf]}
@@ -131,6 +159,7 @@ def test_performance_profiles_by_hand() -> None:
         "b": [(1.0, 0.25), (2.0, 0.5), (4.0, 0.75)],
         "c": [(1.0, 0.25), (4.0, 0.5)],
     }
+    assert profile({"a": [0.0, 0.0], "b": [3.0, 0.0]}) == {"a": [(1.0, 1.0)], "b": [(1.0, 0.5)]}
     assert profile({"a": [inf], "b": [3.0]}) == {"a": [(1.0, 0.0)], "b": [(1.0, 1.0)]}
 
 

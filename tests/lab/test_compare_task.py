@@ -188,6 +188,19 @@ def test_validation_that_is_the_evaluation_is_found(tmp_path: Path) -> None:
     assert "validate and evaluate agree to the last digit" in found.warnings[0]
 
 
+def test_validation_measures_what_arms_are_compared_by(tmp_path: Path) -> None:
+    """Else the learning rate with the largest loss would be chosen where accuracy is compared by."""
+
+    def examined(validates: str) -> Facts | str:
+        validating = {'"evaluate": ': f'"validate": lambda model: {validates}, "evaluate": '}
+        tasks._module.cache_clear()
+        return examine(str(write(tmp_path, REGRESSION, replaced=validating)), "cpu")
+
+    assert examined('{"loss": 1.0}') == "line.py: validate must return 'distance', too, which arms are compared by"
+    for fits in ("1.0", '{"loss": 1.0, "distance": 2.0}'):
+        assert isinstance(examined(fits), Facts)
+
+
 # ------------------------------------------------------------------------------------------------------------------ pieces
 
 

@@ -172,7 +172,9 @@ FOLDER = {
     "task.py": "import mine\nimport torch\ndef task(seed, device):\n    from net import Net\n    import late\n",
     "mine.py": "from deeper import x\n",
     "deeper.py": "x = 1\n",
-    "late.py": "x = 1\n",
+    "late.py": "from bare.inner import x\nimport barer.inner\n",
+    "bare/inner.py": "x = 1\n",
+    "barer/inner.py": "x = 1\n",
     "net/__init__.py": "from .layers import Net\n",
     "net/layers.py": "class Net:\n    pass\n",
     "opt.py": "import deeper\nclass Opt:\n    pass\n",
@@ -193,5 +195,27 @@ def test_what_is_beside_a_task_or_an_arm_counts(tmp_path: Path, monkeypatch: pyt
 
     task, arm = digests()
     (tmp_path / changed).write_text(FOLDER[changed] + "y = 2\n")
-    assert (digests()[0] != task) == (changed in ("task.py", "mine.py", "deeper.py", "late.py", "net/layers.py"))
+    of_task = ("task.py", "mine.py", "deeper.py", "late.py", "net/layers.py", "bare/inner.py", "barer/inner.py")
+    assert (digests()[0] != task) == (changed in of_task)
     assert (digests()[1] != arm) == (changed in ("opt.py", "deeper.py"))
+
+
+@pytest.mark.parametrize("edited", [True, False])
+def test_a_package_that_is_installed_to_be_edited_has_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edited: bool
+) -> None:
+    """Its version stays the same while one works on it."""
+    name = f"own_lab_{edited}".lower()
+    facts = tmp_path / f"{name}-1.0.dist-info"
+    for folder in (facts, tmp_path / name):
+        folder.mkdir()
+    (facts / "METADATA").write_text(f"Name: {name}\nVersion: 1.0\n")
+    (facts / "top_level.txt").write_text(f"{name}\n")
+    (facts / "direct_url.json").write_text(json.dumps({"url": "file:///own", "dir_info": {"editable": edited}}))
+    source = tmp_path / name / "__init__.py"
+    source.write_text("class Opt:\n    x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = versions.code_of(f"{name}:Opt")
+    source.write_text("class Opt:\n    x = 2\n")
+    assert (versions.code_of(f"{name}:Opt") != before) == edited
+    assert edited or before == f"{name} 1.0"

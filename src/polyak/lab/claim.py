@@ -132,6 +132,8 @@ class Criterion:
     control: an arm that lacks the method's key ingredient; put in ``arm``'s place it must not pass, else the criterion says
         nothing and is ``undecided``.
     gating: whether the claim's verdict depends on it; a criterion that is not gating is only reported.
+    both_diverged: what a seed says with which the arm and all of its rivals diverged: that the arm is not better, so that it
+        "fails" there, or that they are "equal".
     """
 
     name: str
@@ -147,6 +149,7 @@ class Criterion:
     rule: Literal["every", "mean"] = "mean"
     control: str = ""
     gating: bool = True
+    both_diverged: Literal["fails", "equal"] = "fails"
 
     @property
     def rivals(self) -> tuple[str, ...]:

@@ -24,7 +24,17 @@ from typing import Any
 import polyak
 from polyak.core import checks
 from polyak.lab import versions as facts
-from polyak.lab.workers import THREADS, Began, Died, Ended, Heard, Job, Trouble, carry_out_anyhow
+from polyak.lab.workers import (
+    THREADS,
+    Began,
+    Died,
+    Ended,
+    Heard,
+    Job,
+    Trouble,
+    carry_out_anyhow,
+    settled_hashes,
+)
 
 _CONNECT_S = 10.0  # for a first sign of life; Ray itself goes on for minutes
 _LOOK_S = 5.0  # how often it is looked which nodes there are
@@ -220,7 +230,7 @@ class Cluster:
             num_cpus=self.processes,
             num_gpus=self.gpus,
             max_retries=0,
-            runtime_env={"env_vars": dict.fromkeys(THREADS, "1")},
+            runtime_env={"env_vars": {**dict.fromkeys(THREADS, "1"), **settled_hashes()}},
             **options,
         )(function)
         variables = {name: value for name, value in os.environ.items() if name.startswith(_FORWARDED)}

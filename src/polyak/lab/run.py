@@ -439,9 +439,15 @@ class _Run:
     def _sort(self) -> None:
         """Tuning first, since other trials wait for it; then the longest, so that none is left over at the end.
 
-        Where it is unknown how long a trial takes it comes before those that are known, in the order given.
+        Where it is unknown how long a trial takes it comes before those that are known, in the order given. One at a time they go
+        seed by seed, so that a machine which slows down does so for all arms alike.
         """
-        self.queue.sort(key=lambda task: (task.trial.purpose != "tuning", -self._expect(task.trial, float("inf"))))
+
+        def place(task: _Task) -> tuple[bool, float]:
+            alone = self.executor.slots == 1
+            return task.trial.purpose != "tuning", task.trial.seed if alone else -self._expect(task.trial, float("inf"))
+
+        self.queue.sort(key=place)
 
     def _expect(self, trial: Planned, otherwise: float) -> float:
         return self.expected.get((trial.claim, trial.task, trial.arm), otherwise)

@@ -7,7 +7,7 @@ Means, resampled means and sign flips with infinities are taken as the limit of 
 each sign of infinity occurs decides first, the finite values decide between equals. Nothing becomes NaN on the way.
 
 *Both diverged.* Where the arm and all of its rivals diverged on a seed, the arm is not better: that seed's ratio or difference is
-the one that satisfies the criterion least.
+the one that satisfies the criterion least. A criterion may say that they are equal there instead.
 
 *Ratios.* Of non-negative numbers only; 0/0 is 1.
 """
@@ -208,7 +208,9 @@ def _statistic(judged: _Judged, own: tuple[float, bool], rival: tuple[float, boo
     if rival is None:
         return own[0]
     if own[1] and rival[1]:
-        # Both diverged: the least satisfying value there is.
+        if criterion.both_diverged == "equal":
+            return 1.0 if criterion.compare == "ratio" else 0.0
+        # The least satisfying value there is.
         if criterion.op in ("<=", "<"):
             return math.inf
         return 0.0 if criterion.compare == "ratio" else -math.inf

@@ -299,12 +299,17 @@ class Store:
                 "DELETE FROM trials WHERE digest = ? AND state = 'running' AND owner = ?", [trial.digest, self._owner]
             )
 
-    def forget(self, digests: Iterable[str]) -> None:
-        """Remove the results that are stored of these trials."""
+    def forget(self, trial: Planned) -> None:
+        """Remove the results of this trial and its like: the same arm with any seed, purpose and options, by the same code."""
+        alike = [trial.claim, trial.scale, trial.task, trial.arm, trial.device]
+        versions = {name: version for name, version in trial.versions.items() if name != "polyak"}
+        same = "".join(f" AND json_extract(versions, '$.{name}') = ?" for name in versions)
+        query = f"""
+            DELETE FROM trials
+            WHERE state = 'done' AND claim = ? AND scale = ? AND task = ? AND arm = ? AND device = ?{same}
+        """
         with self._clear_errors(), self._transaction():
-            self._db.executemany(
-                "DELETE FROM trials WHERE digest = ? AND state = 'done'", [(digest,) for digest in digests]
-            )
+            self._db.execute(query, [*alike, *versions.values()])
 
     # -- what is stored --------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import json
 import platform
 import re
 import sys
@@ -114,19 +115,26 @@ def code_of_file(path: Path) -> str:
 def code_of(target: str) -> str:
     """What decides the behaviour of ``module:Name``: the version of the package that brings it, else a digest of its code.
 
-    Its code is the module's, and that of what it imports from its package or from beside itself. PyTorch's needs none: its
-    version is stored in any case.
+    Its code is the module's, and that of what it imports from its package or from beside itself; a package that is installed to be
+    edited has code, too. PyTorch's needs none: its version is stored in any case.
     """
     module, _, name = target.partition(":")
     top = module.partition(".")[0]
     if top == "torch":
         return ""
-    if top != "polyak" and (brought := metadata.packages_distributions().get(top)):
+    brought = metadata.packages_distributions().get(top)
+    if top != "polyak" and brought and not _is_edited(brought[0]):
         return f"{brought[0]} {metadata.version(brought[0])}"
     source = _locate(top)
     # Of a module that is in no package what is beside it counts.
     folder = source.parent if source is not None and source.name != "__init__.py" else None
     return _digest(_follow(_taken(module, name), _Near({top}, folder)))
+
+
+def _is_edited(package: str) -> bool:
+    """Whether an installed package is its source folder (``pip install -e``), whose code changes and whose version stays."""
+    said = json.loads(metadata.distribution(package).read_text("direct_url.json") or "{}")
+    return bool(said.get("dir_info", {}).get("editable"))
 
 
 class _Near:
@@ -138,6 +146,8 @@ class _Near:
     def __contains__(self, top: object) -> bool:
         if top in self._names or self._folder is None:
             return top in self._names
+        if _namespace(str(top)) == [self._folder.resolve() / str(top)]:
+            return True
         own = (self._folder / f"{top}.py", self._folder / str(top) / "__init__.py")
         found = _locate(str(top)) if any(path.exists() for path in own) else None
         return found is not None and found.resolve() in [path.resolve() for path in own]
@@ -190,7 +200,8 @@ def _imported(name: str, path: Path, tops: Container[str]) -> list[tuple[str, Pa
             continue
         if not names and source != "polyak":
             # "import polyak" alone names the house, not all that is in it. "import a.b" runs a, too, and may use all of it.
-            found += _files(source if source.startswith("polyak.") else source.partition(".")[0])
+            whole = source if source.startswith("polyak.") else source.partition(".")[0]
+            found += _files(whole) or _files(source)  # a folder without an __init__.py is run by no import
         for taken, _ in names:
             found += _taken(source, taken)
     return found
@@ -248,6 +259,17 @@ def _locate(module: str) -> Path | None:
             if path.exists():
                 return path
     return None
+
+
+def _namespace(top: str) -> list[Path]:
+    """Where a package without an ``__init__.py`` is; nowhere if there is no such package."""
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return []
+    if spec is None or spec.origin or not spec.submodule_search_locations:
+        return []
+    return [Path(folder).resolve() for folder in spec.submodule_search_locations]
 
 
 def _absolute(name: str, path: Path, level: int, module: str) -> str:

@@ -36,6 +36,7 @@ THREADS = (
     "VECLIB_MAXIMUM_THREADS",
     "NUMEXPR_NUM_THREADS",
 )
+HASHES = "PYTHONHASHSEED"  # by which strings are hashed, which Python reads at its start; else at random
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +254,7 @@ def begin_process(target: Callable[[Connection], None]) -> tuple[BaseProcess, Co
     ours, theirs = context.Pipe()
     # No daemon, since these may start no processes; :func:`begin` has it end with this process all the same.
     process = context.Process(target=target, args=(theirs,))
-    with _sigint_blocked():
+    with _sigint_blocked(), _sets_in_one_order():
         process.start()
     theirs.close()
     return process, ours
@@ -289,6 +290,25 @@ def _sigint_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def settled_hashes() -> dict[str, str]:
+    """What has processes hash alike: what a task makes from a set (a vocabulary) is then the same in each, for every arm."""
+    before = os.environ.get(HASHES, "")
+    return {HASHES: before if before.isdigit() else "0"}
+
+
+@contextmanager
+def _sets_in_one_order() -> Iterator[None]:
+    before = os.environ.get(HASHES)
+    os.environ.update(settled_hashes())
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[HASHES]
+        else:
+            os.environ[HASHES] = before
 
 
 # -- in a worker process ---------------------------------------------------------------------------------------------------
@@ -335,6 +355,8 @@ def begin() -> None:
     # What a trial prints must not get into what the command prints, which may be JSON.
     with suppress(OSError):
         os.dup2(2, 1)
+    # A process that is spawned would spawn its own: a loader's workers would import torch at every epoch, and take no lambda.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

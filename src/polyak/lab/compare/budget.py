@@ -18,6 +18,7 @@ _COUNTS: dict[str, Unit] = {
     "evaluation": "evaluations",
     "evaluations": "evaluations",
 }
+LEAST_DEADLINE_S: dict[Unit, float] = {"seconds": 60.0, "steps": 1800.0, "evaluations": 1800.0}  # of a trial
 FORMS = "a time for all (90s, 5m, 1h), a time for each trial (20s/trial), or a count for each trial (500steps, 20nfe)"
 
 
@@ -46,11 +47,6 @@ class Budget:
     def equal(self) -> str:
         """ "equal time", "equal steps"."""
         return "equal time" if self.unit == "seconds" else f"equal {self.unit}"
-
-    @property
-    def deadline(self) -> float:
-        """Seconds after which a trial is given up, where nobody says otherwise: what it holds beside training is not counted."""
-        return 60.0 + 4 * self.amount if self.unit == "seconds" else 1800.0
 
 
 def seconds(name: str, text: str) -> float:

@@ -9,6 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,12 @@ _SAME = 1 - 1e-6
 def examine(file: str, device: str) -> Facts | str:
     """The facts of a task, or what is wrong with it, in a sentence."""
     try:
+        began = time.perf_counter()
         first = _load(file, device)
+        building = time.perf_counter() - began
         if isinstance(first, SamplingTask):
-            return _examine_sampling(first, file, device)
-        return _examine_training(first, file, device)
+            return replace(_examine_sampling(first, file, device), building=building)
+        return replace(_examine_training(first, file, device), building=building)
     except TaskError as error:
         return str(error)
 
@@ -88,10 +91,13 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
     with blame(f"{name}: taking a batch", file):
         batches = list(islice(endless(first.batches, name), _BATCHES))
     contents = digest(batches)
+    began = time.perf_counter()
     untrained = _evaluate(first, "evaluate", file)
+    evaluating = time.perf_counter() - began
     validated = _evaluate(first, "validate", file) if first.validate else None
     better = betters(first, untrained, file)
-    if validated is not None and len(untrained) > 1 and next(iter(untrained)) not in validated:
+    # Numbers without a name are called after the function: one of validate's is taken for the one of evaluate.
+    if validated is not None and not {next(iter(untrained)), "validate"} & validated.keys():
         raise TaskError(f"{name}: validate must return {next(iter(untrained))!r}, too, which arms are compared by")
     seconds, loss = _take_steps(first, batches, file)
     # A second call with the same seed must not meet what the first one left: trained weights, drawn random numbers.
@@ -130,6 +136,7 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
         schedule=first.schedule if isinstance(first.schedule, str) else "of the task's own",
         validates=first.validate is not None,
         seconds=seconds,
+        evaluating=evaluating,
         identity=_identity(weights, contents, loss, untrained, validated),
         warnings=tuple(warnings),
     )
@@ -221,10 +228,13 @@ def _examine_sampling(first: SamplingTask, file: str, device: str) -> Facts:
                 f"{name}: two calls with one seed give denoisers that differ: something is left from one call to the next"
             )
         made = digest(answers[0])
+        began = time.perf_counter()
         with blame(f"{name}: metric(samples)", file):
             found = metrics(first.metric(x), "metric", file)
     else:
+        began = time.perf_counter()
         found = _pipeline_metrics(first, file, device)
+    evaluating = time.perf_counter() - began
     better = betters(first, found, file)
     return Facts(
         kind="sampling",
@@ -232,6 +242,7 @@ def _examine_sampling(first: SamplingTask, file: str, device: str) -> Facts:
         better=better,
         initial=found,
         seconds=seconds,
+        evaluating=evaluating,
         identity=_identity(made, found),
         warnings=tuple(warnings),
     )

@@ -31,9 +31,11 @@ from polyak.lab.workers import Executor, call_apart
 
 EXAMINATION_S = 300.0  # a task that has not been built and looked at by then is taken to hang
 # The files that decide what a trial yields, beside the task's and the arm's.
-_OWN_CODE = ("trial", "sampling", "task")
+_OWN_CODE = ("trial", "sampling", "task", "generators")
 _GUARD = '; a script that calls compare must do so under `if __name__ == "__main__":`'
 _REDRAW_S = 2.0
+_SHARES = ("acc", "auc", "f1", "precision", "recall", "iou")  # names of what lies between 0 and 1
+_COSTLY = 10.0  # times as long as a plain one a step may take
 _LONG = 32  # characters of a label
 _log = logging.getLogger("polyak.lab.compare")
 _OWN_METRICS = (
@@ -83,7 +85,7 @@ def compare(
         device: "cpu", "cuda" or "cuda:N".
         jobs: trials at once. Default: with a budget in time 1, since trials that run at once slow each other down; else one for
             each core.
-        deadline: seconds after which a trial is given up. Default: generous (``Budget.deadline``).
+        deadline: seconds after which a trial is given up. Default: generous, by what the task takes.
         fresh: run all trials anew, and forget what is stored of them.
         store: where results are kept, a folder or an open store. Default: as for all of polyak.
         progress: show a bar (in a notebook or a terminal), where ``on_progress`` is not given.
@@ -143,15 +145,12 @@ def compare(
         executor.apart()
     at_once = jobs if jobs is not None else 1 if limit.unit == "seconds" else None
 
-    def make() -> list[ComparisonPlan]:
-        given: dict[str, Any] = {"seeds": seeds, "trials": trials, "points": points, "kind": kind, "deadline": deadline}
-        return [_plan(file, f, competitors, limit, **given) for file, f in facts.items()]
-
-    plans = make()
+    given: dict[str, Any] = {"seeds": seeds, "trials": trials, "points": points, "kind": kind, "deadline": deadline}
+    given["beside"] = at_once if limit.unit == "seconds" else None
+    plans = [_plan(file, f, competitors, limit, **given) for file, f in facts.items()]
     with _opened(store) as opened, _bar(progress and on_progress is None) as tell:
         if fresh:
             _forget(plans, opened)
-            plans = make()
         for file, plan in zip(files, plans, strict=True):
             known = list(plan.known())
             there = opened.results(known)
@@ -256,9 +255,10 @@ def _apart(file: Path, call: Callable[..., Any], function: Callable[..., Any], *
 
 
 def _forget(plans: Sequence[ComparisonPlan], store: Store) -> None:
+    """All that is stored of the arms, also what this command would not come by, and a later one would: of further seeds, say."""
     for plan in plans:
-        plan.load(store)
-        store.forget(plan.found)
+        for trial in {trial.arm: trial for trial in plan.known()}.values():
+            store.forget(trial)
 
 
 def _say_what_is_not_used(plan: ComparisonPlan, limit: Budget, store: Store) -> None:
@@ -320,13 +320,18 @@ def _plan(
     points: int,
     kind: str,
     deadline: float | None,
+    beside: int | None,
 ) -> ComparisonPlan:
     tuning_points = max(2, points // 2)
     by_name = {arm.text: arm for arm in arms}
 
     def options(name: str, purpose: str) -> dict[str, Any]:
         arm = by_name[name]
-        shared = {"class": arm.target, "fixed": dict(arm.fixed), "budget": {budget.unit: budget.amount}}
+        shared: dict[str, Any] = {"class": arm.target, "fixed": dict(arm.fixed), "budget": {budget.unit: budget.amount}}
+        if beside not in (None, 1):
+            shared["beside"] = (
+                beside  # at once, which makes times rough: not to be taken for those of trials that ran alone
+            )
         if purpose == "tuning":
             return {**shared, "points": tuning_points, "main": facts.main}
         return {**shared, "points": points}
@@ -342,12 +347,18 @@ def _plan(
         trials=trials,
         points=tuning_points,
         fingerprints={arm.text: _fingerprint(code, facts.identity, *own, *_codes(arm)) for arm in arms},
-        deadline=budget.deadline if deadline is None else deadline,
+        deadline=_deadline(budget, facts, points) if deadline is None else deadline,
     )
 
 
+def _deadline(budget: Budget, facts: Facts, points: int) -> float:
+    """When a trial is given up, where nobody says so: generous also for a long one, and for what it does beside training."""
+    work = budget.amount if budget.unit == "seconds" else _COSTLY * budget.amount * facts.seconds
+    return budgets.LEAST_DEADLINE_S[budget.unit] + 4 * (work + facts.building + (points + 1) * facts.evaluating)
+
+
 def _codes(arm: ArmSpec) -> list[str]:
-    parts = [value for name, value in arm.fixed.items() if name in ("guidance", "steering")]
+    parts = [value for name, value in arm.fixed.items() if name in ("guidance", "steering", specs.BASE)]
     return [versions.code_of(target) for target in (arm.target, *parts)]
 
 
@@ -410,6 +421,7 @@ def experiment(file: Path, facts: Facts, arms: Sequence[ArmSpec], budget: Budget
                 compare="difference",
                 op="<=" if better == "lower" else ">=",
                 bound=0.0,
+                both_diverged="equal",
             )
             for arm in arms[1:]
         ),
@@ -426,8 +438,9 @@ def _labels(arms: Sequence[ArmSpec]) -> dict[str, str]:
 
 
 def _metric(name: str, better: Any, facts: Facts) -> Metric:
-    # What lies between 0 and 1 has a worst value; a loss has none.
-    bounded = better == "higher" and 0 <= facts.initial.get(name, math.nan) <= 1
+    # A share has a worst value; a loss, a reward or R² has none, whatever it is at first.
+    share = any(part in name.lower() for part in _SHARES)
+    bounded = share and better == "higher" and 0 <= facts.initial.get(name, math.nan) <= 1
     return Metric(name=name, label=name.replace("_", " "), better=better, worst=0.0 if bounded else None)
 
 

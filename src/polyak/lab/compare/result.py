@@ -150,7 +150,8 @@ class TaskComparison:
     def as_points(self) -> bool:
         """Whether the main metric is a share, whose differences are said in points of a hundred."""
         values = [t.values[self.main.name] for t in self.result.trials if self.main.name in t.values and not t.diverged]
-        return "acc" in self.main.name.lower() and all(0 <= v <= 1 for v in values)
+        accuracy = "acc" in self.main.name.lower() and self.main.better == "higher"
+        return accuracy and all(0 <= v <= 1 for v in values)
 
     @cached_property
     def answer(self) -> str:
@@ -197,6 +198,8 @@ class TaskComparison:
         if row.diverged:
             return f"{who}{row.diverged} of {row.seeds} trials diverged"
         if not (math.isfinite(d.low) and math.isfinite(d.high)):
+            if base := self.rows[0].diverged:
+                return f"{who}{base} of {row.seeds} trials of {self.rows[0].label} diverged"
             return f"{who}difference {words.number(self._scale * d.estimate, 2)}{self._of}"
         said = f"{who}difference {self._amounts(d.low, d.high)}{self._of}"
         clear = d.low > 0 or d.high < 0
@@ -205,7 +208,7 @@ class TaskComparison:
 
     def _amounts(self, low: float, high: float) -> str:
         ends = self._scale * low, self._scale * high
-        return " to ".join(words.rounded(end, *ends) for end in ends)
+        return " to ".join(dict.fromkeys(words.rounded(end, *ends) for end in ends))
 
     @property
     def _scale(self) -> float:
@@ -484,10 +487,11 @@ def profile(costs: Mapping[str, Sequence[float]]) -> dict[str, list[tuple[float,
     problems = list(zip(*costs.values(), strict=True))
     found = {}
     for arm, own in costs.items():
+        # What costs another nothing is no multiple of it: beside that, a cost is as good as none.
         ratios = sorted(
             1.0 if cost == min(all_) else cost / min(all_)
             for cost, all_ in zip(own, problems, strict=True)
-            if math.isfinite(cost)
+            if math.isfinite(cost) and (min(all_) or not cost)
         )
         steps = [
             (r, (i + 1) / len(problems)) for i, r in enumerate(ratios) if i + 1 == len(ratios) or ratios[i + 1] > r

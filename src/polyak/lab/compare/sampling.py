@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from polyak.lab.claim import Diverged, Measurement, Trial
 from polyak.lab.compare.arms import find, split_options
+from polyak.lab.compare.generators import Generators, number
 from polyak.lab.compare.task import SamplingTask, TaskError, load, metrics
 
 _PARTS = (0.125, 0.25, 0.5, 1.0)  # of the budget, at which samples are judged
@@ -55,7 +56,9 @@ class Draw:
                     if part < 1.0:  # a part of the budget may be too little for one step
                         continue
                     raise
-                values = _judged(task, samples, main, self.file)
+                # The same numbers every time, whatever an arm has drawn.
+                with Generators(trial.device, number("evaluation", trial.seed)):
+                    values = _judged(task, samples, main, self.file)
                 at = {"used": part, "evaluations": spent, "seconds": seconds}
                 yield Measurement(values=values, at=at)
         final = {"evaluations": spent, "seconds": seconds, "memory": _memory(trial.device)}
@@ -88,7 +91,8 @@ def _timed(sampler: _Sampler, evaluations: int, trial: Trial) -> tuple[Any, int,
         return time.perf_counter()
 
     began = now()
-    samples, spent = sampler.draw(evaluations, trial.seed)
+    # The noise is no other's: a task may draw from a generator with the trial's seed, too.
+    samples, spent = sampler.draw(evaluations, number("noise", trial.seed))
     return samples, spent, now() - began
 
 
@@ -130,12 +134,16 @@ class _Solver:
         # What one evaluation point costs in calls of the network per sample.
         cost = 2 if getattr(self._parts.get("guidance"), "paired", False) else 1
         cost *= getattr(self._parts.get("steering"), "particles", 1)
+        if evaluations < cost:
+            raise ValueError(
+                f"one point of {self._solver!r} takes {cost} evaluations for a sample, and there are {evaluations}"
+            )
         samples, info = sample(
             self._task.denoiser,
             tuple(self._task.shape),
             process=self._task.process,
             solver=self._solver,
-            nfe=max(evaluations // cost, 1),
+            nfe=evaluations // cost,
             generator=generator,
             dtype=self._task.dtype,
             device=self._device,

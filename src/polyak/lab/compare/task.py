@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from polyak.core import checks
 from polyak.core.schedules import Constant, Cosine, Linear, Schedule, Warmup
+from polyak.lab.compare.generators import Generators, number
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -141,6 +142,8 @@ class Facts:
     schedule: str = ""
     validates: bool = False  # whether what is tuned by is apart from what is reported
     seconds: float = 0.0  # of one step, or of one evaluation of the denoiser
+    building: float = 0.0  # seconds of calling the function
+    evaluating: float = 0.0  # seconds of one evaluation of the model
     identity: str = ""  # a digest of what the function gave: initial weights, first batches, first numbers
     warnings: tuple[str, ...] = ()
 
@@ -159,10 +162,20 @@ def load(file: str, seed: int, device: str) -> AnyTask:
         TaskError: the file cannot be imported, lacks the function, or the function raises or returns something else.
     """
     name = Path(file).name
-    function = _function(file)
+    # What is drawn at an import does not depend on the trial that comes first in a process, and takes nothing from it.
+    with Generators(device, number("import", 0)):
+        function = _function(file)
+    _one_thread()
     with blame(f"{name}: {FUNCTION}(seed, device)", file):
         made = function(seed, device)
+    _one_thread()
     return _checked(made, name)
+
+
+def _one_thread() -> None:
+    """Whatever the file asks for: at its import that would be for a process's first trial alone."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 def says(file: str) -> str:

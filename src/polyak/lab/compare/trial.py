@@ -1,31 +1,33 @@
 """One trial of a comparison: an optimizer trains the task's model until its budget is spent.
 
-The clock counts what a user waits for: taking a batch, the gradient, the optimizer's step. Evaluations stop it. Batches are drawn
-with global random generators of their own, and evaluations with others, so that whatever an optimizer draws, every arm meets the
-same batches in the same order.
+The clock counts what a user waits for: taking a batch, the gradient, the optimizer's step. Evaluations stop it. Batches, training
+and evaluations each have global random generators of their own, so that whatever an optimizer draws, every arm meets the same
+batches in the same order, and is evaluated with the same random numbers.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
-import itertools
 import math
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyak.lab.claim import Diverged, Measurement, Trial
 from polyak.lab.compare.arms import BASE, OF_BASE, find
+from polyak.lab.compare.generators import Generators, number, seed_all
 from polyak.lab.compare.task import TaskError, TrainingTask, endless, load, metrics
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+_GENTLY = 1e-6  # of the learning rate: that one is so large that the model breaks is for a trial to find
 _EVERY = 8  # on an accelerator, how many steps are enqueued before the clock waits for them
 
 
@@ -50,10 +52,9 @@ class _Training:
         self.device, self.options = trial.device, trial.options
         self.budget: Mapping[str, float] = trial["budget"]
         self.clock = _Clock(trial.device)
-        self.streams = {what: _Generators(trial.device) for what in ("batches", "evaluation")}
+        self.for_batches = Generators(trial.device)  # they go on from where the task has left them
         self.batches = endless(task.batches, self.name)
         self.trial = trial
-        self.spare = copy.deepcopy(task.model)  # before an optimizer hooks itself into the model
         self.optimizer = build(task, task.model, trial)
         self.bases = [group["lr"] for group in self.optimizer.param_groups if "lr" in group]
         self.steps = self.gradients = 0
@@ -69,9 +70,9 @@ class _Training:
         return min(self.clock.seconds / self.budget["seconds"], 1.0)
 
     def step(self) -> None:
-        with self.streams["batches"], self.clock:
+        with self.for_batches, self.clock:
             batch = next(self.batches)
-        with self.clock:
+        with self._may_diverge(lambda: self.task.loss(self.task.model, batch)), self.clock:
             self._set_rates()
             if self.closure:
                 self.optimizer.step(lambda: self._gradient(batch))
@@ -83,19 +84,24 @@ class _Training:
                 self.clock.wait()
 
     def warm_up(self) -> None:
-        """Two steps of a copy, off the clock: what is compiled or loaded at a first step is no cost of training."""
-        with self.streams["batches"]:
-            first = next(self.batches)
-        self.batches = itertools.chain([first], self.batches)
-        with _Generators(self.device):
-            model = self.spare.train()
-            self.closure = rehearse(self.task, model, build(self.task, model, self.trial), first)
-        del model, self.spare
+        """Two steps on what another call of the task's function gives, off the clock, so that this one's is as it was.
+
+        What is compiled or loaded at a first step is no cost of training.
+        """
+        with Generators(self.device):
+            other = load(self.file, self.trial.seed, self.device)
+            assert isinstance(other, TrainingTask)
+            batches = endless(other.batches, self.name)
+            model = other.model.train()
+            self.closure = rehearse(other, model, build(other, model, self.trial), next(batches))
+        batches.close()
+        del other, model, batches
+        gc.collect()  # an optimizer's hooks and its model hold each other
         if self.device != "cpu":
             import torch
 
             torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)  # the copy is gone
+            torch.cuda.reset_peak_memory_stats(self.device)  # what was warmed up with is gone
 
     def _set_rates(self) -> None:
         factor = self.task.factor(self.used)
@@ -133,8 +139,11 @@ class _Training:
         function = self.task.evaluate if main is None else self.task.validate or self.task.evaluate
         what = "validate" if main is not None and self.task.validate else "evaluate"
         self.task.model.eval()
-        with torch.no_grad(), self.streams["evaluation"]:
-            found = metrics(function(self.task.model), what, self.file)
+        # The same numbers every time: an arm that is evaluated less often, at long steps, is not evaluated with others.
+        with torch.no_grad(), Generators(self.device, number("evaluation", self.trial.seed)):
+            with self._may_diverge(lambda: function(self.task.model)):
+                given = function(self.task.model)
+            found = metrics(given, what, self.file)
         self.task.model.train()
         if main is not None:
             found = {"validation": found[main] if main in found else next(iter(found.values()))}
@@ -142,6 +151,35 @@ class _Training:
             name, value = next(iter(bad.items()))
             raise Diverged(f"{name} is {value} at step {self.steps}")
         return found
+
+    @contextmanager
+    def _may_diverge(self, again: Callable[[], Any]) -> Iterator[None]:
+        """An error where numbers are not finite is divergence: many losses, metrics and decompositions refuse NaN."""
+        try:
+            yield
+        except Exception as error:
+            if not self._is_finite(again):
+                raise Diverged(f"{type(error).__name__} at step {self.steps}: {error}") from error
+            raise
+
+    def _is_finite(self, again: Callable[[], Any]) -> bool:
+        """Whether squares of parameters and gradients are, and the modules give no NaN as a call is made again."""
+        import torch
+
+        held = [t for p in self.task.model.parameters() for t in (p.detach(), p.grad) if t is not None]
+        finite = all(bool(t.abs().le(torch.finfo(t.dtype).max ** 0.5).all()) for t in held)
+        given: list[torch.Tensor] = []
+        hooks = [
+            m.register_forward_hook(lambda *passed: given.extend(_tensors(passed[-1])))
+            for m in self.task.model.modules()
+        ]
+        try:
+            with torch.no_grad(), suppress(Exception):
+                again()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return finite and not any(bool(t.isnan().any()) for t in given)
 
     def memory(self) -> float:
         """Megabytes: the accelerator's peak; on a CPU parameters, gradients and the optimizer's state."""
@@ -159,6 +197,7 @@ def _train(training: _Training) -> Iterator[Measurement]:
     points = training.options["points"]
     training.task.model.train()
     training.warm_up()
+    seed_all(number("training", training.trial.seed), training.device)
     yield Measurement(values=training.evaluated(), at={"used": 0.0, "step": 0, "seconds": 0.0})
     done, loss, found = 0, 0.0, {}
     while training.used < 1.0:
@@ -200,13 +239,24 @@ def rehearse(task: TrainingTask, model: nn.Module, optimizer: torch.optim.Optimi
     def closure() -> Any:
         nonlocal calls
         calls += 1
-        return _gradient(task, model, optimizer, batch)
+        return _gradient(task, model, optimizer, _copy(batch))
 
     takes_one = _takes_closure(optimizer)
+    for group in optimizer.param_groups:
+        if "lr" in group:
+            group["lr"] = group["lr"] * _GENTLY
     for _ in range(2):
-        _gradient(task, model, optimizer, batch)
+        _gradient(task, model, optimizer, _copy(batch))
         optimizer.step(closure) if takes_one else optimizer.step()
     return calls > 0
+
+
+def _copy(batch: Any) -> Any:
+    """A batch for a loss that changes it; one that cannot be copied is given as it is."""
+    try:
+        return copy.deepcopy(batch)
+    except Exception:
+        return batch
 
 
 def _takes_closure(optimizer: torch.optim.Optimizer) -> bool:
@@ -261,37 +311,3 @@ class _Clock:
             torch.cuda.synchronize(self._device)
             if not self._began:
                 self.seconds += time.perf_counter() - began
-
-
-class _Generators:
-    """The global random generators' states of one use: inside of its ``with`` blocks the global ones go on from there."""
-
-    def __init__(self, device: str) -> None:
-        self._parts = list(_parts(device))
-        self._own = self._taken()
-
-    def _taken(self) -> list[Any]:
-        return [get() for get, _ in self._parts]
-
-    def _put(self, states: list[Any]) -> None:
-        for (_, put), state in zip(self._parts, states, strict=True):
-            put(state)
-
-    def __enter__(self) -> None:
-        self._others = self._taken()
-        self._put(self._own)
-
-    def __exit__(self, *_: object) -> None:
-        self._own = self._taken()
-        self._put(self._others)
-
-
-def _parts(device: str) -> Iterator[tuple[Callable[[], Any], Callable[[Any], Any]]]:
-    import numpy as np
-    import torch
-
-    yield random.getstate, random.setstate
-    yield np.random.get_state, np.random.set_state
-    yield torch.get_rng_state, torch.set_rng_state
-    if device != "cpu":
-        yield (lambda: torch.cuda.get_rng_state(device)), (lambda state: torch.cuda.set_rng_state(state, device))
