@@ -1,6 +1,7 @@
 """``polyak compare`` and ``polyak init-task``: the user's own problem."""
 
 import logging
+import os
 import sys
 import webbrowser
 from collections.abc import Iterator, Sequence
@@ -107,6 +108,8 @@ def compare(
 
     for option, count in (("--seeds", seeds), ("--trials", trials), ("--points", points), ("--jobs", jobs)):
         check_count(option, count)
+    if out is not None:
+        _check_out(out)
     mirrors = trackers(track)
     try:
         limit = None if deadline is None else seconds("--deadline", deadline)
@@ -175,6 +178,18 @@ def _told() -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.level, log.propagate = before
+
+
+def _check_out(out: Path) -> None:
+    """A place for the page, or the end: it is written after all trials have run."""
+    if out.is_dir():
+        raise typer.BadParameter(f"must be a file to write, got the folder {out}", param_hint="--out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot make the folder {out.parent}: {error.strerror}", param_hint="--out") from None
+    if not os.access(out.parent, os.W_OK):
+        raise typer.BadParameter(f"the folder {out.parent} is not for you to write in", param_hint="--out")
 
 
 def _space(tasks: Sequence[Path], arms: str) -> str:

@@ -206,7 +206,10 @@ class Cluster:
                     "no Ray cluster runs on this machine: start one with `ray start --head`, or name one: --cluster HOST:PORT"
                 ) from error
             why = str(error).strip().splitlines()
-            raise ClusterError(f"cannot use a Ray cluster at {self.address!r}: {why[0] if why else error!r}") from error
+            raise ClusterError(
+                f"cannot use a Ray cluster at {self.address!r}: {why[0] if why else error!r} (if it asks for a token: set "
+                "RAY_AUTH_MODE=token here, too)"
+            ) from error
 
     def _look(self) -> None:
         self._nodes = [node for node in self._ray.nodes() if node["Alive"] and self._room(node)]

@@ -182,11 +182,14 @@ def _decide(
     if n < len(judged.seeds):
         return "undecided", f"trials are missing: {n} of {len(judged.seeds)} seeds are complete"
     if n < judged.least:
-        return "undecided", f"{n} seeds cannot decide: at least {judged.least} are needed"
+        return "undecided", f"{n} seed{'s' if n != 1 else ''} cannot decide: at least {judged.least} are needed"
     if criterion.rule == "every":
         return ("holds" if passing == n else "fails"), ""
     if n < LEAST_SEEDS_MEAN:
-        return "undecided", f"{n} seeds cannot decide: the exact test at {LEVEL:.0%} needs at least {LEAST_SEEDS_MEAN}"
+        return (
+            "undecided",
+            f"{n} seed{'s' if n != 1 else ''} cannot decide: the exact test at {LEVEL:.0%} needs at least {LEAST_SEEDS_MEAN}",
+        )
     if p_value > LEVEL:
         return "undecided", f"{UNCLEAR} (p = {p_value:.3g})"
     # The interval must not reach over to the other side; whether it may touch the bound, the operator says.

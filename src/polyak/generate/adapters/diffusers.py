@@ -328,6 +328,9 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        *,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
     ) -> PolyakSchedulerOutput | tuple[Tensor]:
         """Take the model's output at the point that the last step returned; give the next point, or the result.
 
@@ -338,10 +341,16 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
                 changed it), the solver goes on from it.
             generator: of a stochastic solver's noise; that of the first step counts.
             return_dict: give a :class:`PolyakSchedulerOutput`, else the tuple ``(prev_sample,)``.
+            eta, use_clipped_model_output: what DDIM's pipelines pass; only their defaults, since both are the solver's own.
 
         Raises:
-            ValueError: before ``set_timesteps``, or after the last step.
+            ValueError: before ``set_timesteps``, after the last step, or for another ``eta``.
         """
+        if eta or use_clipped_model_output:
+            raise ValueError(
+                f"eta must be 0 and use_clipped_model_output unset, got {eta} and {use_clipped_model_output}: noise is the "
+                "solver's own, as in DDIM(eta=...)"
+            )
         exact = self._exact if sample is self._returned and self._exact is not None else sample
         if exact.dtype in HALF:
             exact = exact.float()

@@ -79,8 +79,9 @@ class ArmSpec:
 
     @cached_property
     def label(self) -> str:
-        """For people: "Adan", or "Adan (weight_decay 0.02)"."""
-        own = ", ".join(f"{name} {value}" for name, value in self.fixed.items())
+        """For people, with the options that were given: "Adan (weight_decay 0.02)", "DDIM (eta 0 to 1)"."""
+        given = [piece.partition("=")[::2] for piece in self.pieces if "=" in piece]
+        own = ", ".join(f"{name} {self.space.get(name, value)}" for name, value in given)
         return f"{self.class_name} ({own})" if own else self.class_name
 
 
@@ -301,7 +302,7 @@ def _relation(cls: Any, default: Any) -> tuple[float, float, str]:
         return math.sqrt(math.prod(facts.lr)), math.sqrt(math.prod(facts.weight_decay)), facts.relation
     if name in _RELATIVE:
         return _RELATIVE[name]
-    if isinstance(default, float) and default > 0 and name not in _LIKE_ADAMW:
+    if isinstance(default, (int, float)) and default > 0 and name not in _LIKE_ADAMW:
         return default / LR, 1.0, f"its default: learning rate {default:g}"
     return 1.0, 1.0, "AdamW's usual values"
 

@@ -36,6 +36,7 @@ SEED = 20_000  # neither tuned on nor reported
 _BATCHES = 3  # are compared
 _LEAST_ROWS = 16  # below, a column equals the target by chance
 _SAME = 1 - 1e-6
+_EVALUATIONS = 8  # of a sampler that is tried
 
 
 def examine(file: str, device: str) -> Facts | str:
@@ -62,7 +63,7 @@ def try_arms(file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any]
             name = str(options["class"]).rpartition(":")[2]
             try:
                 if isinstance(task, SamplingTask):
-                    sampler(task, options, device)
+                    _draw_once(task, options, device)
                     continue
                 optimizer = build(task, task.model.train(), options)
             except Exception as error:
@@ -78,6 +79,18 @@ def try_arms(file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any]
     except TaskError as error:
         return error
     return None
+
+
+def _draw_once(task: SamplingTask, options: Mapping[str, Any], device: str) -> None:
+    """Draw samples with a small budget, or with the whole one where so little is not enough for a step."""
+    import torch
+
+    arm, whole = sampler(task, options, device), int(options["budget"].get("evaluations", _EVALUATIONS))
+    with torch.no_grad():
+        try:
+            arm.draw(min(_EVALUATIONS, whole), SEED)
+        except ValueError:
+            arm.draw(whole, SEED)
 
 
 def _load(file: str, device: str) -> AnyTask:

@@ -157,7 +157,7 @@ def compare(
             if not there:
                 _say_what_is_not_used(plan, limit, opened)
             if len(there) < len(known):
-                _try(file, plan, device, deadline or EXAMINATION_S, call)
+                _try(file, plan, limit, device, deadline or EXAMINATION_S, call)
         carry_out(
             plans,
             device=device,
@@ -227,13 +227,16 @@ def _examine(file: Path, device: str, patience: float, call: Callable[..., Any])
     return found
 
 
-def _try(file: Path, plan: ComparisonPlan, device: str, patience: float, call: Callable[..., Any]) -> None:
-    """Build every arm on the task, and take two steps, before the first trial has run its time."""
+def _try(
+    file: Path, plan: ComparisonPlan, limit: Budget, device: str, patience: float, call: Callable[..., Any]
+) -> None:
+    """Build every arm on the task, and take two steps (or draw once), before the first trial has run its time."""
     _log.info("trying each arm on %s", file.name)
     arms = []
     for name, arm in plan.specs.items():
         centre = {option: r.centre for option, r in arm.space.items()}
-        arms.append((name, {"class": arm.target, "fixed": dict(arm.fixed), "tuned": sorted(centre), **centre}))
+        shared = {"class": arm.target, "fixed": dict(arm.fixed), "budget": {limit.unit: limit.amount}}
+        arms.append((name, {**shared, "tuned": sorted(centre), **centre}))
     wrong = _apart(file, call, try_arms, str(file), device, arms, timeout=patience)
     if wrong is not None:
         raise wrong

@@ -149,7 +149,7 @@ def fair(comparison: Comparison) -> list[tuple[str, str]]:
             f"({first.facts.schedule})."
         )
     said.append(("Same for all arms", same))
-    others = len(setup.arms) - 1
+    others = (len(setup.arms) - 1) * len(comparison.tasks)
     many = f" Each of the {others} comparisons stands for itself: no correction for their number." if others > 1 else ""
     return [*said, ("Intervals", _INTERVALS + many)]
 
@@ -183,4 +183,8 @@ def _tuning(comparison: Comparison) -> str:
         how += f" Nothing was tuned of {words.listing(untuned)}: all options were given."
     if comparison.tasks[0].facts.kind == "sampling":
         return how.replace("the learning rate", "the first option")
-    return f"{how} {_APART if comparison.tasks[0].facts.validates else _TOGETHER}"
+    apart = [t.name for t in comparison.tasks if t.facts.validates]
+    together = [t.name for t in comparison.tasks if not t.facts.validates]
+    if apart and together:
+        return f"{how} On {words.listing(apart)}: {_APART} On {words.listing(together)}: {_TOGETHER}"
+    return f"{how} {_APART if apart else _TOGETHER}"

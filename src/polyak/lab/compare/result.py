@@ -268,12 +268,13 @@ class TaskComparison:
 
     def _too_busy(self) -> Iterable[str]:
         """On a CPU whose cores were shared with other work, seconds say little."""
-        if self.setup.budget.unit != "seconds" or self.result.device != "cpu":
+        timed = self.facts.kind == "training" and self.setup.budget.unit == "seconds"
+        if not timed or self.result.device != "cpu":
             return
         shares = {
             row.label: [t.values["processor"] for t in self.trials(row.arm) if not t.diverged] for row in self.rows
         }
-        means = {label: _mean(values) for label, values in shares.items() if values and self.facts.kind == "training"}
+        means = {label: _mean(values) for label, values in shares.items() if values}
         if means and min(means.values()) < _BUSY:
             label = min(means, key=lambda name: means[name])
             yield (
@@ -303,7 +304,8 @@ class TaskComparison:
                     "inputs, or evaluation data in the training data?"
                 )
         for row in self.rows[1:]:
-            if lower and 0 < row.final * _MANY_TIMES < base.final < math.inf:
+            wins = row.difference is not None and row.difference.verdict == "holds"
+            if lower and wins and 0 < row.final * _MANY_TIMES < base.final < math.inf:
                 yield (
                     f"{row.label} is more than {_MANY_TIMES:g} times as good as {base.label}: so large a difference is more often "
                     "a leak, or a baseline whose best learning rate is outside of its range, than a better method"

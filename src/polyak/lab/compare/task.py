@@ -14,7 +14,7 @@ import importlib.util
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -369,7 +369,7 @@ def _ask(key: str) -> str:
     return f"is more of {key!r} better? Return better={{{key!r}: {guess!r}}} (or {other!r}) with the others"
 
 
-def endless(batches: Iterable[Any], name: str) -> Iterator[Any]:
+def endless(batches: Iterable[Any], name: str) -> Generator[Any, None, None]:
     """Batches for ever: an iterable is begun anew when it ends.
 
     Raises:
