@@ -94,7 +94,6 @@ class _Training:
             batches = endless(other.batches, self.name)
             model = other.model.train()
             self.closure = rehearse(other, model, build(other, model, self.trial), next(batches))
-        batches.close()
         del other, model, batches
         gc.collect()  # an optimizer's hooks and its model hold each other
         if self.device != "cpu":
