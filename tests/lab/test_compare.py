@@ -379,6 +379,22 @@ def test_an_optimizer_that_cannot_train_the_task(tmp_path: Path) -> None:
         assert store.runs() == []
 
 
+@pytest.mark.usefixtures("here")
+def test_samplers_are_tried_before_the_first_trial(tmp_path: Path) -> None:
+    path = write(tmp_path, SAMPLING)
+    with pytest.raises(ArmError, match=r"DPMSolver cannot draw on this task: ValueError: .*adaptive"):
+        compare(path, "ddim,dpmsolver:method=adaptive", store=tmp_path, **{**SMALL, "budget": "10nfe"})
+
+
+@pytest.mark.usefixtures("here")
+def test_samplers_with_a_budget_in_time(tmp_path: Path) -> None:
+    path = write(tmp_path, SAMPLING)
+    found = compare(path, "ddim,heun", store=tmp_path, **{**SMALL, "budget": "0.05s/trial"})
+    assert "at equal time" in found.answer
+    assert found.save(tmp_path / "page.html").exists()
+    assert all(row.spent is not None and row.spent > 8 for row in found.task().rows)
+
+
 ODD = """
 import torch
 

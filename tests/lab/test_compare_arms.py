@@ -34,7 +34,7 @@ def test_options_are_fixed_tuned_or_left_to_their_defaults() -> None:
         "the learning rate, which the grid is over, comes first"
     )
     assert (sgd.space["lr"], sgd.space["momentum"]) == (Range(0.1, 10), Range(0, 0.9))
-    assert sgd.label == "SGD (nesterov True)"
+    assert sgd.label == "SGD (lr 0.1 to 10, momentum 0 to 0.9, nesterov True)"
 
 
 def test_ranges_are_centred_where_the_papers_say() -> None:

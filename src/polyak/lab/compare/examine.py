@@ -67,7 +67,8 @@ def try_arms(file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any]
                     continue
                 optimizer = build(task, task.model.train(), options)
             except Exception as error:
-                return ArmError(f"arm {text!r}: {name} cannot be made: {type(error).__name__}: {error}")
+                what = "draw on this task" if isinstance(task, SamplingTask) else "be made"
+                return ArmError(f"arm {text!r}: {name} cannot {what}: {type(error).__name__}: {error}")
             if missing := [part for part in ("step", "zero_grad", "param_groups") if not hasattr(optimizer, part)]:
                 return ArmError(f"arm {text!r}: {name} is no optimizer: it has no {' and no '.join(missing)}")
             try:
