@@ -212,9 +212,10 @@ def unet() -> Any:
     ).eval()
 
 
+@pytest.mark.parametrize("kind", ["DDPMPipeline", "DDIMPipeline"])
 @pytest.mark.parametrize("solver", [TWO_M, DPMSolver(), Heun(), DDIM(1.0)], ids=repr)
-def test_in_a_ddpm_pipeline(solver: Any) -> None:
-    pipe = diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler())
+def test_in_an_unconditional_pipeline(solver: Any, kind: str) -> None:
+    pipe = getattr(diffusers, kind)(unet(), diffusers.DDPMScheduler())
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = PolyakScheduler.from_config(pipe.scheduler.config, solver=solver)
     kwargs = {"batch_size": 2, "num_inference_steps": 5, "output_type": "np"}
@@ -227,6 +228,14 @@ def test_in_a_ddpm_pipeline(solver: Any) -> None:
     ours = sample(denoiser, x, solver=solver, grid=pipe.scheduler._times, generator=g)
     want = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert abs(images - want).max() < 1e-4
+
+
+def test_noise_is_the_solvers_own() -> None:
+    pipe = diffusers.DDIMPipeline(unet(), diffusers.DDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = PolyakScheduler.from_config(pipe.scheduler.config, solver=DDIM())
+    with pytest.raises(ValueError, match=r"eta must be 0 .*, got 0.5 and None: noise is the solver's own"):
+        pipe(num_inference_steps=2, eta=0.5)
 
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
