@@ -10,6 +10,7 @@ import griffe
 
 def markdown(text: str) -> str:
     """Roles become plain code, and doctests blocks of code: in a section by the name that griffe knows, elsewhere by fences."""
+    text = re.sub(r"(^\s*|: )(>=? ?\d)", r"\1\\\2", text, flags=re.MULTILINE)  # "> 0" is no quotation
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
     text = re.sub(r":(?:class|func|meth|attr|mod|data|exc|obj):`~?", "`", text)
     return re.sub(r"^(>>> .*(?:\n(?!\n).*)*)", r"```pycon\n\1\n```", text, flags=re.MULTILINE)

@@ -95,6 +95,15 @@ def test_the_pages_are_all_there(site):
 
 
 @pages
+def test_examples_in_the_reference_are_code(site):
+    """A doctest is no quotation within quotations, and "> 0" is none either."""
+    for page in sorted((site / "api").glob("*.html")):
+        assert "<blockquote" not in page.read_text(encoding="utf-8"), page.name
+    reference = (site / "api" / "optim.html").read_text(encoding="utf-8")
+    assert reference.count('<code><span class="gp">&gt;&gt;&gt; ') > 10
+
+
+@pages
 @pytest.mark.slow
 def test_the_site_loads_nothing_from_elsewhere(site):
     found = list(site.rglob("*.html"))
