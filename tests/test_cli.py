@@ -223,6 +223,12 @@ def test_without_the_extra_one_line_says_what_to_install(missing):
 # ---------------------------------------------------------------------------------------------------------------- reproduce
 
 
+def test_a_run_of_few_seeds_does_not_send_to_the_report(call):
+    _, out, _ = call("reproduce", "good", "--jobs", "1", "--seeds", "2")
+    assert "polyak report" not in out
+    assert "A report needs all seeds of the scale: run good without --seeds." in out
+
+
 def test_reproduce_a_claim_that_holds(call):
     code, out, err = call("reproduce", "good", "--jobs", "1")
     assert code == 0

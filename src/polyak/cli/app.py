@@ -275,7 +275,11 @@ def reproduce(
             )
             if value != default
         )
-        out.print(f"Plots and all numbers: polyak report {' '.join(c.slug for c in chosen)}{options}", soft_wrap=True)
+        shown = [c.slug for c in chosen if seeds is None or seeds >= c.scale(scale).seeds]
+        if shown:
+            out.print(f"Plots and all numbers: polyak report {' '.join(shown)}{options}", soft_wrap=True)
+        if fewer := [c.slug for c in chosen if c.slug not in shown]:
+            out.print(f"A report needs all seeds of the scale: run {', '.join(fewer)} without --seeds.", soft_wrap=True)
     failing = {"fails", "undecided"} if strict else {"fails"}
     raise typer.Exit(1 if any(r.verdict in failing for r in found.values()) else 0)
 

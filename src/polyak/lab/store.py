@@ -172,8 +172,6 @@ class Store:
         store = cls.__new__(cls)
         store._at(home)
         if not store.path.exists():
-            if store.home.exists() and not store.home.is_dir():
-                raise StoreError(f"{store.home} is a file, not the folder of a store: name a folder, or {_ELSEWHERE}")
             return None
         with store._clear_errors():
             address = f"{store.path.resolve().as_uri()}?mode=ro"
@@ -189,6 +187,8 @@ class Store:
 
     def _at(self, home: Path | str | None) -> None:
         self.home = home_folder(home)
+        if self.home.exists() and not self.home.is_dir():
+            raise StoreError(f"{self.home} is a file, not the folder of a store: name a folder, or {_ELSEWHERE}")
         self.path = self.home / FILE
         self._owner = uuid.uuid4().hex
         self._alive: BaseFileLock | None = None

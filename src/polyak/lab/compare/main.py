@@ -140,7 +140,7 @@ def compare(
     _check_unit(limit, facts)
     if limit.unit == "seconds" and processes > 1:
         # Each process has a clock of its own: one would go on to a step that the others do not take.
-        raise ValueError(f"budget for trials of several processes is a count like 500steps, got {limit.label}")
+        raise ValueError(f"budget for trials of several processes is a count like 500steps, got {budget!r}")
     if limit.unit == "seconds" and executor is not None and jobs is None:
         executor.apart()
     at_once = jobs if jobs is not None else 1 if limit.unit == "seconds" else None
