@@ -14,6 +14,7 @@ from polyak.lab import words
 from polyak.lab.claim import Claim, Metric
 from polyak.lab.compare.arms import ArmSpec
 from polyak.lab.compare.budget import Budget
+from polyak.lab.compare.doubts import doubts
 from polyak.lab.compare.task import Facts
 from polyak.lab.result import ClaimResult, CriterionResult, TrialResult, plain
 from polyak.lab.statistics import LEAST_SEEDS_MEAN
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCHEMA = 1
-_BUSY = 0.8  # of the time: a trial that had a processor for less was held up
-_EDGE = 0.02  # of a range's length: a best point this near to its end may have a better one beyond
-_FURTHER = 30.0  # a range that is proposed goes on by this factor
-_MANY_TIMES = 10.0  # better than the baseline: rarely real
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,115 +223,7 @@ class TaskComparison:
     @cached_property
     def warnings(self) -> tuple[str, ...]:
         """What makes the numbers doubtful: too good, or a task that gives itself away."""
-        return (
-            *self.facts.warnings,
-            *self._too_good(),
-            *self._unmoved(),
-            *self._badly_tuned(),
-            *self._too_short(),
-            *self._too_busy(),
-        )
-
-    def _unmoved(self) -> Iterable[str]:
-        for row in self.rows:
-            curves = [[values[self.main.name] for at, values in t.curve] for t in self.trials(row.arm)]
-            begun = all(t.curve and t.curve[0][0]["used"] == 0 for t in self.trials(row.arm))
-            if begun and not row.diverged and all(len(set(values)) == 1 < len(values) for values in curves):
-                yield f"{row.label} never changes the {self.main.label}: does its step() move the parameters?"
-
-    def _badly_tuned(self) -> Iterable[str]:
-        """Where the best of what was tried is at an end of its range, or nothing that was tried is any good."""
-        for spec, row in zip(self.setup.arms, self.rows, strict=True):
-            tried = self.trials(row.arm, "tuning")
-            if tried and all(t.diverged for t in tried):
-                lower = f": {_wider(spec, 'lr', r.low / _FURTHER, r.low)}" if (r := spec.space.get("lr")) else ""
-                yield f"{row.label}: every tuning trial diverged, and the first one's options are used; try a lower range{lower}"
-                continue
-            for name, r in spec.space.items():
-                value = row.point.get(name)
-                if not r.log or value is None:
-                    continue
-                # The range has grown where the best was at its end.
-                values = [r.low, r.high, *(t.point[name] for t in tried)]
-                low, high = min(values), max(values)
-                near = _EDGE * math.log(high / low)
-                for end, side in ((low, "low"), (high, "high")):
-                    if abs(math.log(value / end)) < near:
-                        ends = (low / _FURTHER, high) if side == "low" else (low, high * _FURTHER)
-                        yield (
-                            f"{row.label}: its best {name}, {words.number(value)}, is at the {side} end of what was tried, and a "
-                            f"better one may be beyond: {_wider(spec, name, *ends)}"
-                        )
-
-    def _too_busy(self) -> Iterable[str]:
-        """On a CPU whose cores were shared with other work, seconds say little."""
-        timed = self.facts.kind == "training" and self.setup.budget.unit == "seconds"
-        if not timed or self.result.device != "cpu":
-            return
-        shares = {
-            row.label: [t.values["processor"] for t in self.trials(row.arm) if not t.diverged] for row in self.rows
-        }
-        means = {label: _mean(values) for label, values in shares.items() if values}
-        if means and min(means.values()) < _BUSY:
-            label = min(means, key=lambda name: means[name])
-            yield (
-                f"trials of {label} had a processor for {100 * means[label]:.0f} % of their time only: other work on this machine, "
-                "or waiting for data, makes a budget in time rough; a count (500steps) does not depend on it"
-            )
-
-    def _too_short(self) -> Iterable[str]:
-        for row in self.rows:
-            if self.facts.kind == "training" and row.spent is not None and row.spent < self.setup.points:
-                yield (
-                    f"{row.label} had time for {words.number(row.spent)} steps only, fewer than the {self.setup.points} points at "
-                    "which is measured: give a larger budget"
-                )
-
-    def _too_good(self) -> Iterable[str]:
-        name, better, base = self.main.name, self.main.better, self.rows[0]
-        lower = better == "lower"
-        for row in self.rows:
-            finals = [t.values[name] for t in self.trials(row.arm)]
-            perfect = (
-                all(v == 0.0 for v in finals) if lower else self.main.worst == 0.0 and all(v == 1.0 for v in finals)
-            )
-            if perfect:
-                yield (
-                    f"{row.label} is perfect on every seed ({self.main.label} {words.number(finals[0])}): is the target among the "
-                    "inputs, or evaluation data in the training data?"
-                )
-        for row in self.rows[1:]:
-            wins = row.difference is not None and row.difference.verdict == "holds"
-            if lower and wins and 0 < row.final * _MANY_TIMES < base.final < math.inf:
-                yield (
-                    f"{row.label} is more than {_MANY_TIMES:g} times as good as {base.label}: so large a difference is more often "
-                    "a leak, or a baseline whose best learning rate is outside of its range, than a better method"
-                )
-        if self.facts.validates:
-            for row in self.rows:
-                gap = self._leaking_gap(row)
-                if gap:
-                    yield gap
-        untrained = self.facts.initial.get(name, math.nan)
-        trains = self.facts.kind == "training" and not any(row.diverged == row.seeds for row in self.rows)
-        if trains and all(row.best >= untrained if lower else row.best <= untrained for row in self.rows):
-            yield f"no arm improves on the untrained model ({self.main.label} {words.number(untrained)}): nothing is learned"
-
-    def _leaking_gap(self, row: Row) -> str:
-        """A word where what was tuned by is far better than what is reported, beyond what seeds explain."""
-        tuned = [
-            t.values["validation"] for t in self.trials(row.arm, "tuning") if t.point == row.point and not t.diverged
-        ]
-        finals = [t.values[self.main.name] for t in self.trials(row.arm) if not t.diverged]
-        if not tuned or len(finals) < 3:
-            return ""
-        gap = statistics.mean(finals) - tuned[0] if self.main.better == "lower" else tuned[0] - statistics.mean(finals)
-        if gap > 6 * statistics.stdev(finals) and gap > 0.5 * abs(statistics.mean(finals)):
-            return (
-                f"{row.label} is far better on the data it was tuned by ({words.number(tuned[0])}) than on the reported "
-                f"({words.number(statistics.mean(finals))}): is the validation data in the training data?"
-            )
-        return ""
+        return (*self.facts.warnings, *doubts(self))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -471,13 +360,6 @@ class Comparison:
         from polyak.lab.compare.page import summary
 
         return summary(self)
-
-
-def _wider(spec: ArmSpec, name: str, low: float, high: float) -> str:
-    """An arm's words with another range of an option."""
-    kept = [piece for piece in spec.pieces if not piece.startswith(f"{name}=")]
-    ends = "..".join(f"{float(f'{end:.1g}'):g}" for end in (low, high))
-    return ":".join([*kept, f"{name}={ends}"])
 
 
 _VERDICTS = {"holds": "wins", "fails": "loses", "undecided": "is undecided on"}
