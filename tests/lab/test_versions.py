@@ -188,6 +188,8 @@ def test_what_is_beside_a_task_or_an_arm_counts(tmp_path: Path, monkeypatch: pyt
     for name, text in FOLDER.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
+        # What another test has imported by this name would be found in its place.
+        monkeypatch.delitem(sys.modules, name.partition("/")[0].removesuffix(".py"), raising=False)
     monkeypatch.syspath_prepend(tmp_path)
 
     def digests() -> tuple[str, str]:
