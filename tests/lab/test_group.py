@@ -148,7 +148,7 @@ def test_a_comparison_under_accelerate(tmp_path: Path) -> None:
 
 def test_budgets_in_time_are_for_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["polyak.lab.compare.main"], "call_apart", lambda f, *given, timeout: f(*given))
-    with pytest.raises(ValueError, match="is a count like 500steps, got 1 seconds"):
+    with pytest.raises(ValueError, match="is a count like 500steps, got '1s/trial'"):
         compare(
             write(tmp_path, REGRESSION), "adamw,sgd", budget="1s/trial", processes=2, store=tmp_path, progress=False
         )
