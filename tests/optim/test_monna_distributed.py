@@ -42,11 +42,12 @@ STEPS, MIDDLE, TIMEOUT = 60, 20, 4.0
 @pytest.mark.parametrize("kinds", [("sign flip", "wrong shape"), ("nan", "silent"), ("near", "garbage")])
 def test_training_goes_on_with_two_faulty_workers_and_one_killed(processes, tmp_path, kinds):
     """n = 8 and f = 3: the two attackers and the worker that is killed. Ranks 0 to 4 stay honest, 7 is until it dies."""
-    reached = processes.context.Event()
+    reached = processes.context.Event()  # for rank 0 alone: who is killed inside set() leaves its lock held for ever
     options = dict(f=F, steps=STEPS, timeout=TIMEOUT, pause=0.02, middle=MIDDLE)
     roles = {**dict.fromkeys([*HONEST, KILLED], "honest"), 5: kinds[0], 6: kinds[1]}
     running = {
-        r: processes(helpers.worker, r, N, str(tmp_path), kind, reached=reached, **options) for r, kind in roles.items()
+        r: processes(helpers.worker, r, N, str(tmp_path), kind, reached=None if r else reached, **options)
+        for r, kind in roles.items()
     }
     assert reached.wait(60)
     os.kill(running[KILLED].pid, signal.SIGKILL)
