@@ -10,10 +10,12 @@ from typing import Any
 from polyak.lab import statistics
 from polyak.lab.compare import arms as specs
 from polyak.lab.compare.budget import Budget
-from polyak.lab.compare.main import experiment
+from polyak.lab.compare.experiment import experiment
 from polyak.lab.compare.result import Comparison, Setup, TaskComparison
 from polyak.lab.compare.task import Facts
 from polyak.lab.result import ClaimResult, TrialResult
+
+VERSIONS = {"python": "3.11", "torch": "2.13.0"}
 
 # A line is fitted by 32 noisy points; the evaluation is the distance of its two weights from the truth.
 REGRESSION = '''"""A line through noisy points."""
@@ -104,10 +106,11 @@ def made_up(
     **facts: Any,
 ) -> TaskComparison:
     """A comparison as if it had been run: finals by arm and seed (infinite: diverged), values on the way at 1, 2, ... steps."""
-    arms = specs.parse(list(finals), "training")
-    setup = Setup(budget=Budget(unit, 4), arms=arms, trials=5, points=4, target=target, alone=True)
+    arms, seeds = specs.parse(list(finals), "training"), len(next(iter(finals.values())))
+    setup = Setup(budget=Budget(unit, 4), arms=arms, trials=5, points=4, target=target, jobs=1, seeds=seeds,
+                  device="cpu", versions=VERSIONS)  # fmt: skip
     known = Facts(kind="training", says="Made up.", better={metric: better}, schedule="cosine", **facts)
-    claim = experiment(Path(f"{name}.py"), known, arms, setup.budget, len(next(iter(finals.values()))))
+    claim = experiment(Path(f"{name}.py"), known, arms, setup.budget, seeds)
     trials = []
     for arm in arms:
         for seed, final in enumerate(finals[arm.text]):
@@ -151,7 +154,7 @@ def made_up(
         tuning_seeds=(10_000,),
         date="2026-11-20T10:11:12+00:00",
         seconds=12.0,
-        versions={"python": "3.11", "torch": "2.13.0"},
+        versions=VERSIONS,
         machine={"system": "Linux", "cores": "2"},
     )
     return TaskComparison(name=name, facts=known, claim=claim, result=result, setup=setup)

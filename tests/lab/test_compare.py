@@ -20,7 +20,7 @@ from polyak.lab.compare.result import Comparison
 from polyak.lab.compare.search import Search
 from polyak.lab.compare.task import Facts
 from polyak.lab.compare.trial import Train
-from polyak.lab.store import FILE, SCHEMA
+from polyak.lab.database import FILE, SCHEMA
 from polyak.lab.tuning import FIRST_TUNING_SEED
 from polyak.lab.workers import Ended, Heard, Job, Processes, carry_out
 

@@ -1,166 +1,311 @@
-"""Comparisons in a store: which trials are of one, what it is called, and the command that writes its page."""
+"""Comparisons in a store: as they were asked for, with what has ended of them, and their pages in `polyak serve`."""
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
-from dataclasses import replace
+import shutil
+import sqlite3
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tasks_for_tests import REGRESSION
 
-from polyak.lab import Store, compare
-from polyak.lab.compared import Compared, budget_words, comparisons
-from polyak.lab.result import ComparedTrial
+from polyak.lab import Store, compare, words
+from polyak.lab.compare.page import page
+from polyak.lab.compare.record import Record
+from polyak.lab.compare.result import Comparison
+from polyak.lab.compared import Compared, Shelf
+from polyak.lab.database import FILE
+from polyak.lab.pages import Pages
 from polyak.lab.store import InFlight
 
-LIBRARIES = {"python": "3.11.7", "torch": "2.13.0", "numpy": "2.4.0", "polyak": "0.1.0"}
-CLASSES = {"adamw": "torch.optim:AdamW", "adan": "polyak.optim:Adan", "lion": "polyak.optim:Lion"}
+from .tasks_for_tests import REGRESSION, SAMPLING, write
+
+ARMS = "adamw,adan:betas=(0.9, 0.9, 0.99),sgd:momentum=0.9:lr=0.1:weight_decay=0"
+GIVEN: dict[str, Any] = {"budget": "20steps", "seeds": 2, "trials": 3, "points": 4, "jobs": 2, "progress": False}
+TOTAL = 3 * 2 + 2 * 3  # nothing is tuned of SGD
 
 
-def trial(arm: str, state: str, owner: str, *, minute: int = 0, **changes: Any) -> ComparedTrial:
-    facts = {
-        "claim": "compare-mine",
-        "scale": "1 seconds",
-        "device": "cpu",
-        "versions": {**LIBRARIES, "fingerprint": state},
-        "arm": arm,
-        "target": CLASSES.get(arm, arm),
-        "purpose": "report",
-        "seed": 0,
-        "number": -1,
-        "points": 20,
-        "state": "done",
-        "owner": owner,
-        "seconds": 1.5,
-        "finished": f"2026-11-25T07:{minute:02d}:00+00:00",
-    }
-    return ComparedTrial(**(facts | changes))
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("tasks"), REGRESSION, name="line.py")
 
 
-def arm(name: str, state: str, owner: str, *, seeds: int = 2, tuned: int = 3, **changes: Any) -> list[ComparedTrial]:
-    """All of an arm's trials."""
-    tuning = [
-        trial(name, state, owner, purpose="tuning", seed=10_000, number=n, points=10, **changes) for n in range(tuned)
-    ]
-    return tuning + [trial(name, state, owner, seed=s, **changes) for s in range(seeds)]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, task: Path) -> tuple[Path, Comparison]:
+    home = tmp_path_factory.mktemp("home")
+    return home, compare(task, ARMS, store=home, **GIVEN)
 
 
-def arms_of(found: list[Compared]) -> list[list[str]]:
-    return [list(c.arms) for c in found]
+@pytest.fixture
+def home(whole: tuple[Path, Comparison], tmp_path: Path) -> Path:
+    """A store of this test's own that holds the comparison."""
+    shutil.copytree(whole[0], tmp_path / "home")
+    return tmp_path / "home"
 
 
-def test_the_arms_of_a_command_are_one_comparison():
-    """Each has a fingerprint of its own, and so is a run of its own to the store."""
-    [one] = comparisons([*arm("adamw", "a", "me"), *arm("adan", "b", "me", minute=3)])
-    assert (one.task, one.budget, one.done, one.failed, one.seconds) == ("mine", "1 s for each trial", 10, 0, 15.0)
-    assert one.arms == {"adamw": "AdamW", "adan": "Adan"}
-    assert one.finished == "2026-11-25T07:03:00+00:00"
-    assert one.versions == {k: v for k, v in LIBRARIES.items() if k != "polyak"}
+def change(home: Path, *statements: str) -> None:
+    database = sqlite3.connect(home / FILE)
+    with database:
+        for statement in statements:
+            database.execute(statement)
+    database.close()
 
 
-def test_an_arm_that_was_added_later_is_of_the_same_comparison():
-    trials = [*arm("adamw", "a", "first"), *arm("adan", "b", "first"), *arm("lion", "c", "second", minute=9)]
-    assert arms_of(comparisons(trials)) == [["adamw", "adan", "lion"]]
-
-
-def test_what_went_on_in_another_process_is_of_the_same_comparison():
-    begun = arm("adamw", "a", "first", seeds=0)
-    rest = [*arm("adamw", "a", "second", tuned=0), *arm("adan", "b", "second")]
-    assert arms_of(comparisons([*begun, *rest])) == [["adamw", "adan"]]
-
-
-def test_a_changed_task_is_another_comparison_and_the_latest_is_first():
-    before = [*arm("adamw", "a", "first"), *arm("adan", "b", "first")]
-    after = [*arm("lion", "e", "second", minute=9), *arm("adamw", "d", "second", minute=9)]
-    assert arms_of(comparisons([*before, *after])) == [["lion", "adamw"], ["adamw", "adan"]]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"claim": "compare-other"},
-        {"scale": "2 seconds"},
-        {"device": "NVIDIA H100"},
-        {"versions": {**LIBRARIES, "torch": "2.12.0", "fingerprint": "a"}},
-    ],
-)
-def test_another_task_budget_device_or_library_is_another_comparison(change):
-    trials = arm("adamw", "a", "me")
-    assert len(comparisons([*trials, *(replace(t, **change) for t in trials)])) == 2
-    other_polyak = replace(trials[0], versions={**trials[0].versions, "polyak": "9"})  # says nothing of the code
-    assert len(comparisons([*trials, other_polyak])) == 1
-
-
-def test_arms_of_one_class_are_called_as_they_were_given():
-    trials = [
-        trial("adamw", "a", "me"),
-        trial("adamw:eps=1", "a", "me", target=CLASSES["adamw"]),
-        trial("adan", "b", "me"),
-    ]
-    [one] = comparisons(trials)
-    assert list(one.arms.values()) == ["adamw", "adamw:eps=1", "Adan"]
-
-
-def test_a_trial_in_flight_is_of_its_commands_comparison():
-    first, second = comparisons([*arm("adamw", "a", "me"), *arm("adamw", "b", "other", minute=5)])[::-1]
-    place = {"claim": "compare-mine", "scale": "1 seconds", "device": "cpu", "label": "", "since": 0.0}
-    flight = InFlight(**place, arm="adan", owner="me", versions={**LIBRARIES, "fingerprint": "c"})
-    assert (first.goes_on(flight), second.goes_on(flight)) == (True, False)
-    again = replace(flight, arm="adamw", owner="new", versions={**LIBRARIES, "fingerprint": "b"})
-    assert (first.goes_on(again), second.goes_on(again)) == (False, True)
-    assert not first.goes_on(replace(flight, scale="2 seconds"))
-    assert not first.goes_on(replace(flight, owner="new"))
-
-
-def test_budgets_in_words():
-    assert budget_words("1 seconds") == "1 s for each trial"
-    assert budget_words("500 steps") == "500 steps for each trial"
-    assert budget_words("20 evaluations") == "20 evaluations for each trial"
-    assert budget_words("as it was before") == "as it was before"
-
-
-def test_the_command_is_given_only_where_it_is_certain():
-    whole = [*arm("adamw", "a", "me"), *arm("adan:eps=(1, 2)", "b", "me")]
-    [one] = comparisons(whole)
-    assert one.command == (
-        "polyak compare mine.py --arms 'adamw,adan:eps=(1, 2)' --budget 1s/trial --seeds 2 --trials 3"
-    )
-    fixed = [*arm("adamw", "a", "me"), *arm("adan", "b", "me", tuned=0)]  # all options given: nothing to tune
-    assert comparisons(fixed)[0].command.endswith("--arms adamw,adan --budget 1s/trial --seeds 2 --trials 3")
-    others = [replace(t, points=40) if t.purpose == "report" else t for t in whole]
-    assert comparisons(others)[0].command.endswith("--points 40")
-    not_certain = [
-        whole[:-1],  # a seed is missing
-        whole[1:],  # a tuning trial is
-        arm("adamw", "a", "me"),  # one arm alone is no comparison
-        [*whole[:-1], replace(whole[-1], state="failed")],
-        [*whole, replace(whole[0], owner="other")],  # two searches of one arm
-        [*whole[:-1], replace(whole[-1], points=40)],
-        [replace(t, scale="some time") for t in whole],
-        [t for t in whole if t.purpose == "tuning"],
-    ]
-    for trials in not_certain:
-        assert [c.command for c in comparisons(trials)] == [""]
-
-
-def test_the_command_of_a_comparison_runs_nothing_that_is_stored(tmp_path: Path):
-    task = tmp_path / "line.py"
-    task.write_text(REGRESSION)
-    home = tmp_path / "home"
-    compare(task, "adamw,adan,sgd:momentum=0.9:lr=0.1:weight_decay=0", budget="20steps", seeds=2, trials=2, points=4,
-            store=home, progress=False)  # fmt: skip
+def read(home: Path, shelf: Shelf | None = None) -> list[Compared]:
     with Store(home) as store:
-        [found] = comparisons(store.compared())
-    assert found.arms == {"adamw": "AdamW", "adan": "Adan", "sgd:momentum=0.9:lr=0.1:weight_decay=0": "SGD"}
-    assert (found.task, found.budget, found.done) == ("line", "20 steps for each trial", 10)
-    said = shlex.split(found.command)
+        return (shelf or Shelf()).read(store)
+
+
+def pages(home: Path) -> Pages:
+    return Pages(home, {}, lambda slug: None)
+
+
+def text(of: Pages, target: str) -> str:
+    body = re.sub(r"<(script|style)\b.*?</\1>", "", of.answer(target).body.decode(), flags=re.DOTALL)
+    return " ".join(re.sub(r"<[^>]*>", " ", body).split())
+
+
+def main(html: str) -> str:
+    return html[html.index("<main>") : html.index("</main>")]
+
+
+def test_a_store_gives_back_what_was_found(whole):
+    home, found = whole
+    [compared] = read(home)
+    assert (compared.done, compared.failed, compared.total, compared.complete) == (TOTAL, 0, TOTAL, True)
+    assert list(compared.arms.values()) == ["AdamW", "Adan (betas (0.9, 0.9, 0.99))", "SGD"]
+    assert compared.result.to_json() == found.to_json()
+    assert compared.record.title == "line"
+    assert compared.finished == max(date for _, date in compared.states.values()) != ""
+    assert compared.seconds == pytest.approx(sum(t.seconds for t in found.task().result.trials))
+
+
+def test_a_record_comes_back_as_it_was_and_holds_no_folder(whole, task):
+    with Store(whole[0]) as store:
+        [noted] = store.comparisons()
+    record = Record.from_json(noted.data)
+    assert record.slug == noted.slug
+    assert json.dumps(record.to_json()) == json.dumps(noted.data)
+    assert str(task.parent) not in json.dumps(noted.data)
+    with pytest.raises(ValueError, match="version must be 1, got 2"):
+        Record.from_json({**noted.data, "version": 2})
+
+
+def test_the_command_runs_nothing_that_is_stored(whole, task):
+    home, found = whole
+    [compared] = read(home)
+    said = shlex.split(compared.record.command)
     assert said[:3] == ["polyak", "compare", "line.py"]
     given = dict(zip(said[3::2], said[4::2], strict=True))
-    news = []
-    compare(
+    assert given == {"--arms": ARMS, "--budget": "20steps", "--seeds": "2", "--trials": "3", "--points": "4"}
+    news: list[Any] = []
+    again = compare(
         task, given["--arms"], budget=given["--budget"], seeds=int(given["--seeds"]), trials=int(given["--trials"]),
         points=int(given["--points"]), store=home, on_progress=news.append,
     )  # fmt: skip
-    assert (news[-1].cached, news[-1].total) == (10, 10)
+    assert (news[-1].cached, news[-1].total) == (TOTAL, TOTAL)
+    assert again.answer == found.answer
+    assert [c.record.slug for c in read(home)] == [compared.record.slug]  # the same, asked for again
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"budget": "1m"}, "--budget 60s"),
+        ({"budget": "2s/trial", "jobs": 2}, "--budget 2s/trial --seeds 2 --trials 3 --points 4 --jobs 2"),
+        ({"target": 0.25}, "--target 0.25"),
+    ],
+)
+def test_what_is_asked_for_otherwise_is_another_comparison(home, task, monkeypatch, changes, said):
+    """Only what was asked for is looked at: the trials are not run."""
+
+    class Asked(Exception):
+        pass
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Asked
+
+    monkeypatch.setattr(sys.modules["polyak.lab.compare.main"], "carry_out", stop)
+    before = read(home)[0].record.slug
+    with pytest.raises(Asked):
+        compare(task, ARMS, store=home, **{**GIVEN, **changes})
+    latest, other = read(home)
+    assert other.record.slug == before != latest.record.slug
+    assert said in latest.record.command
+    assert latest.complete == ("target" in changes)  # whose trials are the same
+
+
+def test_an_arm_that_cannot_be_used_leaves_no_record(tmp_path, task):
+    with pytest.raises(ValueError, match="cannot be made"):
+        compare(task, "adamw,sgd:nesterov=True:momentum=0", store=tmp_path, **GIVEN)
+    assert read(tmp_path) == []
+
+
+def test_what_is_missing_is_counted_and_drawn_and_nothing_is_judged(home, whole):
+    change(
+        home,
+        "DELETE FROM trials WHERE purpose = 'report' AND arm LIKE 'adan%'",
+        "UPDATE trials SET state = 'failed' WHERE purpose = 'report' AND arm = 'adamw' AND seed = 1",
+    )
+    [compared] = read(home)
+    assert (compared.done, compared.failed, compared.total, compared.complete) == (TOTAL - 3, 1, TOTAL, False)
+    assert compared.result.task().result.criteria == ()
+    of = pages(home)
+    runs = text(of, "/runs.html")
+    assert f"line 20 steps for each trial AdamW, Adan (betas (0.9, 0.9, 0.99)), SGD {TOTAL - 3} of {TOTAL} " in runs
+    assert "1 could not run" in runs
+    shown = text(of, f"/{compared.record.slug}.html")
+    assert f"{TOTAL - 3} of {TOTAL} trials have ended; 1 could not run ." in shown
+    assert "Nothing runs it now" in shown
+    assert "polyak compare line.py --arms" in shown
+    [first] = [t.values["distance"] for t in whole[1].task().trials("adamw") if t.seed == 0]
+    assert re.search(r"AdamW (\S+) 1 of 2 3 of 3 \S+ lr = ", shown)[1] == words.number(first)
+    assert re.search(r"Adan \(betas \(0.9, 0.9, 0.99\)\) 0 of 2 3 of 3 \S+ lr = \S+, weight_decay = \S+ SGD", shown)
+    assert re.search(r" SGD \S+ 2 of 2 nothing Distance", shown)
+    html = of.answer(f"/{compared.record.slug}.html").body.decode()
+    assert html.count("<svg") - html.count('class="swatch"') == 4  # two curves over two places, the loss, sensitivity
+    assert "beats" not in shown
+    assert "undecided" not in shown
+
+
+def test_the_page_in_serve_is_the_page_that_was_written(home, whole):
+    of = pages(home)
+    [compared] = read(home)
+    assert whole[1].answer in text(of, "/runs.html")
+    runs = of.answer("/runs.html").body.decode()
+    assert f'<a href="{compared.record.slug}.html">line</a>' in runs
+    served = of.answer(f"/{compared.record.slug}.html").body.decode()
+    command = f"<dt>Command</dt><dd><code>{shlex_escaped(compared.record.command)}</code></dd>"
+    assert command in served
+    bare = re.sub(r"\s+", " ", main(served).replace(command, ""))
+    assert bare == re.sub(r"\s+", " ", main(page(whole[1])))
+    assert '<a href="runs.html">Runs</a>' in served
+    assert of.answer("/compare-0123456789abcdef.html").status == 404
+
+
+def shlex_escaped(command: str) -> str:
+    return command.replace("'", "&#39;")
+
+
+def test_what_another_version_wrote_is_left_out(home):
+    change(home, "UPDATE comparisons SET data = json_set(data, '$.version', 9)")
+    assert read(home) == []
+    change(home, "UPDATE comparisons SET data = json_remove(data, '$.version')")
+    assert read(home) == []
+    assert "The store is empty" in text(pages(home), "/runs.html")
+
+
+def test_a_store_of_before_is_read_and_written(home, task):
+    change(home, "DROP TABLE comparisons")
+    reader = Store.reader(home)
+    assert reader is not None
+    with reader:
+        assert reader.comparisons() == []
+    compare(task, ARMS, store=home, **GIVEN)
+    assert len(read(home)) == 1
+
+
+def test_other_libraries_are_marked(home):
+    change(home, "UPDATE comparisons SET data = json_set(data, '$.versions.polyak', '0.0.1')")
+    assert "other versions" not in text(pages(home), "/runs.html")
+    change(home, "UPDATE comparisons SET data = json_set(data, '$.versions.torch', '1.0')")
+    [compared] = read(home)
+    assert compared.done == 0  # its trials would have been other ones
+    assert "other versions torch 1.0 " in text(pages(home), "/runs.html")
+
+
+def test_what_has_not_changed_is_not_read_again(home):
+    shelf = Shelf()
+    [first], [second] = read(home, shelf), read(home, shelf)
+    assert second is first
+    change(home, "DELETE FROM trials WHERE purpose = 'report' AND seed = 1 AND arm = 'adamw'")
+    [third] = read(home, shelf)
+    assert (third.done, first.done) == (TOTAL - 1, TOTAL)
+
+
+def test_a_comparison_in_flight_is_one_panel_with_its_number_of_trials(home):
+    change(home, "DELETE FROM trials WHERE purpose = 'report' AND arm != 'adamw'")
+    [compared] = read(home)
+    missing = [t for t in compared.plans[0].known() if t.purpose == "report" and t.arm != "adamw"]
+    with Store(home) as store:
+        for trial in missing[:2]:
+            assert store.claim_trial(trial) == "mine"
+        [one, *_] = store.in_flight()
+        assert compared.goes_on(one)
+        assert not compared.goes_on(InFlight(**{**vars(one), "digest": "another"}))
+        of = pages(home)
+        [seen] = json.loads(of.answer("/progress.json").body)["runs"]
+        assert (seen["name"], seen["where"]) == ("The comparison on line", "20 steps for each trial, cpu")
+        assert (seen["done"], seen["failed"], seen["total"]) == (TOTAL - 4, 0, TOTAL)
+        assert seen["href"] == f"{compared.record.slug}.html"
+        assert sorted(seen["running"]) == sorted(t.label for t in missing[:2])
+        assert seen["latest"] == []  # of this process
+        runs = text(of, "/runs.html")
+        assert "The comparison on line is running 20 steps for each trial, cpu, for " in runs
+        assert f"{TOTAL - 4} of {TOTAL} trials have ended. Running now: " in runs
+        assert "line ● running 20 steps" in runs
+        own = json.loads(of.answer(f"/progress.json?claim={compared.record.slug}").body)
+        assert len(own["runs"]) == 1
+        shown = text(of, f"/{compared.record.slug}.html")
+        assert "Nothing runs it now" not in shown
+        assert "The answer comes with the last trial" in shown
+        assert "is running" in shown
+        result = whole_result(compared)
+        store.finish(missing[0], result, {})
+        later = json.loads(of.answer(f"/progress.json?claim={compared.record.slug}").body)
+        assert later["revision"] != own["revision"]
+        assert (later["runs"][0]["done"], len(later["runs"][0]["latest"])) == (TOTAL - 3, 1)
+
+
+def whole_result(compared: Compared) -> Any:
+    return next(s.result for s in compared.plans[0].found.values() if s.result.purpose == "report")
+
+
+def test_of_several_tasks_and_of_samplers(tmp_path):
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    for name in ("one.py", "two.py"):
+        write(folder, SAMPLING, name=name)
+    home = tmp_path / "home"
+    found = compare(folder, "ddim,heun", budget="8nfe", seeds=2, trials=1, store=home, progress=False)
+    [compared] = read(home)
+    assert compared.record.title == "one and two"
+    assert compared.result.to_json() == found.to_json()
+    found_trials = sum(len(t.result.trials) for t in found.tasks)
+    of = pages(home)
+    assert "Which helps on 2 tasks?" in text(of, f"/{compared.record.slug}.html")
+    change(home, "DELETE FROM trials WHERE task = 'two' AND seed = 1")
+    assert f"one and two 8 evaluations for each trial DDIM, Heun {found_trials - 2} of {found_trials} " in text(
+        of, "/runs.html"
+    )
+
+
+@pytest.mark.browser
+@pytest.mark.xdist_group("browser")
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("part", ["complete", "so far"])
+def test_in_a_browser(chromium, home, served: Callable[[Pages], Any], width, part):
+    if part == "so far":
+        change(home, "DELETE FROM trials WHERE purpose = 'report' AND seed = 1")
+    [compared] = read(home)
+    errors: list[str] = []
+    page = chromium.new_page(viewport={"width": width, "height": 844})
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.goto(served(pages(home)).url + "runs.html")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    table = page.locator(".compared table").bounding_box()
+    assert table["x"] + table["width"] <= width
+    page.get_by_role("link", name="line").click()
+    page.wait_for_url(f"**/{compared.record.slug}.html")
+    assert page.locator("h1").inner_text() == "Which helps on line?"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator(".plots svg").count() == 4
+    asked = "AdamW" if part == "complete" else f"{TOTAL - 3} of {TOTAL} trials have ended"
+    assert asked in page.locator(".answer").inner_text()
+    assert errors == []
+    page.close()

@@ -11,9 +11,8 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ import claims_for_tests as examples
 import pytest
 
 from polyak.lab import Store, StoreError, run
-from polyak.lab import versions as facts
-from polyak.lab.result import TrialResult
-from polyak.lab.serve import Pages, Server, serve
-from polyak.lab.store import FILE, Planned
+from polyak.lab.database import FILE
+from polyak.lab.pages import Pages
+from polyak.lab.serve import Server, serve
 
 from .test_run import drive, until
 
@@ -46,22 +44,9 @@ def make_pages(home: Path) -> Pages:
 
 
 @pytest.fixture
-def serving() -> Iterator[Callable[[Path], Server]]:
+def serving(served: Callable[[Pages], Server]) -> Callable[[Path], Server]:
     """Starts servers of stores, and ends them."""
-    with_threads: list[tuple[Server, threading.Thread]] = []
-
-    def start(home: Path) -> Server:
-        server = Server(make_pages(home))
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        with_threads.append((server, thread))
-        return server
-
-    yield start
-    for server, thread in with_threads:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    return lambda home: served(make_pages(home))
 
 
 def ask(server: Server, target: str, method: str = "GET", **headers: str) -> tuple[http.client.HTTPResponse, str]:
@@ -153,92 +138,6 @@ def test_a_store_of_a_newer_polyak_gives_one_message(full, tmp_path, serving):
         assert "was written by a newer polyak (schema 99, this one knows 1): update polyak" in plain(page)
     with pytest.raises(StoreError, match="newer polyak"):
         serve(make_pages(tmp_path / "home"), ready=lambda url: pytest.fail("it must not start"))
-
-
-# ------------------------------------------------------------------------------------------------------------ comparisons
-
-
-def of_a_comparison(arm: str, state: str, seed: int, scale: str = "1 seconds", **libraries: str) -> Planned:
-    """A trial as `polyak compare mine.py` stores it: every arm has a fingerprint of its own."""
-    return Planned(
-        claim="compare-mine",
-        scale=scale,
-        task="mine",
-        arm=arm,
-        seed=seed,
-        purpose="report",
-        point={"lr": 0.1},
-        options={"class": f"torch.optim:{arm.title()}", "points": 20, "lr": 0.1},
-        device="cpu",
-        versions={**facts.versions(), **libraries, "fingerprint": state},
-    )
-
-
-def ended(seed: int) -> TrialResult:
-    values = {"rmse": 0.5 + seed, "train_loss": 0.25, "steps": 1200, "seconds": 1.0, "processor": 0.9, "memory": 0.06}
-    return TrialResult(task="mine", arm="", seed=seed, purpose="report", point={}, values=values, curve=(), seconds=1.5)
-
-
-def store_all(store: Store, trials: list[Planned]) -> None:
-    for trial in trials:
-        assert store.claim_trial(trial) == "mine"
-        store.finish(trial, ended(trial.seed), {})
-
-
-def test_a_comparison_is_one_row_with_its_budget_in_words_and_no_wrong_mark(tmp_path):
-    with Store(tmp_path) as store:
-        store_all(
-            store, [of_a_comparison(arm, state, s) for arm, state in (("sgd", "a"), ("lion", "b")) for s in (0, 1)]
-        )
-        run(examples.make(), store=store, jobs=2)
-    pages = make_pages(tmp_path)
-    runs = pages.answer("/runs.html").body.decode()
-    of_comparisons, of_claims = map(plain, runs.split("<h2>Claims</h2>"))
-    assert len(re.findall("mine 1 s for each trial Sgd, Lion", of_comparisons)) == 1
-    row = of_comparisons[of_comparisons.index("mine 1 s for each trial") :]
-    assert re.match(
-        r"mine 1 s for each trial Sgd, Lion Write its page "
-        r"polyak compare mine\.py --arms sgd,lion --budget 1s/trial --seeds 2 "
-        r"4 6 s \d{4}-\d\d-\d\d \d\d:\d\d torch \S+ python \S+$", row,
-    )  # fmt: skip
-    assert "other" not in row
-    assert "compare-mine" not in plain(runs)
-    assert "mine" not in of_claims
-    assert "Parabola small cpu 16 0" in of_claims
-    assert "the present code" in of_claims
-
-
-def test_a_comparison_with_other_libraries_is_marked(tmp_path):
-    with Store(tmp_path) as store:
-        store_all(store, [of_a_comparison("sgd", "a", 0, torch="1.0"), of_a_comparison("sgd", "a", 0, polyak="0.0.1")])
-    runs = plain(make_pages(tmp_path).answer("/runs.html").body.decode())
-    assert runs.count("other versions torch 1.0 ") == runs.count("other versions") == 1
-
-
-def test_a_comparison_in_flight_is_one_panel_whatever_its_arms_are(tmp_path):
-    with Store(tmp_path) as before:
-        store_all(before, [of_a_comparison("sgd", "a", 0)])
-    with Store(tmp_path) as store:
-        store_all(store, [of_a_comparison("sgd", "a", 1), of_a_comparison("lion", "b", 0)])
-        for trial in (of_a_comparison("sgd", "a", 2), of_a_comparison("lion", "b", 1)):
-            assert store.claim_trial(trial) == "mine"
-        pages = make_pages(tmp_path)
-        [seen] = json.loads(pages.answer("/progress.json").body)["runs"]
-        assert seen["name"] == "The comparison on mine"
-        assert seen["where"] == "1 s for each trial, cpu"
-        assert (seen["done"], seen["failed"], seen["total"]) == (2, 0, None)  # of this command; its plan is not stored
-        assert sorted(seen["running"]) == ["lion on mine, seed 1", "sgd on mine, seed 2"]
-        assert [t["arm"] for t in seen["latest"]] == ["lion", "sgd"]
-        assert [name for name, _ in seen["latest"][0]["values"]] == ["rmse", "train loss", "steps"]
-        runs = plain(pages.answer("/runs.html").body.decode())
-        assert "The comparison on mine is running 1 s for each trial, cpu, for " in runs
-        assert "2 trials have ended. Running now: " in runs
-        assert runs.count("mine ● running 1 s for each trial") == 1
-        assert json.loads(pages.answer("/progress.json?claim=parabola").body)["runs"] == []
-        other = of_a_comparison("sgd", "a", 0, scale="9 steps")
-        assert store.claim_trial(other) == "mine"
-        [_, second] = json.loads(pages.answer("/progress.json").body)["runs"]
-        assert (second["where"], second["done"]) == ("9 steps for each trial, cpu", 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- what is refused
@@ -517,21 +416,4 @@ def test_the_page_says_when_the_server_has_ended(chromium, full):
         server.communicate(timeout=10)
     page.locator("body.lost").wait_for(timeout=15_000)
     assert page.locator("table.runs").is_visible()
-    page.close()
-
-
-@pytest.mark.browser
-@pytest.mark.xdist_group("browser")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_comparisons_fit_the_window(chromium, tmp_path, serving, width):
-    long = "sgd:momentum=0.9:nesterov=True:weight_decay=0.0005:dampening=0"
-    with Store(tmp_path) as store:
-        store_all(store, [of_a_comparison(arm, state, 0) for arm, state in (("sgd", "a"), (long, "a"), ("lion", "b"))])
-    page = chromium.new_page(viewport={"width": width, "height": 844})
-    page.goto(serving(tmp_path).url + "runs.html")
-    page.locator(".compared summary").click()
-    assert page.locator(".compared code", has_text="--arms sgd,").is_visible()
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    table = page.locator(".compared table").bounding_box()
-    assert table["x"] + table["width"] <= width
     page.close()

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from polyak.lab.database import FILE, SCHEMA
 from polyak.lab.result import TrialResult
-from polyak.lab.store import FILE, SCHEMA, Planned, Store, StoreError
+from polyak.lab.store import Planned, Store, StoreError
 
 MACHINE = {"system": "Linux", "processor": "a processor", "cores": "2", "accelerator": "none"}
 VERSIONS = {"python": "3.11.7", "torch": "2.10.0", "numpy": "2.0.0", "polyak": "0.1.0", "fingerprint": "abc"}

@@ -100,7 +100,8 @@ def _entries(
 def _stored(
     chosen: Sequence[Claim], home: Path | None, scale: str, device: str, processes: int = 1
 ) -> dict[str, ClaimResult | None]:
-    from polyak.lab.store import FILE, Store, home_folder
+    from polyak.lab.database import FILE, home_folder
+    from polyak.lab.store import Store
 
     found: dict[str, ClaimResult | None] = dict.fromkeys((c.slug for c in chosen), None)
     # Reading must not make a store where there is none, nor load what judges results where there are none.

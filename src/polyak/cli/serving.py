@@ -21,7 +21,7 @@ def serve(
 
     At 127.0.0.1, for this machine alone and for reading only, until Ctrl-C.
     """
-    from polyak.lab.serve import Pages
+    from polyak.lab.pages import Pages
     from polyak.lab.serve import serve as serve_pages
 
     def ready(url: str) -> None:

@@ -26,26 +26,6 @@ class TrialResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparedTrial:
-    """A trial of a comparison that has ended, without its result. ``owner``: the open store that wrote it."""
-
-    claim: str
-    scale: str
-    device: str
-    versions: Mapping[str, str]
-    arm: str
-    target: str  # the arm's class
-    purpose: str
-    seed: int
-    number: int  # among its arm's tuning trials; -1 for a reported one
-    points: int  # how often it was measured
-    state: str
-    owner: str
-    seconds: float
-    finished: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class CriterionResult:
     """A criterion's outcome. The statistic is the criterion's ratio, difference or value."""
 

@@ -1,74 +1,32 @@
-"""Where trials are kept: one SQLite database, written as trials end, read by everyone.
+"""Where trials are kept, written as they end, read by everyone; and which comparisons were asked for.
 
 A trial is known by a digest of all that determines its result. Before it runs it is marked as in flight by its owner (an open
-:class:`Store`); the mark holds for as long as the owner lives, which the operating system vouches for: every owner holds a lock
-on a file of its own, and a process that dies in whatever way loses its locks. So nothing waits for a time to pass, and a
-process that was merely suspended keeps what it has.
+:class:`Store`); the mark holds for as long as the owner lives (see :mod:`polyak.lab.database`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sqlite3
-import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from polyak.lab.result import ComparedTrial, TrialResult
+from polyak.lab.database import Database, StoreError
+from polyak.lab.result import TrialResult
 
-if TYPE_CHECKING:
-    from filelock import BaseFileLock
-
-SCHEMA = 1
-# Marks the file as ours ("plyk"), so that no other program's database is taken for a store.
-APPLICATION = 0x706C796B
-FILE = "polyak.sqlite3"
+__all__ = ["COMPARISON", "InFlight", "Noted", "Planned", "Run", "Store", "StoreError", "Stored"]
 COMPARISON = "compare-"  # begins the name under which a comparison's trials are stored; the task file's name follows
-# Writers wait this long for each other: a write is one row, so that only a stuck disk takes longer.
-PATIENCE_S = 60.0
-
-_TABLES = """
-CREATE TABLE trials (
-    digest TEXT PRIMARY KEY,
-    state TEXT NOT NULL CHECK (state IN ('running', 'done', 'failed')),
-    owner TEXT NOT NULL,
-    claim TEXT NOT NULL,
-    scale TEXT NOT NULL,
-    task TEXT NOT NULL,
-    arm TEXT NOT NULL,
-    seed INTEGER NOT NULL,
-    purpose TEXT NOT NULL,
-    point TEXT NOT NULL,
-    options TEXT NOT NULL,
-    device TEXT NOT NULL,
-    versions TEXT NOT NULL,
-    machine TEXT NOT NULL DEFAULT '{}',
-    finished TEXT NOT NULL DEFAULT '',
-    seconds REAL NOT NULL DEFAULT 0,
-    diverged INTEGER NOT NULL DEFAULT 0,
-    message TEXT NOT NULL DEFAULT '',
-    result TEXT NOT NULL DEFAULT '{}',
-    curve TEXT NOT NULL DEFAULT '[]'
-);
-CREATE INDEX trials_by_claim ON trials (claim, scale, device);
-"""
+_AT_ONCE = 500  # digests in one question: SQLite takes a limited number of parameters
 
 _INSERT = """
 INSERT INTO trials (digest, state, owner, claim, scale, task, arm, seed, purpose, point, options, device, versions)
 VALUES (:digest, 'running', :owner, :claim, :scale, :task, :arm, :seed, :purpose, :point, :options, :device, :versions)
 ON CONFLICT (digest) DO UPDATE SET state = 'running', owner = :owner, message = ''
 """
-
-
-class StoreError(RuntimeError):
-    """The store cannot be read or written; what was stored before is as it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +90,21 @@ class InFlight:
     versions: Mapping[str, str]
     arm: str
     label: str
+    digest: str
     owner: str
     since: float
 
 
-class Store:
+@dataclass(frozen=True, kw_only=True)
+class Noted:
+    """A comparison that was asked for: what it is known by, when it was asked for last (ISO, UTC), and what was asked."""
+
+    slug: str
+    asked: str
+    data: Mapping[str, Any]
+
+
+class Store(Database):
     """The database of trials in a folder, made where it is missing.
 
     Args:
@@ -149,96 +117,6 @@ class Store:
     Several processes may use one store at once, each through a ``Store`` of its own. Use it as a context manager, or close it.
     """
 
-    def __init__(self, home: Path | str | None = None) -> None:
-        self._at(home)
-        with self._clear_errors():
-            self.home.mkdir(parents=True, exist_ok=True)
-            # Two processes may open a new store at once; SQLite does not wait where both switch it to its WAL mode.
-            with _lock(self.home / "polyak.lock", timeout=PATIENCE_S):
-                self._db = sqlite3.connect(self.path, timeout=PATIENCE_S, isolation_level=None)
-                try:
-                    self._prepare()
-                except BaseException:
-                    self._db.close()
-                    raise
-
-    @classmethod
-    def reader(cls, home: Path | str | None = None) -> Store | None:
-        """The store as it is, opened for reading alone. None where there is none yet.
-
-        Nothing is made or changed, but for the empty files beside the database by which SQLite's readers and writers know of
-        each other.
-        """
-        store = cls.__new__(cls)
-        store._at(home)
-        if not store.path.exists():
-            return None
-        with store._clear_errors():
-            address = f"{store.path.resolve().as_uri()}?mode=ro"
-            store._db = sqlite3.connect(address, uri=True, timeout=PATIENCE_S, isolation_level=None)
-            try:
-                if store._tables():
-                    return store
-            except BaseException:
-                store._db.close()
-                raise
-            store._db.close()
-        return None
-
-    def _at(self, home: Path | str | None) -> None:
-        self.home = home_folder(home)
-        if self.home.exists() and not self.home.is_dir():
-            raise StoreError(f"{self.home} is a file, not the folder of a store: name a folder, or {_ELSEWHERE}")
-        self.path = self.home / FILE
-        self._owner = uuid.uuid4().hex
-        self._alive: BaseFileLock | None = None
-
-    def _tables(self) -> int:
-        """How many tables and indices there are. StoreError where the file is not ours, or made by a newer polyak."""
-        self._db.row_factory = sqlite3.Row
-        version, application, tables = (
-            self._db.execute(query).fetchone()[0]
-            for query in ("PRAGMA user_version", "PRAGMA application_id", "SELECT count(*) FROM sqlite_master")
-        )
-        if (tables or version) and application != APPLICATION:
-            raise StoreError(f"{self.path} is a database of another program: {_ELSEWHERE}")
-        if version > SCHEMA:
-            raise StoreError(
-                f"{self.path} was written by a newer polyak (schema {version}, this one knows {SCHEMA}): "
-                f"update polyak, or {_ELSEWHERE}"
-            )
-        return tables
-
-    def _prepare(self) -> None:
-        tables = self._tables()
-        if self._db.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
-            self._db.execute("PRAGMA journal_mode = WAL")
-        if not tables:
-            with self._transaction():
-                for statement in _TABLES.strip().rstrip(";").split(";"):
-                    self._db.execute(statement)
-                self._db.execute(f"PRAGMA application_id = {APPLICATION}")
-                self._db.execute(f"PRAGMA user_version = {SCHEMA}")
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give up all trials still marked as in flight, and close the file."""
-        try:
-            if self._alive is not None:
-                # Where even this cannot be written the marks end with the lock.
-                with suppress(StoreError), self._clear_errors(), self._transaction():
-                    self._db.execute("DELETE FROM trials WHERE state = 'running' AND owner = ?", [self._owner])
-                self._alive.release()
-                self._lock_file(self._owner).unlink(missing_ok=True)
-                self._alive = None
-        finally:
-            self._db.close()
-
     # -- a trial's way through the store ---------------------------------------------------------------------------------
 
     def claim_trial(self, trial: Planned) -> Literal["mine", "done", "elsewhere"]:
@@ -248,11 +126,7 @@ class Store:
         tried again), "done" where its result is stored, "elsewhere" where another living process has it in flight.
         """
         with self._clear_errors():
-            if self._alive is None:
-                self._lock_file(self._owner).parent.mkdir(exist_ok=True)
-                alive = _lock(self._lock_file(self._owner), timeout=0)
-                alive.acquire()
-                self._alive = alive
+            self._live()
             with self._transaction():
                 query = "SELECT state, owner FROM trials WHERE digest = ?"
                 row = self._db.execute(query, [trial.digest]).fetchone()
@@ -267,7 +141,7 @@ class Store:
         """Store a trial's result. The first result of a trial stays: a later one is the same by construction."""
         ended = {
             "machine": _json(machine),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished": _now(),
             "seconds": result.seconds,
             "diverged": int(result.diverged),
             "message": result.message,
@@ -311,22 +185,33 @@ class Store:
         with self._clear_errors(), self._transaction():
             self._db.execute(query, [*alike, *versions.values()])
 
+    def note(self, slug: str, data: Mapping[str, Any]) -> None:
+        """Keep what a comparison was asked for as; asked for again, it is the latest."""
+        query = "INSERT INTO comparisons (slug, asked, data) VALUES (?, ?, ?) ON CONFLICT (slug) DO UPDATE SET asked = ?, data = ?"
+        now, text = _now(), _json(data)
+        with self._clear_errors(), self._transaction():
+            self._db.execute(query, [slug, now, text, now, text])
+
     # -- what is stored --------------------------------------------------------------------------------------------------
 
     def results(self, trials: Iterable[Planned]) -> dict[str, Stored]:
         """The results that are stored of these trials, by their digests."""
-        wanted = {t.digest: t for t in trials}
-        digests = list(wanted)
-        found: dict[str, Stored] = {}
-        with self._clear_errors():
-            # SQLite takes a limited number of parameters at once.
-            for start in range(0, len(digests), 500):
-                some = digests[start : start + 500]
-                marks = ", ".join("?" * len(some))
-                query = f"SELECT * FROM trials WHERE state = 'done' AND digest IN ({marks})"
-                for row in self._db.execute(query, some):
-                    found[row["digest"]] = _stored(row)
+        digests = list(dict.fromkeys(t.digest for t in trials))
+        query = "SELECT * FROM trials WHERE state = 'done'"
+        found = {row["digest"]: _stored(row) for row in self._among(digests, query)}
         return {digest: found[digest] for digest in digests if digest in found}
+
+    def states(self, digests: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """Of those trials that have ended "done" or "failed", and when."""
+        query = "SELECT digest, state, finished FROM trials WHERE state != 'running'"
+        return {row["digest"]: (row["state"], row["finished"]) for row in self._among(list(digests), query)}
+
+    def _among(self, digests: list[str], query: str) -> Iterator[sqlite3.Row]:
+        """The rows of a query that has a condition, for these trials."""
+        with self._clear_errors():
+            for start in range(0, len(digests), _AT_ONCE):
+                some = digests[start : start + _AT_ONCE]
+                yield from self._db.execute(f"{query} AND digest IN ({', '.join('?' * len(some))})", some)
 
     def runs(self, slug: str | None = None) -> list[Run]:
         """What is stored, by claim, scale, device kind and versions; latest last. ``slug`` picks one claim."""
@@ -340,17 +225,15 @@ class Store:
             rows = self._db.execute(query, {"slug": slug}).fetchall()
         return [Run(**{**dict(row), "versions": json.loads(row["versions"])}) for row in rows]
 
-    def compared(self) -> list[ComparedTrial]:
-        """All trials of comparisons that have ended, in the order they were begun in."""
-        query = """
-            SELECT claim, scale, device, versions, arm, purpose, seed, state, owner, seconds, finished,
-                coalesce(json_extract(options, '$.class'), '') AS target, coalesce(json_extract(options, '$.number'), -1) AS number,
-                coalesce(json_extract(options, '$.points'), 0) AS points
-            FROM trials WHERE state != 'running' AND claim GLOB ? ORDER BY rowid
-        """
+    def comparisons(self) -> list[Noted]:
+        """The comparisons that were asked for, the latest first."""
         with self._clear_errors():
-            rows = self._db.execute(query, [f"{COMPARISON}*"]).fetchall()
-        return [ComparedTrial(**{**dict(row), "versions": json.loads(row["versions"])}) for row in rows]
+            if not self._has("comparisons"):
+                return []  # read from a store that an earlier version made
+            rows = self._db.execute(
+                "SELECT slug, asked, data FROM comparisons ORDER BY asked DESC, rowid DESC"
+            ).fetchall()
+        return [Noted(**{**dict(row), "data": json.loads(row["data"])}) for row in rows]
 
     def durations(self, slug: str, scale: str, device: str) -> dict[tuple[str, str], float]:
         """How many seconds a trial took on average, by task and arm, whatever the versions."""
@@ -364,7 +247,7 @@ class Store:
     def in_flight(self) -> list[InFlight]:
         """The trials that living processes have in flight, longest-running processes first."""
         query = """
-            SELECT owner, claim, scale, device, versions, task, arm, seed, purpose, point FROM trials
+            SELECT digest, owner, claim, scale, device, versions, task, arm, seed, purpose, point FROM trials
             WHERE state = 'running' ORDER BY claim, scale, task, arm, seed
         """
         with self._clear_errors():
@@ -376,7 +259,7 @@ class Store:
         for row in rows:
             began = since[row["owner"]]
             if began is not None:
-                facts = {name: row[name] for name in ("claim", "scale", "device", "arm", "owner")}
+                facts = {name: row[name] for name in ("claim", "scale", "device", "arm", "digest", "owner")}
                 label = _label(row["arm"], row["task"], row["seed"], row["purpose"], json.loads(row["point"]))
                 found.append(InFlight(**facts, versions=json.loads(row["versions"]), label=label, since=began))
         return sorted(found, key=lambda trial: trial.since)
@@ -407,95 +290,6 @@ class Store:
         with self._clear_errors():
             return self._db.execute(query, _key(run)).fetchone()[0]
 
-    # -- beneath ---------------------------------------------------------------------------------------------------------
-
-    def _lock_file(self, owner: str) -> Path:
-        return self.home / "running" / f"{owner}.lock"
-
-    def _lives(self, owner: str) -> bool:
-        """Whether an owner still holds its lock; the file of one that died is cleared away."""
-        from filelock import Timeout
-
-        if owner == self._owner:
-            return True
-        path = self._lock_file(owner)
-        if not path.exists():
-            return False
-        try:
-            with _lock(path, timeout=0), suppress(PermissionError):  # Windows deletes no open file
-                path.unlink(missing_ok=True)
-        except Timeout:
-            return True
-        return False
-
-    def _since(self, owner: str) -> float | None:
-        """When an owner began (seconds of :func:`time.time`), if it still holds its lock; nothing is cleared away."""
-        from filelock import Timeout
-
-        path = self._lock_file(owner)
-        try:
-            began = path.stat().st_mtime
-            if owner != self._owner:
-                with _lock(path, timeout=0):
-                    return None
-        except FileNotFoundError:
-            return None
-        except Timeout:
-            pass
-        return began
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            # SQLite may have rolled back by itself, as it does on a full disk.
-            if self._db.in_transaction:
-                with suppress(sqlite3.Error):
-                    self._db.execute("ROLLBACK")
-            raise
-
-    @contextmanager
-    def _clear_errors(self) -> Iterator[None]:
-        """Say in one sentence what is wrong with the store and what helps."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            # The low byte is the kind of error, the others its detail.
-            kind = getattr(error, "sqlite_errorcode", 0) & 0xFF
-            raise StoreError(f"{self.path}: {_WHAT_HELPS.get(kind, _UNEXPECTED)} (SQLite: {error})") from error
-        except OSError as error:
-            what = error.strerror or error
-            raise StoreError(f"{self.home}: cannot be written: {what}. Make it writable, or {_ELSEWHERE}") from error
-
-
-_ELSEWHERE = "set POLYAK_HOME to another folder"
-_UNEXPECTED = "the store cannot be used; what was stored is as it was"
-_DAMAGED = f"the file is damaged or no database: move it aside to start a new store, or {_ELSEWHERE}"
-_READ_ONLY = f"the store cannot be written: make file and folder writable, or {_ELSEWHERE}"
-_WHAT_HELPS = {
-    sqlite3.SQLITE_FULL: f"the disk is full; what was stored is as it was. Make room, or {_ELSEWHERE}",
-    sqlite3.SQLITE_READONLY: _READ_ONLY,
-    sqlite3.SQLITE_CANTOPEN: _READ_ONLY,
-    sqlite3.SQLITE_PERM: _READ_ONLY,
-    sqlite3.SQLITE_CORRUPT: _DAMAGED,
-    sqlite3.SQLITE_NOTADB: _DAMAGED,
-    sqlite3.SQLITE_BUSY: f"another process has held the store for more than {PATIENCE_S:g} s; end it, or {_ELSEWHERE}",
-    sqlite3.SQLITE_IOERR: f"the disk could not be read or written, or is full; make room, or {_ELSEWHERE}",
-}
-
-
-def home_folder(home: Path | str | None) -> Path:
-    if home is None:
-        home = os.environ.get("POLYAK_HOME") or None
-    if home is None:
-        import platformdirs
-
-        home = platformdirs.user_data_dir("polyak", appauthor=False)
-    return Path(home).expanduser()
-
 
 def _label(arm: str, task: str, seed: int, purpose: str, point: Mapping[str, Any]) -> str:
     if purpose == "report":
@@ -503,14 +297,12 @@ def _label(arm: str, task: str, seed: int, purpose: str, point: Mapping[str, Any
     return f"{arm} on {task}, tuning {', '.join(f'{k}={v}' for k, v in point.items())}"
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def _key(run: Run) -> list[str]:
     return [run.claim, run.scale, run.device, _json(run.versions, sort=True)]
-
-
-def _lock(path: Path, *, timeout: float) -> BaseFileLock:
-    from filelock import FileLock
-
-    return FileLock(path, timeout=timeout)
 
 
 def _json(value: Any, *, sort: bool = False) -> str:

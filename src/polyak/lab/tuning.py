@@ -184,6 +184,28 @@ class Plan:
             notes=(*sorted(self.notes), *_divergences(trials), *_places([s.machine for s in stored])),
         )
 
+    def so_far(self) -> ClaimResult:
+        """The trials that have ended, for their curves; nothing is judged."""
+        stored = list(self.found.values())
+        chosen: dict[str, dict[str, dict[str, Any]]] = {}
+        for (task, arm), point in self.chosen.items():
+            chosen.setdefault(task, {})[arm] = point
+        return ClaimResult(
+            slug=self.claim.slug,
+            scale=self.scale,
+            device=self.device,
+            verdict="undecided",
+            criteria=(),
+            trials=tuple(s.result for s in stored),
+            chosen=chosen,
+            seeds=self.seeds,
+            tuning_seeds=(),
+            date=max((s.finished for s in stored), default=""),
+            seconds=sum(s.result.seconds for s in stored),
+            versions=self.versions,
+            machine={},
+        )
+
 
 def choose(arm: Arm, metric: Metric, results: Sequence[Sequence[TrialResult]]) -> tuple[dict[str, Any], str]:
     """The best point of an arm's grid, by the mean of a metric over the tuning seeds, and a note ("" where there is none).

@@ -6,5 +6,6 @@
 
 The lab's engine does the work (workers, store, resuming, statistics): a comparison is an experiment of its kind, which nobody has
 claimed anything about. What is new is here: the user's file (``task``, ``examine``), arms from words (``arms``), tuning that is
-asked of Optuna (``search``), the trials themselves (``trial``, ``sampling``), and what is said of it all (``result``, ``page``).
+asked of Optuna (``search``), the trials themselves (``trial``, ``sampling``), what is said of it all (``result``, ``page``), and
+what the store keeps of it (``record``).
 """

@@ -81,11 +81,10 @@ def curves(t: TaskComparison) -> list[tuple[str, str]]:
 
 def _curve(t: TaskComparison, plot: Plot) -> _Drawn:
     plot = _scaled(t, plot)
-    lines = plots.lines(t.claim, t.claim.tasks[0], plot, regular(t))
-    lost = {row.arm for row in t.rows if row.diverged == row.seeds}
-    view = _late(
-        [line for line in lines if line.arm.name not in lost] or lines, plot, lost=any(row.diverged for row in t.rows)
-    )
+    lines = plots.lines(t.claim, t.claim.tasks[0], plot, regular(t.result))
+    diverged = [trial.arm for trial in t.result.trials if trial.purpose == "report" and trial.diverged]
+    lost = {arm for arm in diverged if diverged.count(arm) == len(t.trials(arm))}
+    view = _late([line for line in lines if line.arm.name not in lost] or lines, plot, lost=bool(diverged))
     shown = [v for line in lines for v in (*line.middle, *(y for _, y in line.crosses)) if math.isfinite(v)]
     label = t.claim.metric(plot.y).label
     title = f"{label} against {plot.x_label}"
@@ -196,7 +195,7 @@ def _tuning(t: TaskComparison, arm: Arm, name: str) -> Line:
     points = sorted((float(p.point[name]), p.values[MEASURE]) for p in whole if p in on_grid)
     line.x, line.middle = [x for x, _ in points], [y for _, y in points]
     line.low = line.high = line.middle
-    chosen = [p for p in whole if p.point == t.result.chosen[t.name][arm.name]]
+    chosen = [p for p in whole if p.point == t.result.chosen.get(t.name, {}).get(arm.name)]
     kinds = {
         "other": [p for p in whole if p not in on_grid],
         "stopped": [p for p in sound if stopped(p)],

@@ -13,19 +13,17 @@ from typing import Any
 
 from polyak.core import checks
 from polyak.lab import versions
-from polyak.lab.claim import Arm, Claim, Criterion, Metric, Paper, Plot, Scale, Task
 from polyak.lab.compare import arms as specs
 from polyak.lab.compare import budget as budgets
 from polyak.lab.compare.arms import ArmSpec
 from polyak.lab.compare.budget import Budget
 from polyak.lab.compare.examine import examine, try_arms
-from polyak.lab.compare.result import Comparison, Setup, TaskComparison
-from polyak.lab.compare.sampling import Draw
-from polyak.lab.compare.search import MEASURE, ComparisonPlan
+from polyak.lab.compare.record import AskedTask, Record
+from polyak.lab.compare.result import Comparison, Setup
+from polyak.lab.compare.search import ComparisonPlan
 from polyak.lab.compare.task import Facts, NoTaskError, TaskError, add_folder
-from polyak.lab.compare.trial import Train
 from polyak.lab.run import Listener, Progress, carry_out, device_kind
-from polyak.lab.store import COMPARISON, Store
+from polyak.lab.store import Store
 from polyak.lab.trackers import Tracker
 from polyak.lab.workers import Executor, call_apart
 
@@ -34,18 +32,8 @@ EXAMINATION_S = 300.0  # a task that has not been built and looked at by then is
 _OWN_CODE = ("trial", "sampling", "task", "generators")
 _GUARD = '; a script that calls compare must do so under `if __name__ == "__main__":`'
 _REDRAW_S = 2.0
-_SHARES = ("acc", "auc", "f1", "precision", "recall", "iou")  # names of what lies between 0 and 1
 _COSTLY = 10.0  # times as long as a plain one a step may take
-_LONG = 32  # characters of a label
 _log = logging.getLogger("polyak.lab.compare")
-_OWN_METRICS = (
-    Metric(name="train_loss", label="training loss"),
-    Metric(name="steps", label="steps", better="higher"),
-    Metric(name="evaluations", label="evaluations", better="higher"),
-    Metric(name="seconds", label="seconds", unit="s"),
-    Metric(name="memory", label="memory", unit="MB"),
-    Metric(name="processor", label="share of a processor", better="higher"),
-)
 
 
 def compare(
@@ -145,9 +133,24 @@ def compare(
         executor.apart()
     at_once = jobs if jobs is not None else 1 if limit.unit == "seconds" else None
 
-    given: dict[str, Any] = {"seeds": seeds, "trials": trials, "points": points, "kind": kind, "deadline": deadline}
-    given["beside"] = at_once if limit.unit == "seconds" else None
-    plans = [_plan(file, f, competitors, limit, **given) for file, f in facts.items()]
+    setup = Setup(
+        budget=limit,
+        arms=competitors,
+        trials=trials,
+        points=points,
+        target=target,
+        jobs=at_once,
+        seeds=seeds,
+        device=kind,
+        versions=versions.versions(),
+    )
+    asked = [
+        AskedTask(file=file, facts=f, fingerprints=_fingerprints(file, f, competitors)) for file, f in facts.items()
+    ]
+    record = Record(setup=setup, tasks=tuple(asked))
+    plans = record.plans()
+    for plan, f in zip(plans, facts.values(), strict=True):
+        plan.deadline = _deadline(limit, f, points) if deadline is None else deadline
     with _opened(store) as opened, _bar(progress and on_progress is None) as tell:
         if fresh:
             _forget(plans, opened)
@@ -158,6 +161,7 @@ def compare(
                 _say_what_is_not_used(plan, limit, opened)
             if len(there) < len(known):
                 _try(file, plan, limit, device, deadline or EXAMINATION_S, call)
+        opened.note(record.slug, record.to_json())
         carry_out(
             plans,
             device=device,
@@ -169,19 +173,7 @@ def compare(
             processes=processes,
             track=track,
         )
-    setup = Setup(
-        budget=limit,
-        arms=competitors,
-        trials=trials,
-        points=points,
-        target=target,
-        alone=at_once == 1,
-    )
-    done = [
-        TaskComparison(name=plan.claim.tasks[0].name, facts=f, claim=plan.claim, result=plan.result(), setup=setup)
-        for plan, f in zip(plans, facts.values(), strict=True)
-    ]
-    return Comparison(setup=setup, tasks=tuple(done))
+    return record.comparison(plans)
 
 
 def task_files(tasks: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -309,49 +301,14 @@ def _check_unit(limit: Budget, facts: Mapping[Path, Facts]) -> None:
         )
 
 
-# -- the experiment --------------------------------------------------------------------------------------------------------
+# -- its trials ----------------------------------------------------------------------------------------------------------
 
 
-def _plan(
-    file: Path,
-    facts: Facts,
-    arms: Sequence[ArmSpec],
-    budget: Budget,
-    *,
-    seeds: int,
-    trials: int,
-    points: int,
-    kind: str,
-    deadline: float | None,
-    beside: int | None,
-) -> ComparisonPlan:
-    tuning_points = max(2, points // 2)
-    by_name = {arm.text: arm for arm in arms}
-
-    def options(name: str, purpose: str) -> dict[str, Any]:
-        arm = by_name[name]
-        shared: dict[str, Any] = {"class": arm.target, "fixed": dict(arm.fixed), "budget": {budget.unit: budget.amount}}
-        if beside not in (None, 1):
-            shared["beside"] = (
-                beside  # at once, which makes times rough: not to be taken for those of trials that ran alone
-            )
-        if purpose == "tuning":
-            return {**shared, "points": tuning_points, "main": facts.main}
-        return {**shared, "points": points}
-
+def _fingerprints(file: Path, facts: Facts, arms: Sequence[ArmSpec]) -> dict[str, str]:
+    """Of the code that decides each arm's results, and what the task gives."""
     code = versions.code_of_file(file)
     own = [versions.code_of_file(Path(__file__).with_name(f"{name}.py")) for name in _OWN_CODE]
-    return ComparisonPlan(
-        experiment(file, facts, arms, budget, seeds),
-        seeds=seeds,
-        device=kind,
-        options=options,
-        specs=by_name,
-        trials=trials,
-        points=tuning_points,
-        fingerprints={arm.text: _fingerprint(code, facts.identity, *own, *_codes(arm)) for arm in arms},
-        deadline=_deadline(budget, facts, points) if deadline is None else deadline,
-    )
+    return {arm.text: _fingerprint(code, facts.identity, *own, *_codes(arm)) for arm in arms}
 
 
 def _deadline(budget: Budget, facts: Facts, points: int) -> float:
@@ -367,84 +324,6 @@ def _codes(arm: ArmSpec) -> list[str]:
 
 def _fingerprint(*codes: str) -> str:
     return hashlib.sha256("\n".join(codes).encode()).hexdigest()[:16]
-
-
-def experiment(file: Path, facts: Facts, arms: Sequence[ArmSpec], budget: Budget, seeds: int) -> Claim:
-    """The comparison in the lab's words: a claim that nobody has made, whose criteria are that an arm is better than the first."""
-    name, better = file.stem, facts.better[facts.main]
-    labels = _labels(arms)
-    measured = [_metric(key, value, facts) for key, value in facts.better.items()]
-    x, x_label = {
-        "seconds": ("seconds", "seconds of training"),
-        "steps": ("step", "optimizer step"),
-        "evaluations": ("evaluations", "evaluations of the model"),
-    }[budget.unit]
-    if facts.kind == "sampling":
-        x, x_label = "evaluations", "evaluations of the model"
-    sampled = facts.kind == "sampling"
-    plots = [Plot(x=x, y=m.name, x_label=x_label, log_x=sampled) for m in measured[:3]]
-    if not sampled:
-        plots.append(Plot(x=x, y="train_loss", x_label=x_label))
-        if x == "step":
-            plots.insert(1, Plot(x="seconds", y=facts.main, x_label="seconds of training"))
-    return Claim(
-        slug=f"{COMPARISON}{name}",
-        room="compare",
-        name=name,
-        summary=facts.says,
-        says="",
-        paper=Paper(title="", year=0),
-        part="",
-        budget=budget.unit,
-        tasks=(Task(name=name, label=name, says=facts.says, tune=MEASURE, plots=tuple(plots)),),
-        arms=tuple(
-            Arm(
-                name=arm.text,
-                label=labels[arm.text],
-                role="baseline" if arm is arms[0] else "method",
-                options=arm.fixed,
-                says=arm.says,
-            )
-            for arm in arms
-        ),
-        scales=(Scale(name=budget.label, says=budget.words, seeds=seeds),),
-        metrics=(
-            *measured,
-            Metric(name=MEASURE, label=f"{facts.main.replace('_', ' ')} in tuning", better=better),
-            *(m for m in _OWN_METRICS if m.name not in facts.better),
-        ),
-        criteria=tuple(
-            Criterion(
-                name=arm.text,
-                says=f"{labels[arm.text]} is better than {labels[arms[0].text]}",
-                task=name,
-                metric=facts.main,
-                arm=arm.text,
-                against=arms[0].text,
-                compare="difference",
-                op="<=" if better == "lower" else ">=",
-                bound=0.0,
-                both_diverged="equal",
-            )
-            for arm in arms[1:]
-        ),
-        trial=(Draw if sampled else Train)(str(file)),
-    )
-
-
-def _labels(arms: Sequence[ArmSpec]) -> dict[str, str]:
-    """Class names with the options that were given; these are left out where they are long and the class alone says which."""
-    names = [arm.class_name for arm in arms]
-    found = {a.text: a.class_name if len(a.label) > _LONG and names.count(a.class_name) == 1 else a.label for a in arms}
-    labels = list(found.values())
-    return {a.text: found[a.text] if labels.count(found[a.text]) == 1 else a.text for a in arms}
-
-
-def _metric(name: str, better: Any, facts: Facts) -> Metric:
-    # A share has a worst value; a loss, a reward or R² has none, whatever it is at first.
-    share = any(part in name.lower() for part in _SHARES)
-    bounded = share and better == "higher" and 0 <= facts.initial.get(name, math.nan) <= 1
-    return Metric(name=name, label=name.replace("_", " "), better=better, worst=0.0 if bounded else None)
 
 
 # -- around it -------------------------------------------------------------------------------------------------------------

@@ -3,36 +3,60 @@
 from __future__ import annotations
 
 import math
+import statistics
 from typing import Any
 
 from markupsafe import Markup, escape
 
 from polyak.lab import plots, report, words
 from polyak.lab.compare import figures
+from polyak.lab.compare.arms import ArmSpec
 from polyak.lab.compare.result import Comparison, Row, TaskComparison
-from polyak.lab.compare.search import MEASURE
+from polyak.lab.compare.search import MEASURE, stopped
+from polyak.lab.report import Live
 from polyak.lab.statistics import LEAST_SEEDS_MEAN, LEVEL
 
 OUTCOME = {"holds": "better", "fails": "worse", "undecided": "undecided"}
 
 
-def page(comparison: Comparison) -> str:
-    """The whole page."""
-    several = len(comparison.tasks) > 1
-    return (
-        report.templates()
-        .get_template("compare.html")
-        .render(
-            c=comparison,
-            setup=comparison.setup,
-            title=comparison.tasks[0].name if not several else words.count(len(comparison.tasks), "task"),
-            tasks=[_task(t) for t in comparison.tasks],
-            fair=fair(comparison),
-            profiles=Markup(figures.profile_svg(comparison)) if several else "",
-            data=report.embedded(comparison.to_json()),
-            outcome=OUTCOME,
-        )
+def page(comparison: Comparison, *, live: Live | None = None, command: str = "") -> str:
+    """The whole page; served (``live``) with the command that asked for the comparison."""
+    return report.render(
+        "compare.html",
+        c=comparison,
+        setup=comparison.setup,
+        title=_title(comparison),
+        tasks=[_task(t) for t in comparison.tasks],
+        fair=fair(comparison),
+        profiles=Markup(figures.profile_svg(comparison)) if len(comparison.tasks) > 1 else "",
+        data=report.embedded(comparison.to_json()),
+        outcome=OUTCOME,
+        live=live,
+        command=command,
     )
+
+
+def so_far(
+    comparison: Comparison, *, live: Live, command: str, done: int, failed: int, total: int, running: bool
+) -> str:
+    """The page of a comparison of which so many trials have ended; nothing is judged."""
+    return report.render(
+        "comparing.html",
+        setup=comparison.setup,
+        title=_title(comparison),
+        tasks=[_task_so_far(t) for t in comparison.tasks],
+        live=live,
+        command=command,
+        done=done,
+        failed=failed,
+        total=total,
+        running=running,
+    )
+
+
+def _title(comparison: Comparison) -> str:
+    tasks = comparison.tasks
+    return tasks[0].name if len(tasks) == 1 else words.count(len(tasks), "task")
 
 
 def summary(comparison: Comparison) -> str:
@@ -77,6 +101,30 @@ def _task(t: TaskComparison) -> dict[str, Any]:
         "memory": any(row.memory for row in t.rows),
         **_trials(t),
         "arms": [{**report.arm_facts(t.claim, t.claim.arm(arm.text), t.result), "spec": arm} for arm in t.setup.arms],
+    }
+
+
+def _task_so_far(t: TaskComparison) -> dict[str, Any]:
+    return {
+        "t": t,
+        "rows": [_row_so_far(t, spec) for spec in t.setup.arms],
+        "curves": [(title, Markup(svg)) for title, svg in figures.curves(t)],
+        "sensitivity": Markup(figures.sensitivity(t)),
+    }
+
+
+def _row_so_far(t: TaskComparison, spec: ArmSpec) -> dict[str, Any]:
+    tuning, reported = t.trials(spec.text, "tuning"), t.trials(spec.text)
+    pick = min if t.main.better == "lower" else max
+    whole = [trial for trial in tuning if not stopped(trial)]
+    best = pick(whole, key=lambda trial: trial.values[MEASURE], default=None)
+    return {
+        "label": t.claim.arm(spec.text).label,
+        "swatch": Markup(plots.swatch(t.claim, t.claim.arm(spec.text))),
+        "tuned": f"{len(tuning)} of {t.setup.trials}" if spec.space else "nothing",
+        "best": (words.number(best.values[MEASURE]), words.options(best.point)) if best else ("", ""),
+        "seeds": f"{len(reported)} of {t.setup.seeds}",
+        "mean": words.number(statistics.fmean(trial.values[t.main.name] for trial in reported)) if reported else "",
     }
 
 

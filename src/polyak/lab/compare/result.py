@@ -35,7 +35,15 @@ class Setup:
     trials: int
     points: int
     target: float | None
-    alone: bool  # whether trials ran one at a time
+    jobs: int | None  # trials at once; None: as many as there are cores
+    seeds: int
+    device: str  # its kind
+    versions: Mapping[str, str]  # of python and the libraries
+
+    @property
+    def alone(self) -> bool:
+        """Whether trials ran one at a time."""
+        return self.jobs == 1
 
     @property
     def baseline(self) -> ArmSpec:
@@ -384,24 +392,24 @@ def profile(costs: Mapping[str, Sequence[float]]) -> dict[str, list[tuple[float,
     return found
 
 
-def regular(t: TaskComparison) -> ClaimResult:
+def regular(result: ClaimResult) -> ClaimResult:
     """The result with the same places in every trial of an arm, where they differ: medians over seeds, at each part of the budget.
 
     Seeds take different times for one step, or different steps in one time; a curve over seeds needs places that they share.
     """
     places: dict[tuple[str, float, str], list[float]] = {}
-    for trial in t.result.trials:
+    for trial in result.trials:
         for at, _ in trial.curve:
             for name, value in at.items():
                 if trial.purpose == "report":
                     places.setdefault((trial.arm, at["used"], name), []).append(value)
     medians = {key: statistics.median(values) for key, values in places.items()}
     trials = []
-    for trial in t.result.trials:
+    for trial in result.trials:
         if trial.purpose == "report":
             curve = tuple(({n: medians[trial.arm, at["used"], n] for n in at}, values) for at, values in trial.curve)
             trials.append(replace(trial, curve=curve))
-    return replace(t.result, trials=tuple(trials))
+    return replace(result, trials=tuple(trials))
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from polyak.lab import versions as facts
 from polyak.lab.claim import Claim
 from polyak.lab.compare.arms import ArmSpec, Range
 from polyak.lab.result import TrialResult
@@ -163,7 +162,6 @@ class ComparisonPlan(Plan):
         trials: how many tuning trials every arm gets that has something to tune.
         points: how often a tuning trial is measured on the way.
         fingerprints: of the code that decides an arm's results.
-        deadline: seconds after which a trial is given up.
     """
 
     def __init__(
@@ -172,16 +170,16 @@ class ComparisonPlan(Plan):
         *,
         seeds: int,
         device: str,
+        versions: Mapping[str, str],
         options: Callable[[str, str], Mapping[str, Any]],
         specs: Mapping[str, ArmSpec],
         trials: int,
         points: int,
         fingerprints: Mapping[str, str],
-        deadline: float,
     ) -> None:
         self._options, self._fingerprints, self.specs = options, fingerprints, specs
-        super().__init__(claim, scale=claim.scales[0].name, seeds=seeds, device=device, versions=facts.versions())
-        self.deadline, self.trials = deadline, trials
+        super().__init__(claim, scale=claim.scales[0].name, seeds=seeds, device=device, versions=versions)
+        self.trials = trials
         better = claim.metric(MEASURE).better
         self._searches = {
             key: Search(specs[key[1]].space, trials, better, points) for key in self._arms if specs[key[1]].space

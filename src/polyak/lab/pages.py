@@ -1,0 +1,351 @@
+"""What `polyak serve` says: the store's claims, comparisons, runs and live progress, as pages made at each request."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+
+from polyak.lab import report, words
+from polyak.lab import versions as facts
+from polyak.lab.claim import Claim
+from polyak.lab.compare import page as comparison_page
+from polyak.lab.compare.task import OWN
+from polyak.lab.compared import Compared, Shelf
+from polyak.lab.report import Entry, Live
+from polyak.lab.result import ClaimResult
+from polyak.lab.store import COMPARISON, InFlight, Run, Store, StoreError
+from polyak.lab.tuning import Plan
+
+# What the lab measures of a comparison's trial beside the point.
+_BESIDE = {*OWN} - {"validation", "train_loss", "steps"}
+LATEST = 3  # ended trials that are shown of a run in flight
+HTML, JSON = "text/html; charset=utf-8", "application/json"
+Place = tuple[str, str, str]  # claim, scale, device kind
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is sent: a status, a media type, and the body."""
+
+    status: HTTPStatus
+    kind: str
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a store holds: the runs of claims, the latest last; and comparisons, the latest first."""
+
+    runs: Sequence[Run] = ()
+    comparisons: Sequence[Compared] = ()
+
+
+class Pages:
+    """What the server says, from the store as it is at each request.
+
+    Args:
+        home: the store's folder, as for :class:`Store`. It need not exist, and is not made.
+        claims: the catalogue.
+        published: the verdict that came with polyak, by slug.
+    """
+
+    def __init__(
+        self, home: Path | str | None, claims: Mapping[str, Claim], published: Callable[[str], ClaimResult | None]
+    ) -> None:
+        self.home, self.claims, self.published = home, claims, published
+        self._versions: dict[str, dict[str, str]] = {}  # of the present code, by slug
+        self._judged: dict[Place, tuple[list[Run], Plan]] = {}  # the runs that a plan was loaded from, and the plan
+        self._results: dict[Place, ClaimResult] = {}
+        self._listed: tuple[Any, Listed] | None = None  # the state of the store's files, and what it holds
+        self._shelf, self._reading = Shelf(), threading.Lock()
+        self._drawing = threading.Lock()  # matplotlib's settings are every thread's
+
+    def check(self) -> None:
+        """StoreError where there is a store that cannot be read."""
+        store = Store.reader(self.home)
+        if store is not None:
+            store.close()
+
+    def answer(self, target: str) -> Answer:
+        """The answer to a request for an address, such as ``/adan.html?scale=small``."""
+        parts = urlsplit(target)
+        page, query = unquote(parts.path).removeprefix("/") or "index.html", dict(parse_qsl(parts.query))
+        try:
+            store = Store.reader(self.home)
+            try:
+                return self._answer(store, page, query)
+            finally:
+                if store is not None:
+                    store.close()
+        except StoreError as error:
+            return message(HTTPStatus.SERVICE_UNAVAILABLE, "The store cannot be read", str(error))
+
+    def _answer(self, store: Store | None, page: str, query: Mapping[str, str]) -> Answer:
+        slug = query.get("claim", "") if page == "progress.json" else page.removesuffix(".html")
+        claim = self.claims.get(slug) if page.endswith((".html", ".json")) else None
+        listed = self._list(store) if store else Listed()
+        compared = next((c for c in listed.comparisons if c.record.slug == slug), None)
+        if not (claim or compared or page in ("index.html", "runs.html", "progress.json")):
+            return message(HTTPStatus.NOT_FOUND, "Not found", "There is no such page here.")
+        runs = listed.runs
+        only = slug if claim or compared else ""
+        flying = store.in_flight() if store else []
+        progress = self._progress(store, listed, flying, only) if store else []
+        live = Live(
+            panel=report.render("panel.html", runs=progress),
+            claim=only,
+            revision=_revision(listed, progress, only),
+        )
+        if page == "progress.json":
+            data = {"revision": live.revision, "runs": progress, "panel": live.panel}
+            return Answer(HTTPStatus.OK, JSON, json.dumps(data, allow_nan=False).encode())
+        with self._drawing:
+            if compared:
+                text = _comparison_page(compared, live, running=bool(progress))
+            elif page == "runs.html":
+                rows = [self._row(run, progress) for run in reversed(runs)]
+                comparisons = [_compared_row(c, progress) for c in listed.comparisons]
+                text = report.render("runs.html", live=live, rows=rows, compared=comparisons)
+            elif claim is None:
+                entries = [self._entry(store, c, runs) for c in self.claims.values()]
+                text = report.index_page(entries, linked=self.claims, live=live)
+            else:
+                text = self._claim_page(store, claim, runs, query, live)
+        return Answer(HTTPStatus.OK, HTML, text.encode())
+
+    def _list(self, store: Store) -> Listed:
+        """What the store holds; read again only where its files have changed, since that reads all of a large table."""
+        files = [store.path, store.path.with_name(f"{store.path.name}-wal")]
+        stamps = [path.stat().st_mtime_ns for path in files if path.exists()]
+        state = (len(stamps), max(stamps, default=0))
+        if self._listed is None or self._listed[0] != state:
+            runs = [run for run in store.runs() if not run.claim.startswith(COMPARISON)]  # no slug does
+            with self._reading:
+                listed = Listed(runs=runs, comparisons=self._shelf.read(store))
+            # Within a second of a change another may follow that a coarse clock cannot tell from it.
+            self._listed = (state, listed) if time.time_ns() - state[1] > 1e9 else None
+            return listed
+        return self._listed[1]
+
+    def _claim_page(
+        self, store: Store | None, claim: Claim, runs: Sequence[Run], query: Mapping[str, str], live: Live
+    ) -> str:
+        asked = [
+            run
+            for run in runs
+            if query.get("scale", run.scale) == run.scale and query.get("device", run.device) == run.device
+        ]
+        entry, so_far = self._entry(store, claim, asked), None
+        mine = [run for run in asked if run.claim == claim.slug and self._current(run)]
+        if store and mine and (entry.result is None or entry.published):
+            so_far = self._plan(store, claim, mine).so_far()
+        return report.claim_page(entry, so_far=so_far, live=live)
+
+    def _row(self, run: Run, progress: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A run in the list of them."""
+        claim, current = self.claims.get(run.claim), self._current(run)
+        place = urlencode({"scale": run.scale, "device": run.device})
+        return {
+            "run": run,
+            "name": claim.name if claim else run.claim,
+            "href": f"{quote(run.claim)}.html?{place}" if current else "",
+            "current": current,
+            "running": any(_place(run) == (p["claim"], p["scale"], p["device"]) for p in progress) and current,
+        }
+
+    # -- results ---------------------------------------------------------------------------------------------------------
+
+    def _entry(self, store: Store | None, claim: Claim, runs: Sequence[Run]) -> Entry:
+        """A claim with its latest complete result of the present code among these runs, else as it was published."""
+        mine = [run for run in runs if run.claim == claim.slug and self._current(run)]
+        found = []
+        for place in dict.fromkeys(map(_place, mine)):
+            if store and (plan := self._plan(store, claim, [run for run in mine if _place(run) == place])).complete:
+                if place not in self._results:
+                    self._results[place] = plan.result()
+                found.append(self._results[place])
+        if found:
+            return Entry(claim, max(found, key=lambda result: result.date))
+        published = self.published(claim.slug)
+        return Entry(claim, published, published=published is not None)
+
+    def _plan(self, store: Store, claim: Claim, runs: Sequence[Run]) -> Plan:
+        """What is stored where the latest of these runs was made: with all seeds that are complete, or those declared."""
+        run = runs[-1]
+        place, made_from = _place(run), [r for r in runs if _place(r) == _place(run)]
+        if place in self._judged and self._judged[place][0] == made_from:
+            return self._judged[place][1]
+        declared = claim.scale(run.scale).seeds
+        most = max(declared, *(store.seeds(r) for r in made_from))
+        for seeds in range(most, declared - 1, -1):
+            plan = self._empty_plan(claim, run, seeds)
+            plan.load(store)
+            if plan.complete or seeds == declared:
+                self._judged[place] = made_from, plan
+                self._results.pop(place, None)
+                return plan
+        raise AssertionError("the declared seeds are the last that are tried")
+
+    def _empty_plan(self, claim: Claim, run: Run, seeds: int) -> Plan:
+        return Plan(claim, scale=run.scale, seeds=seeds, device=run.device, versions=self._present(claim))
+
+    def _present(self, claim: Claim) -> dict[str, str]:
+        """The versions that the present code's results are stored under."""
+        if claim.slug not in self._versions:
+            self._versions[claim.slug] = {**facts.versions(), "fingerprint": facts.fingerprint(claim)}
+        return self._versions[claim.slug]
+
+    def _current(self, run: Run) -> bool:
+        """Whether a run is of the present code and libraries, and of a claim and scale that there are."""
+        claim = self.claims.get(run.claim)
+        if claim is None or run.scale not in [s.name for s in claim.scales]:
+            return False
+        present = self._present(claim)
+        return all(run.versions.get(name) == version for name, version in present.items() if name != "polyak")
+
+    # -- progress --------------------------------------------------------------------------------------------------------
+
+    def _progress(self, store: Store, listed: Listed, flying: Sequence[InFlight], only: str) -> list[dict[str, Any]]:
+        """The runs in flight (of one claim or comparison, if one is named): what a page shows of each."""
+        runs: dict[Any, list[InFlight]] = {}
+        for trial in flying:
+            if not trial.claim.startswith(COMPARISON) and only in ("", trial.claim):
+                runs.setdefault((_place(trial), str(sorted(trial.versions.items()))), []).append(trial)
+        compared: dict[str, tuple[Compared, list[InFlight]]] = {}
+        for trial in flying:
+            # A trial may be of several, of which the latest is the one that runs it.
+            of = next((c for c in listed.comparisons if not c.complete and c.goes_on(trial)), None)
+            if of and only in ("", of.record.slug):
+                compared.setdefault(of.record.slug, (of, []))[1].append(trial)
+        return [
+            *(self._run_in_flight(store, listed.runs, group) for group in runs.values()),
+            *(_comparison_in_flight(store, of, group) for of, group in compared.values()),
+        ]
+
+    def _run_in_flight(self, store: Store, runs: Sequence[Run], trials: Sequence[InFlight]) -> dict[str, Any]:
+        first = trials[0]
+        known = {"claim": first.claim, "scale": first.scale, "device": first.device, "versions": first.versions}
+        none_yet = Run(**known, done=0, failed=0, seconds=0.0, finished="")
+        run = next((r for r in runs if _place(r) == _place(first) and r.versions == first.versions), none_yet)
+        claim = self.claims.get(run.claim)
+        total = None
+        if claim is not None and self._current(run):
+            total = self._empty_plan(claim, run, max(claim.scale(run.scale).seeds, store.seeds(run))).total
+        now = time.time()
+        return {
+            "claim": run.claim,
+            "name": claim.name if claim else run.claim,
+            "href": f"{quote(run.claim)}.html" if claim else "",
+            "scale": run.scale,
+            "device": run.device,
+            "where": f"scale {run.scale}, {run.device}",
+            "done": run.done,
+            "failed": run.failed,
+            "total": total,
+            "running": [trial.label for trial in trials],
+            "elapsed": max(0.0, now - first.since),
+            "latest": [_ended(claim, stored, now) for stored in store.latest(run, LATEST)],
+        }
+
+
+def _ended(claim: Claim | None, stored: Any, now: float) -> dict[str, Any]:
+    """A trial that has ended: what it was, what it measured (with units), how long ago."""
+    trial = stored.result
+    arms = {arm.name: arm.label for arm in claim.arms} if claim else {}
+    tasks = {task.name: task.label for task in claim.tasks} if claim else {}
+    metrics = {metric.name: metric for metric in claim.metrics} if claim else {}
+    values = []
+    for name, value in trial.values.items():
+        if claim is None and name in _BESIDE:
+            continue
+        metric = metrics.get(name)
+        unit = f" {metric.unit}" if metric and metric.unit else ""
+        values.append((metric.label if metric else name.replace("_", " "), words.number(value) + unit))
+    return {
+        "arm": arms.get(trial.arm, trial.arm),
+        "task": tasks.get(trial.task, trial.task),
+        "what": f"seed {trial.seed}" if trial.purpose == "report" else f"tuning, {words.options(trial.point)}",
+        "values": values,
+        "diverged": trial.diverged,
+        "seconds": trial.seconds,
+        "ago": max(0.0, now - datetime.fromisoformat(stored.finished).timestamp()),
+    }
+
+
+def _comparison_page(compared: Compared, live: Live, *, running: bool) -> str:
+    if compared.complete:
+        return comparison_page.page(compared.result, live=live, command=compared.record.command)
+    return comparison_page.so_far(
+        compared.result,
+        live=live,
+        command=compared.record.command,
+        done=compared.done,
+        failed=compared.failed,
+        total=compared.total,
+        running=running,
+    )
+
+
+def _compared_row(compared: Compared, progress: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A comparison in the list of runs. Of its code nobody here knows the present state; of the libraries one does."""
+    present, setup = facts.versions(), compared.record.setup
+    return {
+        "of": compared,
+        "setup": setup,
+        "name": compared.record.title,
+        "href": f"{compared.record.slug}.html",
+        "running": any(compared.record.slug == p["claim"] for p in progress),
+        "current": all(present.get(n) == version for n, version in setup.versions.items() if n != "polyak"),
+    }
+
+
+def _comparison_in_flight(store: Store, compared: Compared, trials: Sequence[InFlight]) -> dict[str, Any]:
+    """What a page shows of a comparison that is run."""
+    first, now, setup = trials[0], time.time(), compared.record.setup
+    return {
+        "claim": compared.record.slug,
+        "name": f"The comparison on {compared.record.title}",
+        "href": f"{compared.record.slug}.html",
+        "scale": first.scale,
+        "device": first.device,
+        "where": f"{setup.budget.words}, {first.device}",
+        "done": compared.done,
+        "failed": compared.failed,
+        "total": compared.total,
+        "running": [trial.label for trial in trials],
+        "elapsed": max(0.0, now - first.since),
+        "latest": [_ended(None, stored, now) for stored in store.latest(first, LATEST)],
+    }
+
+
+def _place(of: Run | InFlight) -> Place:
+    return of.claim, of.scale, of.device
+
+
+def _revision(listed: Listed, progress: Sequence[Mapping[str, Any]], only: str) -> str:
+    """Changes when a page has something new to show beside its panel: on the page of one with each trial, else with each run."""
+    flying = {(p["claim"], p["scale"], p["device"]) for p in progress}
+    shown = [
+        (*_place(r), *((r.done, r.failed) if only or _place(r) not in flying else ()))
+        for r in listed.runs
+        if only in ("", r.claim)
+    ]
+    running = {p["claim"] for p in progress}
+    compared = [
+        (c.record.slug, c.asked, *((c.done, c.failed) if only or c.record.slug not in running else ()))
+        for c in listed.comparisons
+        if only in ("", c.record.slug)
+    ]
+    return report.digest(json.dumps([sorted(flying), shown, compared]))
+
+
+def message(status: HTTPStatus, title: str, text: str) -> Answer:
+    return Answer(status, HTML, report.render("message.html", live=Live(), title=title, text=text).encode())
