@@ -28,8 +28,9 @@ demo: .venv/demo.stamp
 	$(BIN)/polyak report --home demo/store --out demo/report
 	@echo "The report: demo/report/index.html"
 
+# One thread for each of the two workers: on two cores, threads of both would only wait for each other.
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: .venv/dev.stamp
 	$(BIN)/ruff format --check .
