@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polyak.lab.compare.arms import ArmError
 from polyak.lab.compare.sampling import sampler
@@ -32,11 +32,17 @@ from polyak.lab.compare.task import (
 from polyak.lab.compare.trial import build, rehearse
 from polyak.lab.workers import settle
 
+if TYPE_CHECKING:
+    from torch import nn
+
+_State = tuple[dict[str, str], dict[str, str]]  # digests of parameters, and of what else is saved
+
 SEED = 20_000  # neither tuned on nor reported
 _BATCHES = 3  # are compared
 _LEAST_ROWS = 16  # below, a column equals the target by chance
 _SAME = 1 - 1e-6
 _EVALUATIONS = 8  # of a sampler that is tried
+_SHOWN = 3  # names in a message
 
 
 def examine(file: str, device: str) -> Facts | str:
@@ -105,10 +111,16 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
     with blame(f"{name}: taking a batch", file):
         batches = list(islice(endless(first.batches, name), _BATCHES))
     contents = digest(batches)
+    warnings: list[str] = []
+    state = _state(first.model)
     began = time.perf_counter()
     untrained = _evaluate(first, "evaluate", file)
     evaluating = time.perf_counter() - began
-    validated = _evaluate(first, "validate", file) if first.validate else None
+    state = _left(first.model, state, "evaluate", name, warnings)
+    validated = None
+    if first.validate:
+        validated = _evaluate(first, "validate", file)
+        _left(first.model, state, "validate", name, warnings)
     better = betters(first, untrained, file)
     # Numbers without a name are called after the function: one of validate's is taken for the one of evaluate.
     if validated is not None and not {next(iter(untrained)), "validate"} & validated.keys():
@@ -135,7 +147,7 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
             f"{name}: two calls with one seed give different batches: something is left from one call to the next (an iterator or "
             "generator made outside of the function?). Make it inside, from the seed"
         )
-    warnings = list(_targets(batches, name))
+    warnings += _targets(batches, name)
     if first.validate and validated == untrained:
         warnings.append(
             f"{name}: validate and evaluate agree to the last digit on the untrained model: if they look at the same data, what is "
@@ -175,6 +187,38 @@ def _evaluate(task: TrainingTask, what: str, file: str) -> dict[str, float]:
             of = "" if key == what else f" for {key!r}"
             raise TaskError(f"{name}: {what} gives {value}{of} on the untrained model, before any step")
     return found
+
+
+def _left(model: nn.Module, before: _State, what: str, name: str, warnings: list[str]) -> _State:
+    """A model's state after an evaluation. Changed parameters are an error; changes of what else is saved of it, a warning more."""
+    after = _state(model)
+    if changed := _changes(before[0], after[0]):
+        raise TaskError(
+            f"{name}: {what}(model) changes the model's parameters ({_listed(changed)}): an evaluation must leave them as they are"
+        )
+    if changed := _changes(before[1], after[1]):
+        warnings.append(
+            f"{name}: {what}(model) changes the model's buffers ({_listed(changed)}): running statistics take in what is evaluated "
+            "on, and numbers depend on how often it is. Does it call model.train()? The model is in evaluation mode before"
+        )
+    return after
+
+
+def _state(model: nn.Module) -> _State:
+    """Digests of a model's parameters, and of what else is saved of it: running statistics, counters, but no caches."""
+    model.eval()  # there are models that merge weights by it, and the mode that an evaluation leaves is no matter
+    own = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = {key: digest(value) for key, value in model.named_parameters()}
+    return parameters, {key: digest(value) for key, value in model.state_dict().items() if key not in own}
+
+
+def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    return [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 
 def _take_steps(task: TrainingTask, batches: list[Any], file: str) -> tuple[float, float]:
