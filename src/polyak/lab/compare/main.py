@@ -109,8 +109,9 @@ def compare(
     Workers are processes that are started afresh: a script that calls this must do so under ``if __name__ == "__main__":``.
 
     Finished trials are stored by what determines them, and are not run again: the code of the task and of the arm, with what
-    they import from beside them; the initial weights, first batches and first numbers that the task gives; the arm's options,
-    the seed, the budget, versions. What this does not see, such as a change far back in a data file, is for ``fresh``.
+    they import from beside them, and the versions of packages that these import; the initial weights, first batches and first
+    numbers that the task gives; the arm's options, the seed, the budget. What this does not see, such as a change far back in a
+    data file, is for ``fresh``.
 
     What it is at before the first trial it says to the logger "polyak.lab.compare".
     """
