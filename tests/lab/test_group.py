@@ -19,6 +19,9 @@ from polyak.cli import main
 from polyak.lab import Store, collect, compare, run
 from polyak.lab.claim import Trial
 from polyak.lab.cluster import Cluster
+from polyak.lab.compare import task as tasks
+from polyak.lab.compare.examine import examine
+from polyak.lab.compare.task import Facts
 from polyak.lab.group import carry_out, environment
 from polyak.lab.workers import STOPPED, Died, Job, Outcome, Trouble
 
@@ -144,6 +147,57 @@ def test_a_comparison_under_accelerate(tmp_path: Path) -> None:
     assert [t.values["ranks"] for t in one.trials(ARMS[0])] == [0]
     # Both ranks have the same batches here, and the mean of two equal gradients is exact.
     assert [t.values["distance"] for t in two.trials(ARMS[0])] == [t.values["distance"] for t in one.trials(ARMS[0])]
+    assert two.warnings[0].startswith("line.py gives both processes of a trial the same batches: ")
+    assert not any("processes" in w for w in one.warnings)
+
+
+RANK = (
+    "\n    import os\n    rank, size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))\n    g = "
+)
+YIELDS = "yield x[i], y[i]"
+OWN = "class Own:\n    def __init__(self, i):\n        self.i = i\n\n\ndef task("
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes", "says"),
+    [
+        (2, {}, "line.py gives both processes of a trial the same batches: "),
+        (
+            3,
+            {YIELDS: "yield {'x': x[i], 'y': [y[i], 7]}"},
+            "line.py gives all 3 processes of a trial the same batches: ",
+        ),
+        (2, {"(8,), generator=g)": "(8,), generator=g)[rank::size]"}, ""),
+        # Two of three, as where a model is spread over two and there are several of it.
+        (3, {"(8,), generator=g)": "(8,), generator=g)[rank // 2::2]"}, ""),
+        # What the loss makes data of, and what a digest does not see.
+        (2, {YIELDS: "yield 7"}, ""),
+        (2, {YIELDS: "yield {'x': Own(i + rank), 'y': y[:8]}", "def task(": OWN}, ""),
+        # A rank that fails is for the trials to tell.
+        (2, {YIELDS: "assert not rank; yield x[i], y[i]"}, ""),
+    ],
+)
+def test_a_task_that_gives_all_ranks_the_same_batches_is_told(
+    tmp_path: Path, processes: int, changes: dict[str, str], says: str
+) -> None:
+    text = REGRESSION.replace("model(batch[0]) - batch[1]", "model(x) - y").replace("\n    g = ", RANK)
+    path = write(tmp_path, text, replaced=changes)
+    tasks._module.cache_clear()
+    found = examine(str(path), "cpu", processes)
+    assert isinstance(found, Facts)
+    assert [w.startswith(says) for w in found.warnings] == [True] * bool(says)
+    assert not ranks()
+
+
+def test_accelerate_shares_a_loader_out(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    shared = {
+        '"batches": batches()': '"batches": accelerator.prepare(torch.utils.data.DataLoader(list(zip(x, y)), batch_size=4))',
+        "    def batches": "    from accelerate import Accelerator\n    accelerator = Accelerator(cpu=True)\n\n    def unused",
+    }
+    found = examine(str(write(tmp_path, REGRESSION, replaced=shared)), "cpu", 2)
+    assert isinstance(found, Facts), found
+    assert found.warnings == ()
 
 
 def test_budgets_in_time_are_for_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

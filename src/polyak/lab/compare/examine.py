@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyak.lab import group
+from polyak.lab.claim import Measurement, Trial
 from polyak.lab.compare.arms import ArmError
 from polyak.lab.compare.sampling import sampler
 from polyak.lab.compare.task import (
@@ -30,7 +33,7 @@ from polyak.lab.compare.task import (
     says,
 )
 from polyak.lab.compare.trial import build, rehearse
-from polyak.lab.workers import settle
+from polyak.lab.workers import Job, Outcome, settle
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,17 +48,21 @@ _EVALUATIONS = 8  # of a sampler that is tried
 _SHOWN = 3  # names in a message
 
 
-def examine(file: str, device: str) -> Facts | str:
-    """The facts of a task, or what is wrong with it, in a sentence."""
+def examine(file: str, device: str, processes: int = 1) -> Facts | str:
+    """The facts of a task, or what is wrong with it, in a sentence. ``processes``: of each trial."""
+    # First, while this process holds nothing on an accelerator.
+    same = _same_batches(file, device, processes) if processes > 1 else ()
     try:
         began = time.perf_counter()
         first = _load(file, device)
         building = time.perf_counter() - began
         if isinstance(first, SamplingTask):
-            return replace(_examine_sampling(first, file, device), building=building)
-        return replace(_examine_training(first, file, device), building=building)
+            found = _examine_sampling(first, file, device)
+        else:
+            found = _examine_training(first, file, device)
     except TaskError as error:
         return str(error)
+    return replace(found, building=building, warnings=(*same, *found.warnings))
 
 
 def try_arms(file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any]]]) -> ArmError | TaskError | None:
@@ -317,6 +324,72 @@ def _pipeline_metrics(task: SamplingTask, file: str, device: str) -> dict[str, f
         made = task.pipeline(**{**task.call, "num_inference_steps": 2, "generator": generator})
     with blame(f"{name}: metric(samples)", file):
         return metrics(task.metric(made[0] if isinstance(made, tuple) else made.images), "metric", file)
+
+
+# -- trials of several processes -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _FirstBatches:
+    """A trial function: whether all ranks have the same first batches. They meet at the store that was there before them."""
+
+    file: str
+
+    def __call__(self, trial: Trial) -> Iterator[Measurement]:
+        from torch.distributed import TCPStore
+
+        task, own = load(self.file, trial.seed, trial.device), ""
+        if isinstance(task, TrainingTask):
+            batches = list(islice(endless(task.batches, Path(self.file).name), _BATCHES))
+            own = digest(batches) if _is_data(batches) else ""
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store.set(f"polyak/{os.environ['RANK']}", own)
+        found = {store.get(f"polyak/{rank}").decode() for rank in range(int(os.environ["WORLD_SIZE"]))}
+        yield Measurement(values={"same": float(len(found) == 1 and "" not in found)})
+
+
+def _same_batches(file: str, device: str, processes: int) -> tuple[str, ...]:
+    """A warning where a task gives the same to all processes of a trial, which then do the same work."""
+    name, trial = Path(file).name, Trial(claim="", scale="", task="", arm="", seed=SEED, device=device)
+    job = Job(
+        function=_FirstBatches(file),
+        trial=trial,
+        worst={"same": 0.0},
+        needed=frozenset(["same"]),
+        libraries=("numpy", "torch"),
+        processes=processes,
+    )
+    found = group.carry_out(job, lambda *_: None, lambda *_: True)
+    # What goes wrong here goes wrong in a trial, too, which says so.
+    if not isinstance(found, Outcome) or not found.values["same"]:
+        return ()
+    all_ = "both" if processes == 2 else f"all {processes}"
+    return (
+        f"{name} gives {all_} processes of a trial the same batches: unless its loss or its model shares them out, each does the "
+        "same work. Give every rank batches of its own: by torch.distributed.get_rank() or the variable RANK, with a "
+        "DistributedSampler, or with accelerate",
+    )
+
+
+def _is_data(batches: Sequence[Any]) -> bool:
+    """Whether a digest sees all of some batches, and they are more than numbers of steps, for which a loss makes its own data."""
+    import numpy as np
+    import torch
+
+    data, parts = (torch.Tensor, np.ndarray, str), list(_leaves(batches))
+    known = all(isinstance(part, (*data, int, float, type(None))) for part in parts)
+    return known and any(isinstance(part, data) for part in parts)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if not isinstance(value, (Mapping, list, tuple)):
+        yield value
+        return
+    for part in value.values() if isinstance(value, Mapping) else value:
+        yield from _leaves(part)
+
+
+# -- contents --------------------------------------------------------------------------------------------------------------
 
 
 def digest(value: Any) -> str:

@@ -129,7 +129,7 @@ def compare(
         add_folder(file)  # arms may be beside the tasks
     kind = device_kind(device, processes, executor)
     call = call_apart if executor is None else executor.call
-    facts = {file: _examine(file, device, deadline or EXAMINATION_S, call) for file in files}
+    facts = {file: _examine(file, device, processes, deadline or EXAMINATION_S, call) for file in files}
     kind_of_task = next(iter(facts.values())).kind
     if any(f.kind != kind_of_task for f in facts.values()):
         raise TaskError("tasks must be alike: some are of training and some of sampling")
@@ -220,9 +220,9 @@ def task_files(tasks: str | Path | Sequence[str | Path]) -> list[Path]:
     return [path.resolve() for path in found]
 
 
-def _examine(file: Path, device: str, patience: float, call: Callable[..., Any]) -> Facts:
+def _examine(file: Path, device: str, processes: int, patience: float, call: Callable[..., Any]) -> Facts:
     _log.info("checking %s", file.name)
-    found = _apart(file, call, examine, str(file), device, timeout=patience)
+    found = _apart(file, call, examine, str(file), device, processes, timeout=patience)
     if isinstance(found, str):
         raise TaskError(found)
     return found
