@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -52,24 +53,35 @@ def examine(file: str, device: str, processes: int = 1) -> Facts | str:
     """The facts of a task, or what is wrong with it, in a sentence. ``processes``: of each trial."""
     # First, while this process holds nothing on an accelerator.
     same = _same_batches(file, device, processes) if processes > 1 else ()
+    with group.of_one() if processes > 1 else nullcontext():
+        found = _examine(file, device)
+    return found if isinstance(found, str) else replace(found, warnings=(*same, *found.warnings))
+
+
+def _examine(file: str, device: str) -> Facts | str:
     try:
         began = time.perf_counter()
         first = _load(file, device)
         building = time.perf_counter() - began
         if isinstance(first, SamplingTask):
-            found = _examine_sampling(first, file, device)
-        else:
-            found = _examine_training(first, file, device)
+            return replace(_examine_sampling(first, file, device), building=building)
+        return replace(_examine_training(first, file, device), building=building)
     except TaskError as error:
         return str(error)
-    return replace(found, building=building, warnings=(*same, *found.warnings))
 
 
-def try_arms(file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any]]]) -> ArmError | TaskError | None:
+def try_arms(
+    file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any]]], processes: int = 1
+) -> ArmError | TaskError | None:
     """What is wrong with the first arm that cannot be used on a task; None where all can.
 
-    ``arms``: each one's words, and its options as a trial gets them.
+    ``arms``: each one's words, and its options as a trial gets them. ``processes``: of each trial.
     """
+    with group.of_one() if processes > 1 else nullcontext():
+        return _try_arms(file, device, arms)
+
+
+def _try_arms(file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any]]]) -> ArmError | TaskError | None:
     try:
         for text, options in arms:
             task = _load(file, device)

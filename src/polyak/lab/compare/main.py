@@ -158,7 +158,7 @@ def compare(
             if not there:
                 _say_what_is_not_used(plan, limit, opened)
             if len(there) < len(known):
-                _try(file, plan, limit, device, deadline or EXAMINATION_S, call)
+                _try(file, plan, limit, device, processes, deadline or EXAMINATION_S, call)
         carry_out(
             plans,
             device=device,
@@ -229,7 +229,13 @@ def _examine(file: Path, device: str, processes: int, patience: float, call: Cal
 
 
 def _try(
-    file: Path, plan: ComparisonPlan, limit: Budget, device: str, patience: float, call: Callable[..., Any]
+    file: Path,
+    plan: ComparisonPlan,
+    limit: Budget,
+    device: str,
+    processes: int,
+    patience: float,
+    call: Callable[..., Any],
 ) -> None:
     """Build every arm on the task, and take two steps (or draw once), before the first trial has run its time."""
     _log.info("trying each arm on %s", file.name)
@@ -238,7 +244,7 @@ def _try(
         centre = {option: r.centre for option, r in arm.space.items()}
         shared = {"class": arm.target, "fixed": dict(arm.fixed), "budget": {limit.unit: limit.amount}}
         arms.append((name, {**shared, "tuned": sorted(centre), **centre}))
-    wrong = _apart(file, call, try_arms, str(file), device, arms, timeout=patience)
+    wrong = _apart(file, call, try_arms, str(file), device, arms, processes, timeout=patience)
     if wrong is not None:
         raise wrong
 
