@@ -92,6 +92,20 @@ def test_no_tuning_is_said(found: dict[str, Comparison]) -> None:
     assert "Sensitivity" not in said
 
 
+@pytest.mark.parametrize(
+    ("trials", "says"),
+    [
+        (1, "1 trial for every arm: the centre of all ranges. "),
+        (2, "2 trials for every arm: two values of the learning rate, "),
+    ],
+)
+def test_little_tuning_is_said(found: dict[str, Comparison], trials: int, says: str) -> None:
+    one = found["one"]
+    said = page(replace(one, setup=replace(one.setup, trials=trials)))
+    assert says in said
+    assert "TPE" not in said
+
+
 def test_a_notebook_needs_no_style(found: dict[str, Comparison]) -> None:
     shown = summary(found["one"])
     Checker(shown)

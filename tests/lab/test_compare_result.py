@@ -109,6 +109,11 @@ def test_a_best_value_at_an_end_is_doubted() -> None:
     assert high.endswith(
         "is at the high end of what was tried, and a better one may be beyond: torch.optim:AdamW:lr=0.001..0.3"
     )
+    # Two trials are inside of the range: either may be the best, and the range goes on beyond it.
+    for rates in ((0.01, 0.1), (0.001, 0.01)):
+        assert (
+            said([(lr, 0.4) for lr in rates], f"adamw:betas=(0.9,0.98):lr={rates[0] / 3.16}..{rates[1] * 3.16}") == []
+        )
     lost = made_up({"adamw": A, "sgd": BETTER}, tuning={"sgd": [(0.01, math.inf), (0.1, math.inf)]}).warnings
     assert any(w.startswith("SGD: every tuning trial diverged") and w.endswith("sgd:lr=0.0001..0.003") for w in lost)
 

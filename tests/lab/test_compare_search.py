@@ -41,6 +41,35 @@ def test_the_first_trials_are_a_grid_of_the_learning_rate() -> None:
     assert {point["weight_decay"] for point in first} == {0.01}
 
 
+@pytest.mark.parametrize(
+    ("trials", "rates"), [(1, [-2.5]), (2, [-3.25, -1.75]), (3, [-4.0, -2.5, -1.0]), (4, [-4.0, -2.5, -1.0])]
+)
+def test_few_trials_are_inside_of_the_range(trials: int, rates: list[float]) -> None:
+    """In the middle of it or of its halves, so that no value of it is farther from one that is tried than need be."""
+    first = Search(SPACE, trials, "lower", 10).ask()
+    assert [math.log10(point["lr"]) for point in first] == pytest.approx(rates, abs=1e-3)
+    assert {point["weight_decay"] for point in first} == {0.01}
+
+
+@pytest.mark.parametrize("trials", [1, 2])
+@pytest.mark.parametrize("best", [1e-5, 1.0])
+def test_few_trials_go_nowhere_else(trials: int, best: float) -> None:
+    search = Search(SPACE, trials, "lower", 10)
+    asked = drive(search, bowl(best))
+    assert len(asked) == trials
+    assert search.space == SPACE
+    assert search.best == (trials - 1 if best == 1.0 else 0)
+
+
+def test_two_whole_numbers_are_two() -> None:
+    for high in (2, 3, 4, 5):
+        asked = drive(Search({"order": Range(1, high, whole=True)}, 2, "lower", 5), lambda p: p["order"])
+        assert [p["order"] for p in asked] == [1, high]
+    [asked] = drive(Search({"scale": Range(0.0, 8.0), "lr": SPACE["lr"]}, 1, "lower", 5), lambda p: p["lr"])
+    assert asked["scale"] == 4.0
+    assert [p["scale"] for p in drive(Search({"scale": Range(0.0, 8.0)}, 2, "lower", 5), lambda p: 0.0)] == [2.0, 6.0]
+
+
 def test_the_same_number_of_trials_and_a_good_end() -> None:
     search = Search(SPACE, 12, "lower", 10)
     asked = drive(search, bowl(4e-3))

@@ -106,6 +106,23 @@ BROKEN = {
     "schedule": ({'"evaluate"': '"schedule": "cosin", "evaluate"'}, "schedule must be one of cosine, linear, constant"),
     "ends": ({"while True:": "for _ in range(2):"}, "batches came to an end. Give a DataLoader"),
     "frozen": ({"    def batches": "    model.requires_grad_(False)\n\n    def batches"}, "nothing to train"),
+    "trains in evaluate": (
+        {
+            '"evaluate": lambda model: {"distance"': '"evaluate": lambda model: steps(model) or {"distance"',
+            "    return {": """    def steps(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with torch.enable_grad():
+            (model(x) - y).square().mean().backward()
+        optimizer.step()
+
+    return {""",
+        },
+        "evaluate(model) changes the model's parameters (weight, bias): an evaluation must leave them as they are",
+    ),
+    "changes a weight in validate": (
+        {'"evaluate": ': '"validate": lambda model: {"distance": model.bias.add_(1).norm()}, "evaluate": '},
+        "validate(model) changes the model's parameters (bias): ",
+    ),
     "shared model": (
         {
             "    model = nn.Linear(2, 1)\n": "    model = MODEL\n",
@@ -179,6 +196,81 @@ def test_a_class_among_the_inputs_is_found(tmp_path: Path) -> None:
     }
     (warning,) = facts(write(tmp_path, REGRESSION, replaced=leak)).warnings
     assert "column number 1" in warning
+
+
+NORMALIZED = {
+    "model = nn.Linear(2, 1)": "model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))",
+    "(model.weight - TRUTH).norm()": "FIRST(x).norm()",
+    '"evaluate": ': '"validate": lambda model: {"distance": SECOND(x).sum()}, "evaluate": ',
+}
+MOVED = (
+    "line.py: {}(model) changes the model's buffers (1.running_mean, 1.running_var, 1.num_batches_tracked): running statistics "
+    "take in what is evaluated on, and numbers depend on how often it is. Does it call model.train()? The model is in evaluation "
+    "mode before"
+)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "warned"),
+    [
+        ("model.train()", "model", ["evaluate"]),
+        ("model", "model.train()", ["validate"]),
+        ("model.train()", "model.train()", ["evaluate", "validate"]),
+        ("model", "model", []),
+    ],
+)
+def test_running_statistics_that_move_in_an_evaluation_are_found(
+    tmp_path: Path, first: str, second: str, warned: list[str]
+) -> None:
+    changes = {old: new.replace("FIRST", first).replace("SECOND", second) for old, new in NORMALIZED.items()}
+    tasks._module.cache_clear()
+    assert facts(write(tmp_path, REGRESSION, replaced=changes)).warnings == tuple(MOVED.format(w) for w in warned)
+
+
+@pytest.mark.parametrize(
+    ("evaluates", "says"),
+    [
+        ("model.train() and model.eval()(x).norm()", ""),
+        ("(model(x).norm(), model.train())[0]", ""),
+        ("model.get_buffer('cache').add_(1).norm() + model.weight.norm()", ""),
+        ("[model.weight.clone(), model.weight.zero_()][0].add_(model.weight.copy_(KEPT)).norm()", ""),
+        ("model.get_buffer('count').add_(1).norm()", "buffers (count)"),
+        ("[b.add_(1) for name, b in model.named_buffers()][-1].norm()", "buffers (count, a, b and 2 more)"),
+    ],
+)
+def test_only_what_an_evaluation_changes_for_training_is_told(tmp_path: Path, evaluates: str, says: str) -> None:
+    """Neither a mode, which the lab sets, nor a cache that is not saved, nor weights that are put back."""
+    buffers = "".join(
+        f"    model.register_buffer('{name}', torch.zeros(1))\n" for name in ("count", "a", "b", "c", "d")
+    )
+    buffers += "    model.register_buffer('cache', torch.zeros(1), persistent=False)\n"
+    changes = {
+        "    model = nn.Linear(2, 1)\n": f"    model = nn.Linear(2, 1)\n    KEPT = model.weight.detach().clone()\n{buffers}",
+        "(model.weight - TRUTH).norm()": evaluates,
+    }
+    tasks._module.cache_clear()
+    warnings = facts(write(tmp_path, REGRESSION, replaced=changes)).warnings
+    assert [f"evaluate(model) changes the model's {says}:" in w for w in warnings] == [True] * bool(says)
+
+
+MERGES = """
+class Merges(nn.Linear):
+    def train(self, mode=True):
+        self.weight.data *= 2.0 ** (self.training - mode)
+        return super().train(mode)
+"""
+
+
+@pytest.mark.parametrize("evaluates", ["model.weight.norm()", "model.train().weight.norm()"])
+def test_weights_that_the_mode_changes_are_not_the_evaluations_doing(tmp_path: Path, evaluates: str) -> None:
+    """As of an adapter that is merged for inference."""
+    changes = {
+        "\n\ndef task": f"\n{MERGES}\n\ndef task",
+        "nn.Linear(2, 1)": "Merges(2, 1)",
+        "(model.weight - TRUTH).norm()": evaluates,
+    }
+    tasks._module.cache_clear()
+    assert facts(write(tmp_path, REGRESSION, replaced=changes)).warnings == ()
 
 
 def test_validation_that_is_the_evaluation_is_found(tmp_path: Path) -> None:

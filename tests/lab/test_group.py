@@ -19,8 +19,11 @@ from polyak.cli import main
 from polyak.lab import Store, collect, compare, run
 from polyak.lab.claim import Trial
 from polyak.lab.cluster import Cluster
-from polyak.lab.group import carry_out, environment
-from polyak.lab.workers import STOPPED, Died, Job, Outcome, Trouble
+from polyak.lab.compare import task as tasks
+from polyak.lab.compare.examine import examine
+from polyak.lab.compare.task import Facts
+from polyak.lab.group import carry_out, environment, of_one
+from polyak.lab.workers import STOPPED, Died, Job, Outcome, Trouble, call_apart
 
 from .tasks_for_tests import REGRESSION, write
 
@@ -144,6 +147,94 @@ def test_a_comparison_under_accelerate(tmp_path: Path) -> None:
     assert [t.values["ranks"] for t in one.trials(ARMS[0])] == [0]
     # Both ranks have the same batches here, and the mean of two equal gradients is exact.
     assert [t.values["distance"] for t in two.trials(ARMS[0])] == [t.values["distance"] for t in one.trials(ARMS[0])]
+    assert two.warnings[0].startswith("line.py gives both processes of a trial the same batches: ")
+    assert not any("processes" in w for w in one.warnings)
+
+
+RANK = (
+    "\n    import os\n    rank, size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))\n    g = "
+)
+YIELDS = "yield x[i], y[i]"
+OWN = "class Own:\n    def __init__(self, i):\n        self.i = i\n\n\ndef task("
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes", "says"),
+    [
+        (2, {}, "line.py gives both processes of a trial the same batches: "),
+        (
+            3,
+            {YIELDS: "yield {'x': x[i], 'y': [y[i], 7]}"},
+            "line.py gives all 3 processes of a trial the same batches: ",
+        ),
+        (2, {"(8,), generator=g)": "(8,), generator=g)[rank::size]"}, ""),
+        # Two of three, as where a model is spread over two and there are several of it.
+        (3, {"(8,), generator=g)": "(8,), generator=g)[rank // 2::2]"}, ""),
+        # What the loss makes data of, and what a digest does not see.
+        (2, {YIELDS: "yield 7"}, ""),
+        (2, {YIELDS: "yield {'x': Own(i + rank), 'y': y[:8]}", "def task(": OWN}, ""),
+        # A rank that fails is for the trials to tell.
+        (2, {YIELDS: "assert not rank; yield x[i], y[i]"}, ""),
+    ],
+)
+def test_a_task_that_gives_all_ranks_the_same_batches_is_told(
+    tmp_path: Path, processes: int, changes: dict[str, str], says: str
+) -> None:
+    text = REGRESSION.replace("model(batch[0]) - batch[1]", "model(x) - y").replace("\n    g = ", RANK)
+    path = write(tmp_path, text, replaced=changes)
+    tasks._module.cache_clear()
+    found = examine(str(path), "cpu", processes)
+    assert isinstance(found, Facts)
+    assert [w.startswith(says) for w in found.warnings] == [True] * bool(says)
+    assert not ranks()
+
+
+def test_accelerate_shares_a_loader_out(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    shared = {
+        '"batches": batches()': '"batches": accelerator.prepare(torch.utils.data.DataLoader(list(zip(x, y)), batch_size=4))',
+        "    def batches": "    from accelerate import Accelerator\n    accelerator = Accelerator(cpu=True)\n\n    def unused",
+    }
+    found = call_apart(examine, str(write(tmp_path, REGRESSION, replaced=shared)), "cpu", 2, timeout=60)
+    assert isinstance(found, Facts), found
+    assert found.warnings == ()
+
+
+TORCHRUNS = {
+    "    model = nn.Linear(2, 1)\n": """    from torch import distributed as dist
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    model = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
+""",
+    "(8,), generator=g)": "(8,), generator=g)[dist.get_rank()::dist.get_world_size()]",
+    '{"distance": (model.weight - TRUTH).norm()}': (
+        '{"distance": (model.module.weight - TRUTH).norm(), "loss": dist.get_world_size()}'
+    ),
+}
+
+
+def test_a_task_that_is_written_for_torchrun(tmp_path: Path) -> None:
+    """It is examined as the one rank of a group. Two that share each batch do what one process does with all of it."""
+    small: dict[str, Any] = {"budget": "10steps", "seeds": 1, "trials": 1, "points": 5, "jobs": 1, "progress": False}
+    two = compare(write(tmp_path, REGRESSION, replaced=TORCHRUNS), ARMS, store=tmp_path, processes=2, **small).task()
+    assert not any("processes" in w for w in two.warnings)
+    assert [t.values["loss"] for t in two.trials(ARMS[0])] == [2]
+    tasks._module.cache_clear()
+    one = compare(write(tmp_path, REGRESSION, "alone.py"), ARMS, store=tmp_path, **small).task()
+    found, expected = ([t.values["distance"] for t in c.trials(ARMS[1])] for c in (two, one))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_environment_of_one_rank_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    before = dict(os.environ)
+    with of_one():
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
+        torch.distributed.init_process_group("gloo")
+        assert torch.distributed.get_world_size() == 1
+        torch.distributed.destroy_process_group()
+    assert dict(os.environ) == before
 
 
 def test_budgets_in_time_are_for_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

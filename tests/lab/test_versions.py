@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import claims_for_tests as examples
@@ -200,6 +203,82 @@ def test_what_is_beside_a_task_or_an_arm_counts(tmp_path: Path, monkeypatch: pyt
     of_task = ("task.py", "mine.py", "deeper.py", "late.py", "net/layers.py", "bare/inner.py", "barer/inner.py")
     assert (digests()[0] != task) == (changed in of_task)
     assert (digests()[1] != arm) == (changed in ("opt.py", "deeper.py"))
+
+
+def install(folder: Path, package: str, version: str, module: str) -> None:
+    """As pip does: what there was of it goes."""
+    for old in folder.glob(f"{package}-*.dist-info"):
+        shutil.rmtree(old)
+    facts = folder / f"{package}-{version}.dist-info"
+    facts.mkdir(parents=True)
+    (facts / "METADATA").write_text(f"Name: {package}\nVersion: {version}\n")
+    (facts / "top_level.txt").write_text(f"{module}\n")
+    (folder / f"{module}.py").write_text("x = 1\n")
+
+
+USERS = {
+    "task.py": "import torch, json, numpy as np\nimport beside\ndef task(seed, device):\n    from lens_m.glass import x\n",
+    "beside.py": "try:\n    import prism_m\nexcept ImportError:\n    pass\nfrom polyak.core import checks\n",
+    "own.py": "import torch\nimport mirror_m\nfrom lens_m import x\nclass Opt:\n    pass\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("package", "of_task", "of_arm"),
+    [("lens", True, True), ("prism", True, False), ("mirror", False, True), ("idle", False, False)],
+)
+def test_the_versions_of_what_a_task_and_an_arm_import_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, of_task: bool, of_arm: bool
+) -> None:
+    site, folder = tmp_path / "site", tmp_path / "mine"
+    folder.mkdir()
+    for name, text in USERS.items():
+        (folder / name).write_text(text)
+        monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
+    for name in ("lens", "prism", "mirror", "idle"):
+        install(site, name, "1.0", f"{name}_m")
+    for path in (folder, site):
+        monkeypatch.syspath_prepend(path)
+
+    def codes() -> tuple[str, str]:
+        return versions.code_of_file(folder / "task.py"), versions.code_of("own:Opt")
+
+    task, arm = codes()
+    assert (task.split(", ")[1:], arm.split(", ")[1:]) == (["lens 1.0", "prism 1.0"], ["lens 1.0", "mirror 1.0"])
+    install(site, package, "1.1", f"{package}_m")
+    assert ((codes()[0] != task), (codes()[1] != arm)) == (of_task, of_arm)
+    install(site, package, "1.0", f"{package}_m")
+    assert codes() == (task, arm)
+
+
+def test_what_polyak_imports_is_no_version_of_the_tasks(tmp_path: Path) -> None:
+    """Its own code counts, and what it needs is no more in the task's hands than PyTorch."""
+    path = tmp_path / "of_polyak.py"
+    path.write_text("import torch\nfrom polyak.generate.adapters.diffusers import PolyakScheduler\n")
+    assert "diffusers" in {
+        top for p in versions._follow([("task", path)], {"polyak"}).values() for top in versions._read(p).tops
+    }
+    assert ", " not in versions.code_of_file(path)
+    for name in ("trial", "sampling", "task", "generators"):
+        assert ", " not in versions.code_of_file(Path(versions.__file__).parent / "compare" / f"{name}.py")
+
+
+def test_packages_are_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That takes half a second; but what is installed in the meantime, in a notebook, is seen."""
+    looked, look = [], metadata.packages_distributions
+    monkeypatch.setattr(metadata, "packages_distributions", lambda: looked.append(0) or look())
+    (site := tmp_path / "site").mkdir()
+    monkeypatch.syspath_prepend(site)
+    path = tmp_path / "uses.py"
+    path.write_text("import later_m\n")
+    assert ", " not in versions.code_of_file(path)
+    before = versions.code_of_file(path)
+    versions.code_of("polyak.optim:Adan")
+    assert len(looked) == 1
+    install(site, "later", "1.0", "later_m")
+    os.utime(site, ns=(0, 1))  # clocks of file systems are coarse
+    assert versions.code_of_file(path) == f"{before}, later 1.0"
+    assert len(looked) == 2
 
 
 @pytest.mark.parametrize("edited", [True, False])

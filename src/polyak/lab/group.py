@@ -11,8 +11,8 @@ import os
 import pickle
 import time
 import traceback
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -60,6 +60,23 @@ def carry_out(job: Job, tell: Tell, ask: Ask) -> Outcome | Trouble | Died:
         return _Group(job, workers, tell, ask).outcome()
     finally:
         end(workers)
+
+
+@contextmanager
+def of_one() -> Iterator[None]:
+    """Have this process find itself the only rank of a group, where a task is looked at that expects to be in one."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False)
+    own = environment(0, 1, store.port)
+    before = {name: os.environ[name] for name in own if name in os.environ}
+    os.environ.update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from polyak.lab.claim import Claim
 
 # The lab carries trials out and judges them; of it only the data decides what a trial yields.
 _LAB, _LAB_DATA = "polyak.lab", "polyak.lab.data"
+# Their versions are stored in any case, or their code counts.
+_KNOWN = frozenset(("torch", "numpy", "polyak"))
 
 
 def versions() -> dict[str, str]:
@@ -107,28 +109,57 @@ def _digest(closure: Mapping[str, Path]) -> str:
 def code_of_file(path: Path) -> str:
     """A digest of a file that is no module of a package, and of what it imports from polyak and from beside itself.
 
-    What is beside it is found where its folder is on ``sys.path``.
+    What is beside it is found where its folder is on ``sys.path``. The versions of installed packages that it and the files beside
+    it import follow.
     """
-    return _digest(_follow([(path.stem, path)], _Near({"polyak"}, path.parent)))
+    return _with_packages(_follow([(path.stem, path)], _Near({"polyak"}, path.parent)))
 
 
 def code_of(target: str) -> str:
     """What decides the behaviour of ``module:Name``: the version of the package that brings it, else a digest of its code.
 
-    Its code is the module's, and that of what it imports from its package or from beside itself; a package that is installed to be
-    edited has code, too. PyTorch's needs none: its version is stored in any case.
+    Its code is the module's, and that of what it imports from its package or from beside itself; the versions of other installed
+    packages that these import follow. A package that is installed to be edited has code, too. PyTorch's needs none: its version is
+    stored in any case.
     """
     module, _, name = target.partition(":")
     top = module.partition(".")[0]
     if top == "torch":
         return ""
-    brought = metadata.packages_distributions().get(top)
+    brought = _packages().get(top)
     if top != "polyak" and brought and not _is_edited(brought[0]):
         return f"{brought[0]} {metadata.version(brought[0])}"
     source = _locate(top)
     # Of a module that is in no package what is beside it counts.
     folder = source.parent if source is not None and source.name != "__init__.py" else None
-    return _digest(_follow(_taken(module, name), _Near({top}, folder)))
+    return _with_packages(_follow(_taken(module, name), _Near({top}, folder)))
+
+
+def _with_packages(closure: Mapping[str, Path]) -> str:
+    """A digest of files, and the versions of the installed packages that those import which are not polyak's own."""
+    own = [path for name, path in closure.items() if name.partition(".")[0] != "polyak"]
+    tops = {top for path in own for top in _read(path).tops} - _KNOWN - sys.stdlib_module_names
+    brought = sorted({package for top in tops for package in _packages().get(top, ())} - _KNOWN)
+    return ", ".join([_digest(closure), *(f"{package} {metadata.version(package)}" for package in brought)])
+
+
+def _packages() -> Mapping[str, list[str]]:
+    """The installed packages that bring a top-level module, by its name."""
+    return _looked_up(tuple((folder, _changed(folder)) for folder in sys.path))
+
+
+@lru_cache(maxsize=1)
+def _looked_up(_folders: tuple[tuple[str, int], ...]) -> Mapping[str, list[str]]:
+    """Read anew, half a second for 200 packages, only where something was installed or removed since."""
+    found = metadata.packages_distributions()
+    return {top: [name for name in dict.fromkeys(names) if name] for top, names in found.items()}
+
+
+def _changed(folder: str) -> int:
+    try:
+        return Path(folder).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _is_edited(package: str) -> bool:

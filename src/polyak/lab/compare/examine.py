@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from polyak.lab import group
+from polyak.lab.claim import Measurement, Trial
 from polyak.lab.compare.arms import ArmError
 from polyak.lab.compare.sampling import sampler
 from polyak.lab.compare.task import (
@@ -30,17 +34,31 @@ from polyak.lab.compare.task import (
     says,
 )
 from polyak.lab.compare.trial import build, rehearse
-from polyak.lab.workers import settle
+from polyak.lab.workers import Job, Outcome, settle
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_State = tuple[dict[str, str], dict[str, str]]  # digests of parameters, and of what else is saved
 
 SEED = 20_000  # neither tuned on nor reported
 _BATCHES = 3  # are compared
 _LEAST_ROWS = 16  # below, a column equals the target by chance
 _SAME = 1 - 1e-6
 _EVALUATIONS = 8  # of a sampler that is tried
+_SHOWN = 3  # names in a message
 
 
-def examine(file: str, device: str) -> Facts | str:
-    """The facts of a task, or what is wrong with it, in a sentence."""
+def examine(file: str, device: str, processes: int = 1) -> Facts | str:
+    """The facts of a task, or what is wrong with it, in a sentence. ``processes``: of each trial."""
+    # First, while this process holds nothing on an accelerator.
+    same = _same_batches(file, device, processes) if processes > 1 else ()
+    with group.of_one() if processes > 1 else nullcontext():
+        found = _examine(file, device)
+    return found if isinstance(found, str) else replace(found, warnings=(*same, *found.warnings))
+
+
+def _examine(file: str, device: str) -> Facts | str:
     try:
         began = time.perf_counter()
         first = _load(file, device)
@@ -52,11 +70,18 @@ def examine(file: str, device: str) -> Facts | str:
         return str(error)
 
 
-def try_arms(file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any]]]) -> ArmError | TaskError | None:
+def try_arms(
+    file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any]]], processes: int = 1
+) -> ArmError | TaskError | None:
     """What is wrong with the first arm that cannot be used on a task; None where all can.
 
-    ``arms``: each one's words, and its options as a trial gets them.
+    ``arms``: each one's words, and its options as a trial gets them. ``processes``: of each trial.
     """
+    with group.of_one() if processes > 1 else nullcontext():
+        return _try_arms(file, device, arms)
+
+
+def _try_arms(file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any]]]) -> ArmError | TaskError | None:
     try:
         for text, options in arms:
             task = _load(file, device)
@@ -105,10 +130,16 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
     with blame(f"{name}: taking a batch", file):
         batches = list(islice(endless(first.batches, name), _BATCHES))
     contents = digest(batches)
+    warnings: list[str] = []
+    state = _state(first.model)
     began = time.perf_counter()
     untrained = _evaluate(first, "evaluate", file)
     evaluating = time.perf_counter() - began
-    validated = _evaluate(first, "validate", file) if first.validate else None
+    state = _left(first.model, state, "evaluate", name, warnings)
+    validated = None
+    if first.validate:
+        validated = _evaluate(first, "validate", file)
+        _left(first.model, state, "validate", name, warnings)
     better = betters(first, untrained, file)
     # Numbers without a name are called after the function: one of validate's is taken for the one of evaluate.
     if validated is not None and not {next(iter(untrained)), "validate"} & validated.keys():
@@ -135,7 +166,7 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
             f"{name}: two calls with one seed give different batches: something is left from one call to the next (an iterator or "
             "generator made outside of the function?). Make it inside, from the seed"
         )
-    warnings = list(_targets(batches, name))
+    warnings += _targets(batches, name)
     if first.validate and validated == untrained:
         warnings.append(
             f"{name}: validate and evaluate agree to the last digit on the untrained model: if they look at the same data, what is "
@@ -175,6 +206,38 @@ def _evaluate(task: TrainingTask, what: str, file: str) -> dict[str, float]:
             of = "" if key == what else f" for {key!r}"
             raise TaskError(f"{name}: {what} gives {value}{of} on the untrained model, before any step")
     return found
+
+
+def _left(model: nn.Module, before: _State, what: str, name: str, warnings: list[str]) -> _State:
+    """A model's state after an evaluation. Changed parameters are an error; changes of what else is saved of it, a warning more."""
+    after = _state(model)
+    if changed := _changes(before[0], after[0]):
+        raise TaskError(
+            f"{name}: {what}(model) changes the model's parameters ({_listed(changed)}): an evaluation must leave them as they are"
+        )
+    if changed := _changes(before[1], after[1]):
+        warnings.append(
+            f"{name}: {what}(model) changes the model's buffers ({_listed(changed)}): running statistics take in what is evaluated "
+            "on, and numbers depend on how often it is. Does it call model.train()? The model is in evaluation mode before"
+        )
+    return after
+
+
+def _state(model: nn.Module) -> _State:
+    """Digests of a model's parameters, and of what else is saved of it: running statistics, counters, but no caches."""
+    model.eval()  # there are models that merge weights by it, and the mode that an evaluation leaves is no matter
+    own = {key for key, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = {key: digest(value) for key, value in model.named_parameters()}
+    return parameters, {key: digest(value) for key, value in model.state_dict().items() if key not in own}
+
+
+def _changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    return [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN])
+    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 
 def _take_steps(task: TrainingTask, batches: list[Any], file: str) -> tuple[float, float]:
@@ -273,6 +336,72 @@ def _pipeline_metrics(task: SamplingTask, file: str, device: str) -> dict[str, f
         made = task.pipeline(**{**task.call, "num_inference_steps": 2, "generator": generator})
     with blame(f"{name}: metric(samples)", file):
         return metrics(task.metric(made[0] if isinstance(made, tuple) else made.images), "metric", file)
+
+
+# -- trials of several processes -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _FirstBatches:
+    """A trial function: whether all ranks have the same first batches. They meet at the store that was there before them."""
+
+    file: str
+
+    def __call__(self, trial: Trial) -> Iterator[Measurement]:
+        from torch.distributed import TCPStore
+
+        task, own = load(self.file, trial.seed, trial.device), ""
+        if isinstance(task, TrainingTask):
+            batches = list(islice(endless(task.batches, Path(self.file).name), _BATCHES))
+            own = digest(batches) if _is_data(batches) else ""
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        store.set(f"polyak/{os.environ['RANK']}", own)
+        found = {store.get(f"polyak/{rank}").decode() for rank in range(int(os.environ["WORLD_SIZE"]))}
+        yield Measurement(values={"same": float(len(found) == 1 and "" not in found)})
+
+
+def _same_batches(file: str, device: str, processes: int) -> tuple[str, ...]:
+    """A warning where a task gives the same to all processes of a trial, which then do the same work."""
+    name, trial = Path(file).name, Trial(claim="", scale="", task="", arm="", seed=SEED, device=device)
+    job = Job(
+        function=_FirstBatches(file),
+        trial=trial,
+        worst={"same": 0.0},
+        needed=frozenset(["same"]),
+        libraries=("numpy", "torch"),
+        processes=processes,
+    )
+    found = group.carry_out(job, lambda *_: None, lambda *_: True)
+    # What goes wrong here goes wrong in a trial, too, which says so.
+    if not isinstance(found, Outcome) or not found.values["same"]:
+        return ()
+    all_ = "both" if processes == 2 else f"all {processes}"
+    return (
+        f"{name} gives {all_} processes of a trial the same batches: unless its loss or its model shares them out, each does the "
+        "same work. Give every rank batches of its own: by torch.distributed.get_rank() or the variable RANK, with a "
+        "DistributedSampler, or with accelerate",
+    )
+
+
+def _is_data(batches: Sequence[Any]) -> bool:
+    """Whether a digest sees all of some batches, and they are more than numbers of steps, for which a loss makes its own data."""
+    import numpy as np
+    import torch
+
+    data, parts = (torch.Tensor, np.ndarray, str), list(_leaves(batches))
+    known = all(isinstance(part, (*data, int, float, type(None))) for part in parts)
+    return known and any(isinstance(part, data) for part in parts)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if not isinstance(value, (Mapping, list, tuple)):
+        yield value
+        return
+    for part in value.values() if isinstance(value, Mapping) else value:
+        yield from _leaves(part)
+
+
+# -- contents --------------------------------------------------------------------------------------------------------------
 
 
 def digest(value: Any) -> str:

@@ -97,8 +97,9 @@ def compare(
     Workers are processes that are started afresh: a script that calls this must do so under ``if __name__ == "__main__":``.
 
     Finished trials are stored by what determines them, and are not run again: the code of the task and of the arm, with what
-    they import from beside them; the initial weights, first batches and first numbers that the task gives; the arm's options,
-    the seed, the budget, versions. What this does not see, such as a change far back in a data file, is for ``fresh``.
+    they import from beside them, and the versions of packages that these import; the initial weights, first batches and first
+    numbers that the task gives; the arm's options, the seed, the budget. What this does not see, such as a change far back in a
+    data file, is for ``fresh``.
 
     What it is at before the first trial it says to the logger "polyak.lab.compare".
     """
@@ -116,7 +117,7 @@ def compare(
         add_folder(file)  # arms may be beside the tasks
     kind = device_kind(device, processes, executor)
     call = call_apart if executor is None else executor.call
-    facts = {file: _examine(file, device, deadline or EXAMINATION_S, call) for file in files}
+    facts = {file: _examine(file, device, processes, deadline or EXAMINATION_S, call) for file in files}
     kind_of_task = next(iter(facts.values())).kind
     if any(f.kind != kind_of_task for f in facts.values()):
         raise TaskError("tasks must be alike: some are of training and some of sampling")
@@ -160,7 +161,7 @@ def compare(
             if not there:
                 _say_what_is_not_used(plan, limit, opened)
             if len(there) < len(known):
-                _try(file, plan, limit, device, deadline or EXAMINATION_S, call)
+                _try(file, plan, limit, device, processes, deadline or EXAMINATION_S, call)
         opened.note(record.slug, record.to_json())
         carry_out(
             plans,
@@ -211,16 +212,22 @@ def task_files(tasks: str | Path | Sequence[str | Path]) -> list[Path]:
     return [path.resolve() for path in found]
 
 
-def _examine(file: Path, device: str, patience: float, call: Callable[..., Any]) -> Facts:
+def _examine(file: Path, device: str, processes: int, patience: float, call: Callable[..., Any]) -> Facts:
     _log.info("checking %s", file.name)
-    found = _apart(file, call, examine, str(file), device, timeout=patience)
+    found = _apart(file, call, examine, str(file), device, processes, timeout=patience)
     if isinstance(found, str):
         raise TaskError(found)
     return found
 
 
 def _try(
-    file: Path, plan: ComparisonPlan, limit: Budget, device: str, patience: float, call: Callable[..., Any]
+    file: Path,
+    plan: ComparisonPlan,
+    limit: Budget,
+    device: str,
+    processes: int,
+    patience: float,
+    call: Callable[..., Any],
 ) -> None:
     """Build every arm on the task, and take two steps (or draw once), before the first trial has run its time."""
     _log.info("trying each arm on %s", file.name)
@@ -229,7 +236,7 @@ def _try(
         centre = {option: r.centre for option, r in arm.space.items()}
         shared = {"class": arm.target, "fixed": dict(arm.fixed), "budget": {limit.unit: limit.amount}}
         arms.append((name, {**shared, "tuned": sorted(centre), **centre}))
-    wrong = _apart(file, call, try_arms, str(file), device, arms, timeout=patience)
+    wrong = _apart(file, call, try_arms, str(file), device, arms, processes, timeout=patience)
     if wrong is not None:
         raise wrong
 

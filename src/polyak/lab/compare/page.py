@@ -217,16 +217,21 @@ _TOGETHER = (
     "Chosen by the same numbers that are reported, on another seed: a little too good, for every arm alike; a task may return "
     "validate to keep them apart."
 )
+_FEW = {
+    1: "the centre of all ranges",
+    2: "two values of the learning rate, all else at the centre of its range",
+}
+_GRID = (
+    "a grid of the learning rate over its range, then beyond it while the best is at its end, then Optuna's TPE over all that is "
+    "tuned; the last ones may be stopped early by the median rule"
+)
 
 
 def _tuning(comparison: Comparison) -> str:
     setup = comparison.setup
     if not any(arm.space for arm in setup.arms):
         return "none: all options were given."
-    how = (
-        f"{setup.trials} trials for every arm: a grid of the learning rate over its range, then beyond it while the best is at its "
-        "end, then Optuna's TPE over all that is tuned; the last ones may be stopped early by the median rule."
-    )
+    how = f"{words.count(setup.trials, 'trial')} for every arm: {_FEW.get(setup.trials, _GRID)}."
     if untuned := [arm.label for arm in setup.arms if not arm.space]:
         how += f" Nothing was tuned of {words.listing(untuned)}: all options were given."
     if comparison.tasks[0].facts.kind == "sampling":

@@ -1,10 +1,11 @@
 """Tuning: the same number of trials for every arm, on one seed that is never reported, by Optuna's ask and tell.
 
 An arm's first trials are a grid of its learning rate over its whole range (all else at its centre), which also gives the curve of
-its sensitivity. While the best rate is at an end of the range, the next trial goes one step of the grid beyond, whichever arm it
-is. The rest are asked of a tree-structured Parzen estimator, one after the other, and may be stopped early by the median rule:
-a trial that is worse, at a point of its budget, than the median of the earlier ones was there. The grid runs to its end. What is
-asked follows from what was told alone, in order, so that a run that was interrupted asks the same again.
+its sensitivity; one or two are the middle of the range, or of its halves. While the best rate is at an end of the range, the next
+trial goes one step of the grid beyond, whichever arm it is. The rest are asked of a tree-structured Parzen estimator, one after
+the other, and may be stopped early by the median rule: a trial that is worse, at a point of its budget, than the median of the
+earlier ones was there. The grid runs to its end. What is asked follows from what was told alone, in order, so that a run that was
+interrupted asks the same again.
 """
 
 from __future__ import annotations
@@ -73,9 +74,8 @@ class Search:
         return [self._next(self._beyond())]
 
     def _grid(self) -> list[dict[str, Any]]:
-        centre = {name: r.centre for name, r in self.space.items()}
-        parts = [i / (self.grid - 1) if self.grid > 1 else 0.5 for i in range(self.grid)]
-        return [{**centre, self._first: self.space[self._first].at(part)} for part in parts]
+        centre, first = {name: r.centre for name, r in self.space.items()}, self.space[self._first]
+        return [{**centre, self._first: first.at(part)} for part in _parts(self.grid, first.whole)]
 
     def _beyond(self) -> dict[str, Any] | None:
         """The point one step outside of the range, where the best one is at its end; the range then reaches there."""
@@ -127,6 +127,15 @@ class Search:
     def best(self) -> int:
         """The number of the best trial that ran to its end, the first of equals."""
         return self._study.best_trial.number
+
+
+def _parts(count: int, whole: bool) -> list[float]:
+    """Where in its range the grid's values are, from 0 (low) to 1 (high)."""
+    # Of whole numbers there may be so few that two which are not the ends are one.
+    if count > 2 or (count == 2 and whole):
+        return [i / (count - 1) for i in range(count)]
+    # Middles of equal parts: the farthest that any value of the range can be from one that is tried is then least.
+    return [(i + 0.5) / count for i in range(count)]
 
 
 def _distribution(r: Range) -> optuna.distributions.BaseDistribution:

@@ -75,7 +75,7 @@ class TrainingTask:
         batches: training batches: a DataLoader, list, or other iterable (begun anew when it ends), or an endless iterator.
         loss: ``loss(model, batch)`` is the training loss, a tensor of one element.
         evaluate: ``evaluate(model)`` is a number, or ``{"name": number}`` whose first name is what the arms are compared by. On
-            data that is not trained on. The model is in evaluation mode then, and gradients are off.
+            data that is not trained on. The model is in evaluation mode then, and gradients are off; it must stay as it is.
         validate: as ``evaluate``, on data of its own: what learning rates are chosen by. Default: ``evaluate``, and the report
             says so, since numbers by which something was chosen are a little too good.
         better: "lower" or "higher", or one for each name: ``{"accuracy": "higher"}``. Names like "loss" need none.
