@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,21 @@ def test_the_command_runs_nothing_that_is_stored(whole, task):
     assert (news[-1].cached, news[-1].total) == (TOTAL, TOTAL)
     assert again.answer == found.answer
     assert [c.record.slug for c in read(home)] == [compared.record.slug]  # the same, asked for again
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("cpu", ""),
+        ("NVIDIA H200", " --device cuda"),
+        ("2 × cpu", " --nproc-per-trial 2"),
+        ("4 × NVIDIA H200", " --device cuda --nproc-per-trial 4"),
+    ],
+)
+def test_the_command_names_device_and_processes(whole, device, said):
+    [compared] = read(whole[0])
+    record = replace(compared.record, setup=replace(compared.record.setup, device=device))
+    assert record.command == compared.record.command + said
 
 
 @pytest.mark.parametrize(

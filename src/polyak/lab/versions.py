@@ -63,6 +63,12 @@ def times(count: int, kind: str) -> str:
     return kind if count == 1 else f"{count} × {kind}"
 
 
+def apart(device: str) -> tuple[int, str]:
+    """The inverse of :func:`times`: how many processes, on a device of which kind."""
+    count, _, kind = device.rpartition(" × ")
+    return int(count or 1), kind
+
+
 def machine(device: str = "cpu") -> dict[str, str]:
     """The machine in words, without host's or user's name; ``device`` is the one that is used."""
     kind = device_kind(device)

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from polyak.lab import words
+from polyak.lab import versions, words
 from polyak.lab.compare.arms import ArmSpec, Range
 from polyak.lab.compare.budget import Budget
 from polyak.lab.compare.experiment import experiment
@@ -63,6 +63,7 @@ class Record:
     def command(self) -> str:
         """The command that asks for it, where the task files are at hand."""
         setup, b = self.setup, self.setup.budget
+        processes, kind = versions.apart(setup.device)
         said = {
             "--arms": ",".join(arm.text for arm in setup.arms),
             "--budget": f"{b.total:g}s" if b.total else f"{b.amount:g}{_UNITS[b.unit]}",
@@ -71,7 +72,8 @@ class Record:
             "--points": str(setup.points),
             **({"--target": f"{setup.target:g}"} if setup.target is not None else {}),
             **({"--jobs": str(setup.jobs)} if b.unit == "seconds" and not setup.alone else {}),
-            **({"--device": "cuda"} if setup.device != "cpu" else {}),
+            **({"--device": "cuda"} if kind != "cpu" else {}),
+            **({"--nproc-per-trial": str(processes)} if processes > 1 else {}),
         }
         files = [shlex.quote(task.file.name) for task in self.tasks]
         return " ".join(["polyak compare", *files, *(f"{name} {shlex.quote(value)}" for name, value in said.items())])
