@@ -6,6 +6,7 @@ import pytest
 
 from polyak.lab.compare import budget
 from polyak.lab.compare.arms import ArmError, Range, names, parse, split_options
+from polyak.lab.compare.experiment import _labels
 
 
 def test_names_are_found_in_polyak_first_then_in_torch() -> None:
@@ -35,6 +36,22 @@ def test_options_are_fixed_tuned_or_left_to_their_defaults() -> None:
     )
     assert (sgd.space["lr"], sgd.space["momentum"]) == (Range(0.1, 10), Range(0, 0.9))
     assert sgd.label == "SGD (lr 0.1 to 10, momentum 0 to 0.9, nesterov True)"
+
+
+def test_long_labels_keep_the_first_options_and_say_that_there_are_more() -> None:
+    """Without its guidance an arm would look like its class with nothing said."""
+    given = "ddim,heun:guidance=CFG:guidance.scale=2,dpmsolver:order=3:form=data:method=multistep,euler:guidance=CFG"
+    assert list(_labels(parse(given, "sampling")).values()) == [
+        "DDIM", "Heun (guidance CFG, …)", "DPMSolver (order 3, form data, …)", "Euler (guidance CFG)",
+    ]  # fmt: skip
+    alike = "dpmsolver:order=2:form=data:method=multistep,dpmsolver:order=2:form=data:method=singlestep"
+    assert list(_labels(parse(alike, "sampling")).values()) == [
+        "DPMSolver (order 2, form data, method multistep)", "DPMSolver (order 2, form data, method singlestep)",
+    ]  # fmt: skip
+    [_, mine] = _labels(parse("torch.optim:AdamW,adamw", "training")).values()
+    assert mine == "adamw"
+    one = "adamw:betas=(0.90000000001,0.99900000000000001)"
+    assert _labels(parse(f"sgd,{one}", "training"))[one] == "AdamW (betas (0.90000000001,0.99900000000000001))"
 
 
 def test_ranges_are_centred_where_the_papers_say() -> None:

@@ -102,7 +102,7 @@ def test_a_best_value_at_an_end_is_doubted() -> None:
     assert said([(0.001, 0.5), (0.01, 0.4), (0.1, 0.6)]) == []
     [low] = said([(0.01, 0.4), (0.1, 0.6)], "adamw:betas=(0.9,0.98):lr=0.01..0.1")
     assert low == (
-        "AdamW: its best lr, 0.01, is at the low end of what was tried, and a better one may be beyond: "
+        "AdamW (betas (0.9,0.98), …): its best lr, 0.01, is at the low end of what was tried, and a better one may be beyond: "
         "adamw:betas=(0.9,0.98):lr=0.0003..0.1"
     )
     [high] = said([(0.001, 0.4), (0.01, 0.6)], "torch.optim:AdamW:lr=0.001..0.01")

@@ -79,7 +79,7 @@ def test_a_store_gives_back_what_was_found(whole):
     home, found = whole
     [compared] = read(home)
     assert (compared.done, compared.failed, compared.total, compared.complete) == (TOTAL, 0, TOTAL, True)
-    assert list(compared.arms.values()) == ["AdamW", "Adan (betas (0.9, 0.9, 0.99))", "SGD"]
+    assert list(compared.arms.values()) == ["AdamW", "Adan (betas (0.9, 0.9, 0.99))", "SGD (momentum 0.9, lr 0.1, …)"]
     assert compared.result.to_json() == found.to_json()
     assert compared.record.title == "line"
     assert compared.finished == max(date for _, date in compared.states.values()) != ""
@@ -173,7 +173,10 @@ def test_what_is_missing_is_counted_and_drawn_and_nothing_is_judged(home, whole)
     assert compared.result.task().result.criteria == ()
     of = pages(home)
     runs = text(of, "/runs.html")
-    assert f"line 20 steps for each trial AdamW, Adan (betas (0.9, 0.9, 0.99)), SGD {TOTAL - 3} of {TOTAL} " in runs
+    assert (
+        f"line 20 steps for each trial AdamW, Adan (betas (0.9, 0.9, 0.99)), SGD (momentum 0.9, lr 0.1, …) {TOTAL - 3} of {TOTAL} "
+        in runs
+    )
     assert "1 could not run" in runs
     shown = text(of, f"/{compared.record.slug}.html")
     assert f"{TOTAL - 3} of {TOTAL} trials have ended; 1 could not run ." in shown
@@ -182,7 +185,7 @@ def test_what_is_missing_is_counted_and_drawn_and_nothing_is_judged(home, whole)
     [first] = [t.values["distance"] for t in whole[1].task().trials("adamw") if t.seed == 0]
     assert re.search(r"AdamW (\S+) 1 of 2 3 of 3 \S+ lr = ", shown)[1] == words.number(first)
     assert re.search(r"Adan \(betas \(0.9, 0.9, 0.99\)\) 0 of 2 3 of 3 \S+ lr = \S+, weight_decay = \S+ SGD", shown)
-    assert re.search(r" SGD \S+ 2 of 2 nothing Distance", shown)
+    assert re.search(r" SGD \(momentum 0.9, lr 0.1, …\) \S+ 2 of 2 nothing Distance", shown)
     html = of.answer(f"/{compared.record.slug}.html").body.decode()
     assert html.count("<svg") - html.count('class="swatch"') == 4  # two curves over two places, the loss, sensitivity
     assert "beats" not in shown
@@ -299,6 +302,19 @@ def test_of_several_tasks_and_of_samplers(tmp_path):
     assert f"one and two 8 evaluations for each trial DDIM, Heun {found_trials - 2} of {found_trials} " in text(
         of, "/runs.html"
     )
+
+
+def test_a_time_for_all_samplers_holds_the_drawings_on_the_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["polyak.lab.compare.main"], "carry_out", lambda *_, **__: None)
+    monkeypatch.setattr(Record, "comparison", lambda self, plans: self)
+    task = write(tmp_path, SAMPLING)
+    asked = compare(
+        task, "ddim,heun,dpmsolver:order=1..3", budget="97s", seeds=5, trials=4, store=tmp_path, progress=False
+    )
+    # Four tuning trials draw once, fifteen reported ones with 1/8, 1/4, 1/2 and all of the budget.
+    assert asked.setup.budget.amount == pytest.approx(97 / (4 + 15 * 1.875), rel=0.02)
+    single = compare(task, "ddim,euler", budget="1nfe", seeds=1, trials=1, store=tmp_path, progress=False)
+    assert single.setup.budget.words == "1 evaluation for each trial"
 
 
 @pytest.mark.browser

@@ -100,6 +100,21 @@ def test_zeros_in_ratios() -> None:
     assert (result.verdict, result.seeds_passing) == ("fails", 2)
 
 
+def test_what_differs_by_rounding_is_equal() -> None:
+    c = criterion(compare="difference", bound=0.0, rounding=1e-6)
+    near = {"quick": [0.15 + 1e-7] * 5 + [0.2], "plain": [0.15] * 5 + [0.1]}
+    result = judged(c, **near)
+    assert result.per_seed[:5] == (0.0,) * 5
+    assert result.per_seed[5] == pytest.approx(0.1)
+    assert result.improvement == pytest.approx(2.5 / 6)
+    always = {"quick": [0.15 + 1e-7] * 6, "plain": [0.15] * 6}
+    more = criterion(compare="difference", bound=0.0, op=">")
+    assert judged(more, **always).verdict == "holds"
+    assert judged(replace(more, rounding=1e-6), **always).verdict != "holds"
+    assert judged(c, quick=[INF] * 6, plain=[1.0] * 6).verdict == "fails"  # what diverged is no rounding
+    assert judged(c, quick=[0.0] * 6, plain=[1e-9] * 6).per_seed == (-1e-9,) * 6  # relative to the values
+
+
 def test_negative_values_have_no_ratio() -> None:
     with pytest.raises(ValueError, match=r"criterion 'c'.*>= 0, got -1.0"):
         judged(criterion(), quick=[-1.0, 1.0, 1.0], plain=[1.0, 1.0, 1.0])

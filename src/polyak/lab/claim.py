@@ -134,6 +134,7 @@ class Criterion:
     gating: whether the claim's verdict depends on it; a criterion that is not gating is only reported.
     both_diverged: what a seed says with which the arm and all of its rivals diverged: that the arm is not better, so that it
         "fails" there, or that they are "equal".
+    rounding: values of a difference's two sides that are no farther apart, relative to the larger one, are equal.
     """
 
     name: str
@@ -150,6 +151,7 @@ class Criterion:
     control: str = ""
     gating: bool = True
     both_diverged: Literal["fails", "equal"] = "fails"
+    rounding: float = 0.0
 
     @property
     def rivals(self) -> tuple[str, ...]:

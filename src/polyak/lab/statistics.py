@@ -218,8 +218,14 @@ def _statistic(judged: _Judged, own: tuple[float, bool], rival: tuple[float, boo
             return math.inf
         return 0.0 if criterion.compare == "ratio" else -math.inf
     if criterion.compare == "difference":
-        return 0.0 if own[0] == rival[0] else own[0] - rival[0]
+        return 0.0 if _same(criterion, own[0], rival[0]) else own[0] - rival[0]
     return _ratio(judged, *(_magnitude(judged, *side) for side in (own, rival)))
+
+
+def _same(criterion: Criterion, own: float, rival: float) -> bool:
+    return own == rival or (
+        math.isfinite(own - rival) and abs(own - rival) <= criterion.rounding * max(abs(own), abs(rival))
+    )
 
 
 def _magnitude(judged: _Judged, value: float, diverged: bool) -> float:
@@ -248,7 +254,8 @@ def _improvement(judged: _Judged, pairs: Sequence[tuple], passing: int) -> float
     for (own, own_diverged), (rival, rival_diverged) in pairs:
         ours, theirs = (own_diverged, sign * own), (rival_diverged, sign * rival)
         # Two that diverged are alike, whatever they score.
-        score += 0.5 if ours == theirs or (own_diverged and rival_diverged) else float(ours < theirs)
+        alike = own_diverged == rival_diverged and (own_diverged or _same(judged.criterion, own, rival))
+        score += 0.5 if alike else float(ours < theirs)
     return score / len(pairs)
 
 

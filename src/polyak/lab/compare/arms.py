@@ -78,11 +78,18 @@ class ArmSpec:
         return _split(self.text, ":")
 
     @cached_property
+    def own(self) -> tuple[str, ...]:
+        """The options that were given, for people: ("weight_decay 0.02",), ("eta 0 to 1",)."""
+        given = [piece.partition("=")[::2] for piece in self.pieces if "=" in piece]
+        return tuple(f"{name} {self.space.get(name, value)}" for name, value in given)
+
+    @property
     def label(self) -> str:
         """For people, with the options that were given: "Adan (weight_decay 0.02)", "DDIM (eta 0 to 1)"."""
-        given = [piece.partition("=")[::2] for piece in self.pieces if "=" in piece]
-        own = ", ".join(f"{name} {self.space.get(name, value)}" for name, value in given)
-        return f"{self.class_name} ({own})" if own else self.class_name
+        return self.labelled(self.own)
+
+    def labelled(self, options: Sequence[str]) -> str:
+        return f"{self.class_name} ({', '.join(options)})" if options else self.class_name
 
 
 def parse(text: str | Sequence[str | type], kind: Kind) -> tuple[ArmSpec, ...]:

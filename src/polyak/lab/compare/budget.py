@@ -41,7 +41,7 @@ class Budget:
         if self.unit == "seconds":
             whole = f" ({words.duration(self.total)} for the whole comparison)" if self.total else ""
             return f"{self.amount:g} s for each trial{whole}"
-        return f"{self.amount:g} {self.unit} for each trial"
+        return f"{words.count(int(self.amount), self.unit.removesuffix('s'))} for each trial"
 
     @property
     def equal(self) -> str:
@@ -57,8 +57,8 @@ def seconds(name: str, text: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
-def parse(text: str, trials: int) -> Budget:
-    """A budget from words; a time for the whole is shared out among this many trials.
+def parse(text: str, trials: float) -> Budget:
+    """A budget from words; a time for the whole is shared out among this many trials (of which some may count for more than one).
 
     Raises:
         ValueError: the words are none of :data:`FORMS`, or there is nothing to spend.

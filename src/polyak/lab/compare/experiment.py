@@ -17,7 +17,8 @@ from polyak.lab.compare.trial import Train
 from polyak.lab.store import COMPARISON
 
 _SHARES = ("acc", "auc", "f1", "precision", "recall", "iou")  # names of what lies between 0 and 1
-_LONG = 32  # characters of a label
+_LONG = 36  # characters of a label
+_ROUNDING = 1e-6  # relative to the values: what two orders of the same sums in single precision may differ by
 _OWN_METRICS = (
     Metric(name="train_loss", label="training loss"),
     Metric(name="steps", label="steps", better="higher"),
@@ -84,6 +85,7 @@ def experiment(file: Path, facts: Facts, arms: Sequence[ArmSpec], budget: Budget
                 op="<=" if better == "lower" else ">=",
                 bound=0.0,
                 both_diverged="equal",
+                rounding=_ROUNDING,
             )
             for arm in arms[1:]
         ),
@@ -92,11 +94,22 @@ def experiment(file: Path, facts: Facts, arms: Sequence[ArmSpec], budget: Budget
 
 
 def _labels(arms: Sequence[ArmSpec]) -> dict[str, str]:
-    """Class names with the options that were given; these are left out where they are long and the class alone says which."""
-    names = [arm.class_name for arm in arms]
-    found = {a.text: a.class_name if len(a.label) > _LONG and names.count(a.class_name) == 1 else a.label for a in arms}
-    labels = list(found.values())
-    return {a.text: found[a.text] if labels.count(found[a.text]) == 1 else a.text for a in arms}
+    """Class names with the options that were given, of long ones the first; where that leaves two alike, all, or the words."""
+    ways = [{arm.text: way(arm) for arm in arms} for way in (_short, lambda arm: arm.label, lambda arm: arm.text)]
+    alone = [{text for text, label in way.items() if list(way.values()).count(label) == 1} for way in ways]
+    return {
+        arm.text: next(w[arm.text] for w, ones in zip(ways, alone, strict=True) if arm.text in ones) for arm in arms
+    }
+
+
+def _short(arm: ArmSpec) -> str:
+    if len(arm.label) <= _LONG or not arm.own:
+        return arm.label
+    kept = list(arm.own)
+    while len(kept) > 1 and len(arm.labelled([*kept, "…"])) > _LONG:
+        kept.pop()
+    # One that is long alone stays: without it an arm would look like its class with nothing said.
+    return arm.labelled(kept if kept == list(arm.own) else [*kept, "…"])
 
 
 def _metric(name: str, better: Any, facts: Facts) -> Metric:

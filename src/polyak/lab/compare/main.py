@@ -20,6 +20,7 @@ from polyak.lab.compare.budget import Budget
 from polyak.lab.compare.examine import examine, try_arms
 from polyak.lab.compare.record import AskedTask, Record
 from polyak.lab.compare.result import Comparison, Setup
+from polyak.lab.compare.sampling import PARTS
 from polyak.lab.compare.search import ComparisonPlan
 from polyak.lab.compare.task import Facts, NoTaskError, TaskError, add_folder
 from polyak.lab.run import Listener, Progress, carry_out, device_kind
@@ -125,7 +126,9 @@ def compare(
     first = _baseline(baseline, competitors)
     competitors = (first, *(arm for arm in competitors if arm is not first))
     tuned = sum(bool(arm.space) for arm in competitors)
-    limit = budgets.parse(budget, len(files) * (tuned * trials + len(competitors) * seeds))
+    # A reported trial of samplers draws with parts of its budget, too.
+    weight = sum(PARTS) if kind_of_task == "sampling" else 1
+    limit = budgets.parse(budget, len(files) * (tuned * trials + len(competitors) * seeds * weight))
     _check_unit(limit, facts)
     if limit.unit == "seconds" and processes > 1:
         # Each process has a clock of its own: one would go on to a step that the others do not take.

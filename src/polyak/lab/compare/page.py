@@ -187,10 +187,10 @@ def fair(comparison: Comparison) -> list[tuple[str, str]]:
     if setup.budget.unit == "seconds" and not sampled:
         said.append(("The clock", f"{_CLOCK} {_ALONE if setup.alone else _BESIDE}"))
     said.append(("Tuning", _tuning(comparison)))
-    seeds = f"{', '.join(map(str, first.result.seeds))} are reported"
+    seeds = f"{', '.join(map(str, first.result.seeds))} {'are' if setup.seeds > 1 else 'is'} reported"
     tuning = ", ".join(map(str, first.result.tuning_seeds))
     said.append(("Seeds", f"{seeds}; tuning used {tuning}, which is not." if tuning else f"{seeds}."))
-    same = "the initial noise of one seed, the model, and the metric."
+    same = f"the initial noise of one seed, the model, and the metric. {_TIMES}"
     if not sampled:
         same = (
             "initial weights, and batches in the same order, of one seed; the learning rate's schedule "
@@ -212,6 +212,7 @@ _INTERVALS = (
     "95 %, by bootstrap of the differences seed by seed. An arm is better or worse where the interval and an exact sign-flip test "
     "agree on it; else it is undecided. A diverged trial counts as the worst value."
 )
+_TIMES = "Not the times at which the model is asked: they are each solver's own, where an arm does not give its grid."
 _APART = "Chosen by the task's validate(model), on data apart from what is reported."
 _TOGETHER = (
     "Chosen by the same numbers that are reported, on another seed: a little too good, for every arm alike; a task may return "
@@ -230,7 +231,8 @@ _GRID = (
 def _tuning(comparison: Comparison) -> str:
     setup = comparison.setup
     if not any(arm.space for arm in setup.arms):
-        return "none: all options were given."
+        sampled = comparison.tasks[0].facts.kind == "sampling"
+        return f"none: {'no arm has an option with a range' if sampled else 'all options were given'}."
     how = f"{words.count(setup.trials, 'trial')} for every arm: {_FEW.get(setup.trials, _GRID)}."
     if untuned := [arm.label for arm in setup.arms if not arm.space]:
         how += f" Nothing was tuned of {words.listing(untuned)}: all options were given."

@@ -18,7 +18,7 @@ from polyak.lab.compare.arms import find, split_options
 from polyak.lab.compare.generators import Generators, number
 from polyak.lab.compare.task import SamplingTask, TaskError, load, metrics
 
-_PARTS = (0.125, 0.25, 0.5, 1.0)  # of the budget, at which samples are judged
+PARTS = (0.125, 0.25, 0.5, 1.0)  # of the budget, at which samples are judged
 _FIRST = 8  # evaluations of the first runs of a budget in time, which tell how long one takes
 
 
@@ -48,7 +48,7 @@ class Draw:
             limit = _limit(arm, trial)
             values: dict[str, float] = {}
             spent, seconds = 0, 0.0
-            for part in _PARTS if main is None else (1.0,):
+            for part in PARTS if main is None else (1.0,):
                 count = math.floor(part * limit)
                 try:
                     samples, spent, seconds = _timed(arm, count, trial)
