@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from polyak.lab import words
 from polyak.lab.compare import figures
+from polyak.lab.compare.budget import Budget
 from polyak.lab.compare.notebook import Drawing
 from polyak.lab.compare.page import page, summary, why
 from polyak.lab.compare.result import Comparison, TaskComparison
@@ -49,6 +50,15 @@ def found() -> dict[str, Comparison]:
 def pages(tmp_path_factory: pytest.TempPathFactory, found: dict[str, Comparison]) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
     return {name: c.save(folder / "new" / f"{name}.html") for name, c in found.items()}
+
+
+def test_what_was_spent_is_a_column_where_it_is_not_the_budget() -> None:
+    """Made up trials take 4 steps; a solver may leave some of its evaluations over."""
+    t = comparison("digits").task()
+    assert '<span class="small">done</span>' not in page(Comparison(setup=t.setup, tasks=(t,)))
+    setup = replace(t.setup, budget=Budget("steps", 5))
+    more = replace(t, setup=setup)
+    assert '<span class="small">done</span>' in page(Comparison(setup=setup, tasks=(more,)))
 
 
 def test_a_page_is_whole_and_loads_nothing(pages: dict[str, Path], found: dict[str, Comparison]) -> None:

@@ -99,6 +99,8 @@ def _task(t: TaskComparison) -> dict[str, Any]:
         "sensitivity": Markup(svg),
         "lost": any(row.diverged for row in t.rows),
         "memory": any(row.memory for row in t.rows),
+        # Of a count a solver may leave some over.
+        "counts": any(row.spent not in (None, t.setup.budget.amount) for row in t.rows),
         **_trials(t),
         "arms": [{**report.arm_facts(t.claim, t.claim.arm(arm.text), t.result), "spec": arm} for arm in t.setup.arms],
     }
