@@ -83,6 +83,7 @@ def _task(t: TaskComparison) -> dict[str, Any]:
     svg = figures.sensitivity(t)
     compared = [row.difference for row in t.rows if row.difference]
     sides = ("better", "worse") if t.main.better == "lower" else ("worse", "better")
+    timed = t.setup.budget.unit == "seconds"
     return {
         "t": t,
         "rows": [_row(t, row) for row in t.rows],
@@ -100,7 +101,7 @@ def _task(t: TaskComparison) -> dict[str, Any]:
         "lost": any(row.diverged for row in t.rows),
         "memory": any(row.memory for row in t.rows),
         # Of a count a solver may leave some over.
-        "counts": any(row.spent not in (None, t.setup.budget.amount) for row in t.rows),
+        "counts": timed or any(row.spent not in (None, t.setup.budget.amount) for row in t.rows),
         **_trials(t),
         "arms": [{**report.arm_facts(t.claim, t.claim.arm(arm.text), t.result), "spec": arm} for arm in t.setup.arms],
     }
