@@ -96,6 +96,14 @@ def test_the_pages_are_all_there(site):
 
 
 @pages
+def test_tests_of_a_group_run_together(request):
+    """By its name the scheduler knows a test's group. Where that fails nothing says so: the site is just built twice."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("not one worker of several")
+    assert request.node.nodeid.endswith("@site")
+
+
+@pages
 def test_examples_in_the_reference_are_code(site):
     """A doctest is no quotation within quotations, and "> 0" is none either."""
     for page in sorted((site / "api").glob("*.html")):

@@ -51,6 +51,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, found: dict[str, Comparison]
     return {name: c.save(folder / "new" / f"{name}.html") for name, c in found.items()}
 
 
+@pytest.mark.xdist_group("browser")  # the worker that draws the pages
 def test_a_page_is_whole_and_loads_nothing(pages: dict[str, Path], found: dict[str, Comparison]) -> None:
     for name, path in pages.items():
         text = path.read_text(encoding="utf-8")
@@ -62,6 +63,7 @@ def test_a_page_is_whole_and_loads_nothing(pages: dict[str, Path], found: dict[s
         assert json.loads(embedded[1]) == found[name].to_json()
 
 
+@pytest.mark.xdist_group("browser")  # the worker that draws the pages
 def test_a_page_says_what_was_found_and_how(pages: dict[str, Path]) -> None:
     said = " ".join(Checker(pages["one"].read_text(encoding="utf-8")).text.split())
     for phrase in (
