@@ -45,6 +45,9 @@ def test_pages_in_a_browser(chromium, pages, width, scheme):
     assert page.locator(".verdict").inner_text().startswith("✗ Fails")
     assert troubles == []
     assert {url.partition(":")[0] for url in requests} == {"file"}
+    page.set_viewport_size({"width": 800, "height": 1000})  # a tablet
+    page.goto(pages["index"].as_uri())
+    assert faults(page) == []
     context.close()
 
 
