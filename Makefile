@@ -26,7 +26,6 @@ PIP_FLAGS := -q --disable-pip-version-check -c constraints.txt
 demo: .venv/demo.stamp
 	$(BIN)/polyak reproduce adan lion dpm_solver --home demo/store; status=$$?; test $$status -lt 2
 	$(BIN)/polyak report --home demo/store --out demo/report
-	@echo "The report: demo/report/index.html"
 
 # One thread for each of the two workers: on two cores, threads of both would only wait for each other.
 test: .venv/dev.stamp

@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "src"
 # Files of the repository that are pages of the site as they are.
 INCLUDED = {"CONTRIBUTING.md": "adding.md", "bench/README.md": "benchmarks.md", "SCOREBOARD.md": "scoreboard.md"}
+# Their tables need the room of the list of contents, which the first of them is.
+WIDE = ("SCOREBOARD.md",)
 SECTIONS = ("Method", "Cost", "Limits")
 TOOLS = ("claims", "cli")  # packages of polyak that are no rooms to import from
 
@@ -62,9 +64,10 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
-    """Equations become MathML, and wide tables scroll by themselves."""
+    """Equations become MathML, wide tables scroll by themselves, and no line ends within an option of a command."""
     content = re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _equation, content, flags=re.DOTALL)
-    return re.sub(r"(?<!\S)<table>.*?</table>", _table, content, flags=re.DOTALL)
+    content = re.sub(r"(?<!\S)<table>.*?</table>", _table, content, flags=re.DOTALL)
+    return re.sub(r"(?<!</span>)<code>[^<]*--[^<]*</code>", _options, content)
 
 
 # -------------------------------------------------------------------------------------------------------------------- pages
@@ -94,7 +97,8 @@ def included(source: str) -> str:
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         return f"]({match[1] or ''}{INCLUDED.get(path, path.removeprefix('docs/'))}{anchor})"
 
-    return re.sub(r"\]\((?!\w+:|#)(/?)([^)#\s]+)(#[^)\s]*)?\)", link, text)
+    text = re.sub(r"\]\((?!\w+:|#)(/?)([^)#\s]+)(#[^)\s]*)?\)", link, text)
+    return f"---\nhide: [toc]\n---\n\n{text}" if source in WIDE else text
 
 
 def systems_index(catalogue: dict[str, Claim]) -> str:
@@ -306,14 +310,58 @@ def _smaller(size: re.Match[str]) -> str:
     return f"{float(size[0]) * 0.8:g}"
 
 
+# In characters: a cell that never breaks, one that reads as text, one that needs no more room than this, a phone's line.
+SHORT, PROSE, LONG, PHONE = 12, 24, 44, 46
+CELL = re.compile(r"<(t[hd])([^>]*)>(.*?)</t[hd]>", flags=re.DOTALL)  # tag, attributes, content
+
+
 def _table(match: re.Match[str]) -> str:
-    """A table that scrolls by itself, and by the keyboard; its cells have room in proportion to what they say, within limits."""
+    """A table that scrolls by itself, and by the keyboard, where it does not fit.
 
-    def cell(found: re.Match[str]) -> str:
-        length = len(html.unescape(re.sub(r"<[^>]+>", "", found[1])))
-        return f'<td style="min-width: {min(length, 56) / 4:g}em">{found[1]}</td>' if length > 12 else found[0]
+    Short cells do not break; longer ones have room in proportion to what they say, within limits. On a phone a table of text
+    that does not fit becomes a list of its rows (class "rows"), where each cell says what its column is; one of numbers scrolls.
+    """
+    rows = [CELL.findall(row) for row in match[0].split("<tr>")[1:]]
+    heads, *texts = [[_words(content) for _, _, content in row] for row in rows]
+    needed = sum(max(_needed(row[i][2]) for row in rows) + 2 for i in range(len(heads)))
+    reads = any(len(text) > PROSE for row in texts for text in row[1:])
+    kind = "wide rows" if needed > PHONE and reads else "wide"
+    head, *body = [_cells(row, heads if len(heads) > 2 else []) for row in rows]
+    lines = [f'<div class="{kind}" tabindex="0">', '<table class="data">']
+    lines += ["<thead>", head, "</thead>", "<tbody>", *body, "</tbody>", "</table>", "</div>"]
+    return "\n".join(lines)
 
-    return f'<div class="wide" tabindex="0">{re.sub(r"<td>(.*?)</td>", cell, match[0], flags=re.DOTALL)}</div>'
+
+def _cells(row: list[tuple[str, str, str]], heads: list[str]) -> str:
+    """One row of a table: its cells with the width that they need and, from the second on, with their columns' names."""
+
+    def cell(i: int, tag: str, attributes: str, content: str) -> str:
+        length = len(_words(content))
+        if tag == "th" or length <= SHORT:
+            attributes += ' class="short"' * (tag == "td")
+        else:  # the only attribute that Markdown gives is a style, for the column's side
+            side = attributes.removeprefix(' style="').removesuffix('"')
+            attributes = f' style="{f"{side} min-width".strip()}: {min(length, LONG) / 4:g}em"'
+        if tag == "td" and i and any(heads[i : i + 1]):
+            attributes += f' data-head="{html.escape(heads[i])}"'
+        return f"<{tag}{attributes}>{content}</{tag}>"
+
+    return f"<tr>{''.join(cell(i, *found) for i, found in enumerate(row))}</tr>"
+
+
+def _options(match: re.Match[str]) -> str:
+    return re.sub(r"(?<![\w-])--\w[\w-]*", r'<span class="whole">\g<0></span>', match[0])
+
+
+def _words(content: str) -> str:
+    return html.unescape(re.sub(r"<[^>]+>", "", content)).strip()
+
+
+def _needed(content: str) -> int:
+    """How many characters wide a cell is at least. Code does not break."""
+    text = _words(content)
+    whole = [*text.split(), *map(_words, re.findall(r"<code>(.*?)</code>", content, flags=re.DOTALL))]
+    return len(text) if len(text) <= SHORT else max(min(len(text), LONG) // 2, *map(len, whole))
 
 
 def _equation(match: re.Match[str]) -> str:

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from polyak.cli import terminal
+from polyak.lab.run import Progress
 
 from .lab.tasks_for_tests import made_up, together
 
@@ -105,3 +106,24 @@ def test_several_tasks_have_a_table_each() -> None:
     lines = shown(80, "one", "two")
     assert [line for line in lines if line in ("one", "two")] == ["one", "two"]
     assert sum("95 %" in line for line in lines) == 2
+
+
+def test_lines_of_progress_count_the_trials_of_all_claims(capsys) -> None:
+    def news(claim: str, done: int, elapsed: float, running: tuple[str, ...] = ("one",)) -> Progress:
+        eta = 60.0 if done else None
+        return Progress(claim=claim, done=done, total=10, cached=0, running=running, elapsed=elapsed, eta_seconds=eta)
+
+    with terminal.progress() as tell:
+        for claim in ("adan", "lion", "spam"):
+            tell(news(claim, 0, 0.0, running=()))
+        tell(news("adan", 0, 0.1))
+        tell(news("lion", 0, 0.2))
+        tell(news("adan", 3, terminal.REST_S - 1))  # too soon after the last
+        tell(news("spam", 4, terminal.REST_S + 1))
+        for claim in ("adan", "lion", "spam"):
+            tell(news(claim, 10, terminal.REST_S + 2, running=()))
+    assert capsys.readouterr().err.splitlines() == [
+        "0 of 30 trials, estimating the time",
+        "7 of 30 trials, 1 min 00 s left",
+        "30 of 30 trials, done",
+    ]

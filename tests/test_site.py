@@ -13,6 +13,7 @@ import pytest
 from polyak import claims
 from polyak.lab import words
 
+from .looks_for_tests import faults, scrolling
 from .test_docs import ROOT, environment, hooks
 
 
@@ -71,7 +72,7 @@ def test_every_system_has_a_page_with_its_verdict(site):
         for criterion in result.criteria if result else claim.criteria:
             assert words_of(criterion.says) in page.text
         strips = (site / "systems" / f"{slug}.html").read_text(encoding="utf-8").count('<svg class="strip"')
-        assert strips == (len(result.criteria) if result else 0)
+        assert strips == sum(bool(c.per_seed) for c in (result.criteria if result else ()))
         assert claim.name in Page(site / "systems" / "index.html").text
         for section in ("Method", "Use", "Verdict", "The experiment", "Reference"):
             assert f" {section} ¶ " in page.text
@@ -92,6 +93,14 @@ def test_the_pages_are_all_there(site):
     for name in ("reproduce", "record", "scoreboard"):
         assert f"polyak {name}" in Page(site / "api" / "cli.html").text
     assert (site / "search" / "search_index.js").exists()
+
+
+@pages
+def test_tests_of_a_group_run_together(request):
+    """By its name the scheduler knows a test's group. Where that fails nothing says so: the site is just built twice."""
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("not one worker of several")
+    assert request.node.nodeid.endswith("@site")
 
 
 @pages
@@ -142,6 +151,42 @@ def test_an_equation_that_has_no_mathml_stops_the_build():
     for latex in (r"\nosuch{x}", r"\begin{aligned} a &= b \end{aligned}"):
         with pytest.raises(ValueError, match="no MathML for"):
             hooks.on_page_content(rf'<span class="arithmatex">\({latex}\)</span>', page=None, config=None, files=None)
+
+
+def cells(kind: str, *texts: str) -> str:
+    return f"<tr>\n{''.join(f'<{kind}>{text}</{kind}>' for text in texts)}\n</tr>"
+
+
+def table(heads: list[str], *rows: list[str]) -> str:
+    """A table as Markdown makes it, after the hooks."""
+    body = "\n".join(cells("td", *row) for row in rows)
+    made = f"<table>\n<thead>\n{cells('th', *heads)}\n</thead>\n<tbody>\n{body}\n</tbody>\n</table>"
+    return hooks.on_page_content(f"<p>x</p>\n{made}", page=None, config=None, files=None)
+
+
+def test_a_table_of_text_that_a_phone_has_no_room_for_becomes_rows():
+    text = "A sentence that is long enough to be one, and to take several lines of a cell."
+    wide = table(["what", "it <em>is</em> & was", "when"], ["a title", text, "2026-01-02"], ["b", "no", "at most 0.25"])
+    assert '<div class="wide rows" tabindex="0">' in wide
+    assert '<td style="min-width: 11em" data-head="it is &amp; was">A sentence' in wide
+    assert '<td class="short" data-head="when">2026-01-02</td>' in wide
+    assert wide.count("data-head=") == 4  # not of the first column, which is the row's title
+    # Two columns need no names; numbers stay a table however wide; what fits stays as it is.
+    two = table(["option", ""], ["<code>--a-rather-long-option</code>", text])
+    assert "wide rows" in two
+    assert "data-head" not in two
+    assert "rows" not in table([f"a column's name {i}" for i in range(9)], ["Adan"] + ["0.25"] * 8)
+    assert "rows" not in table(["word", "meaning"], ["trial", "one arm on one task with one seed"])
+    aligned = table(["a", "b"], ["1", "2"]).replace("<td", '<td style="text-align: right;"')
+    assert hooks.on_page_content(aligned, page=None, config=None, files=None) == aligned  # made once
+
+
+def test_no_line_ends_within_an_option():
+    def made(content: str) -> str:
+        return hooks.on_page_content(content, page=None, config=None, files=None)
+
+    assert made("<code>ray --head -- x--y</code>") == '<code>ray <span class="whole">--head</span> -- x--y</code>'
+    assert made("<pre><span></span><code>ray --head</code></pre>") == "<pre><span></span><code>ray --head</code></pre>"
 
 
 def test_the_style_of_the_report_serves_both_schemes():
@@ -197,3 +242,49 @@ def test_the_site_in_a_browser(chromium, site, width, scheme):
     assert troubles == []
     assert {url.partition(":")[0] for url in requests} <= {"file", "data", "blob"}
     context.close()
+
+
+@pytest.mark.browser
+@pages
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_on_any_page_is_cut_off_or_squeezed(chromium, site, width):
+    page = chromium.new_page(viewport={"width": width, "height": 900})
+    for path in sorted(site.rglob("*.html")):
+        if path.name == "404.html":  # its style sheets lie where a server has them
+            continue
+        page.goto(path.as_uri())
+        assert faults(page) == [], path.name
+        # A desk has room for every table; a phone lists the rows of one that reads as text, and scrolls numbers.
+        assert (width < 1000 and path.stem == "benchmarks") or scrolling(page) == [], path.name
+    page.close()
+
+
+@pytest.mark.browser
+@pages
+@pytest.mark.slow
+def test_on_a_phone_a_table_of_text_is_a_list_of_its_rows(chromium, site):
+    page = chromium.new_page(viewport={"width": 390, "height": 844})
+    page.goto((site / "scoreboard.html").as_uri())
+    first = page.locator(".rows table").first
+    assert not first.locator("thead").is_visible()
+    boxes = (
+        first.locator("tbody tr")
+        .first.locator("td")
+        .evaluate_all(
+            "cells => cells.map(c => [getComputedStyle(c, '::before').content, c.getBoundingClientRect().toJSON()])"
+        )
+    )
+    labels = [label.strip('"') for label, _ in boxes]
+    assert labels[:3] == ["none", "verdict: ", "scale: "]
+    assert "decided by: " in labels
+    title, *others = (box for _, box in boxes)
+    assert title["width"] > 300
+    assert all(box["top"] >= title["bottom"] and box["right"] <= 390 for box in others)
+    page.goto((site / "benchmarks.html").as_uri())  # numbers stay beside what they are of
+    box = page.locator(".wide").first
+    box.evaluate("e => e.scrollTo(60, 0)")
+    assert box.evaluate("e => e.scrollLeft") == 60
+    name = box.locator("tbody td").first.bounding_box()
+    assert name["x"] == box.bounding_box()["x"]
+    page.close()

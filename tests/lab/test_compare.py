@@ -45,6 +45,9 @@ def small(home: Path, task: Path) -> Comparison:
     return compare(task, ARMS, store=home, **{**SMALL, "jobs": 2})
 
 
+shared = pytest.mark.xdist_group("small")  # one worker runs it, once
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks are examined in this process, which is faster than to start one."""
@@ -58,6 +61,7 @@ def trials(comparison: Comparison, purpose: str) -> list[Any]:
 # ---------------------------------------------------------------------------------------------------------------- fairness
 
 
+@shared
 def test_every_arm_gets_the_same(small: Comparison) -> None:
     tuning, reported = trials(small, "tuning"), trials(small, "report")
     names = ["adamw", "adan", "sgd:weight_decay=0"]
@@ -206,6 +210,7 @@ def test_divergence_is_a_measurement(tmp_path: Path, what: str) -> None:
 # ------------------------------------------------------------------------------------------------------ the store, resuming
 
 
+@shared
 @pytest.mark.usefixtures("here")
 def test_what_is_stored_is_not_run_again(small: Comparison, home: Path, task: Path) -> None:
     begun: list[Any] = []
@@ -214,6 +219,7 @@ def test_what_is_stored_is_not_run_again(small: Comparison, home: Path, task: Pa
     assert again.to_json() == small.to_json()
 
 
+@shared
 @pytest.mark.usefixtures("here")
 def test_another_arm_or_seed_leaves_the_others_as_they_are(small: Comparison, home: Path, task: Path) -> None:
     ran: set[str] = set()
@@ -231,6 +237,7 @@ def test_another_arm_or_seed_leaves_the_others_as_they_are(small: Comparison, ho
     assert set(longer) == {(arm.text, 5) for arm in small.setup.arms}
 
 
+@shared
 @pytest.mark.usefixtures("here")
 def test_a_change_of_the_task_counts_and_one_of_its_comments_does_not(
     small: Comparison, home: Path, task: Path, tmp_path: Path
@@ -244,6 +251,7 @@ def test_a_change_of_the_task_counts_and_one_of_its_comments_does_not(
     assert ran
 
 
+@shared
 @pytest.mark.usefixtures("here")
 def test_an_interrupted_comparison_asks_the_same_again(small: Comparison, task: Path, tmp_path: Path) -> None:
     class EnoughError(Exception):
@@ -699,6 +707,7 @@ def test_schedulers_of_a_pipeline(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- for other programs
 
 
+@shared
 def test_results_go_to_pandas_and_json(small: Comparison) -> None:
     table = small.to_pandas()
     assert list(table["arm"]) == ["adamw", "adan", "sgd:weight_decay=0"]
@@ -711,6 +720,7 @@ def test_results_go_to_pandas_and_json(small: Comparison) -> None:
     assert data["arms"][2]["fixed"] == {"weight_decay": 0}
 
 
+@shared
 def test_figures(small: Comparison) -> None:
     for what in ("curves", "sensitivity"):
         drawn = small.figure(what)
@@ -719,6 +729,7 @@ def test_figures(small: Comparison) -> None:
         small.figure("curve")
 
 
+@shared
 def test_a_notebook_shows_the_answer(small: Comparison) -> None:
     shown = small._repr_html_()
     assert small.answer in shown

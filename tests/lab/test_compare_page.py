@@ -61,6 +61,7 @@ def test_what_was_spent_is_a_column_where_it_is_not_the_budget() -> None:
     assert '<span class="small">done</span>' in page(Comparison(setup=setup, tasks=(more,)))
 
 
+@pytest.mark.xdist_group("browser")  # the worker that draws the pages
 def test_a_page_is_whole_and_loads_nothing(pages: dict[str, Path], found: dict[str, Comparison]) -> None:
     for name, path in pages.items():
         text = path.read_text(encoding="utf-8")
@@ -72,6 +73,7 @@ def test_a_page_is_whole_and_loads_nothing(pages: dict[str, Path], found: dict[s
         assert json.loads(embedded[1]) == found[name].to_json()
 
 
+@pytest.mark.xdist_group("browser")  # the worker that draws the pages
 def test_a_page_says_what_was_found_and_how(pages: dict[str, Path]) -> None:
     said = " ".join(Checker(pages["one"].read_text(encoding="utf-8")).text.split())
     for phrase in (

@@ -138,11 +138,36 @@ def test_a_claim_that_was_not_run(pages):
 def test_a_criterion_whose_task_the_scale_leaves_out_does_not_count():
     claim = optimizer_claim()
     result = optimizer_result(claim)
-    absent = replace(result.criteria[1], gating=False, estimate=math.nan, low=math.nan, high=math.nan, per_seed=())
+    absent = replace(
+        result.criteria[1], gating=False, estimate=math.nan, low=math.nan, high=math.nan, per_seed=(), note="left out"
+    )
     page = claim_page(Entry(claim, replace(result, criteria=(result.criteria[0], absent, *result.criteria[2:]))))
     asked = page[page.index('class="asked"') : page.index("<dt>The paper says")]
     assert "At an equal budget" in asked
     assert "At half the budget" not in asked
+    # Nothing was measured of it, so that there is no strip, and there are no numbers.
+    assert page.count('<svg class="strip"') == 1 + len(result.criteria) - 1
+    said = page[page.index("<h3>At half the budget") :].partition("</article>")[0]
+    assert "seeds pass" not in said
+    assert absent.note in said
+
+
+def test_a_long_list_of_criteria_is_folded():
+    claim = optimizer_claim()
+    result = optimizer_result(claim)
+    more = [replace(claim.criteria[0], name=f"more{i}", says=f"More {i}") for i in range(11)]
+    found = [replace(result.criteria[0], name=c.name, says=c.says, verdict="fails") for c in more]
+
+    def asked(n: int) -> str:
+        criteria = (*claim.criteria, *more[:n])
+        page = claim_page(
+            Entry(replace(claim, criteria=criteria), replace(result, criteria=(*result.criteria, *found[:n])))
+        )
+        return page[page.index("<dt>Asked") : page.index("<dt>The paper says")]
+
+    assert "<details>" not in asked(10)
+    assert "<summary>13 criteria: 2 ✓ holds, 11 ✗ fails</summary>" in asked(11)
+    assert asked(11).count("<li>") == 13
 
 
 def test_the_index_lists_everything(pages, entries):

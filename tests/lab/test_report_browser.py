@@ -7,6 +7,8 @@ import re
 
 import pytest
 
+from ..looks_for_tests import faults
+
 
 @pytest.mark.browser
 @pytest.mark.xdist_group("browser")
@@ -26,6 +28,7 @@ def test_pages_in_a_browser(chromium, pages, width, scheme):
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
         light = sum(int(c) for c in re.findall(r"\d+", background)[:3]) / 3 / 255
         assert light < 0.2 if scheme == "dark" else light > 0.9
+        assert faults(page) == [], name
         # No text of a drawing is cut off at the page's edge, none is too small to read.
         for box in page.evaluate(
             "[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().toJSON())"
@@ -42,6 +45,9 @@ def test_pages_in_a_browser(chromium, pages, width, scheme):
     assert page.locator(".verdict").inner_text().startswith("✗ Fails")
     assert troubles == []
     assert {url.partition(":")[0] for url in requests} == {"file"}
+    page.set_viewport_size({"width": 800, "height": 1000})  # a tablet
+    page.goto(pages["index"].as_uri())
+    assert faults(page) == []
     context.close()
 
 
@@ -177,4 +183,28 @@ def test_the_table_sorts_and_the_data_downloads(chromium, pages, entries, tmp_pa
     assert download.value.suggested_filename == "swift.small.json"
     download.value.save_as(tmp_path / "data.json")
     assert json.loads((tmp_path / "data.json").read_text(encoding="utf-8")) == entries[0].result.to_json()
+    page.close()
+
+
+@pytest.mark.browser
+@pytest.mark.xdist_group("browser")
+def test_on_a_phone_all_of_an_arm_is_in_view(chromium, pages):
+    page = chromium.new_page(viewport={"width": 390, "height": 844})
+    page.goto(pages["swift"].as_uri())
+    rows = page.locator("table.arms tbody tr").evaluate_all(
+        "rows => rows.map(r => [...r.cells].map(c => [c.dataset.head, c.innerText, c.getBoundingClientRect().toJSON()]))"
+    )
+    assert len(rows) == 5
+    for (_, arm, title), *facts in rows:
+        assert arm.strip()
+        assert [head for head, *_ in facts] == ["Role", "Fixed", "Tuned over", "Chosen"]
+        for _, text, box in facts:
+            assert text.strip()
+            assert box["top"] >= title["bottom"]
+            assert 0 <= box["left"] < box["right"] <= 390
+    # What scrolls keeps its first column, which says what the numbers are of.
+    box = page.locator(".scroll", has=page.locator("table.finals")).first
+    box.evaluate("e => { e.style.width = '220px'; e.scrollTo(50, 0); }")
+    assert box.evaluate("e => e.scrollLeft") == 50
+    assert box.locator("tbody th").first.bounding_box()["x"] == box.bounding_box()["x"]
     page.close()

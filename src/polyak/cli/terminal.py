@@ -233,8 +233,11 @@ class Tally:
     def __init__(self) -> None:
         self._claims: dict[str, Progress] = {}
 
-    def take(self, p: Progress) -> None:
+    def take(self, p: Progress) -> bool:
+        """Whether there was news of this claim before. The first of each come together, before anything runs."""
+        known = p.claim in self._claims
         self._claims[p.claim] = p
+        return known
 
     @property
     def done(self) -> int:
@@ -283,8 +286,8 @@ def _lines(tally: Tally) -> Callable[[Progress], None]:
 
     def tell(p: Progress) -> None:
         nonlocal told
-        tally.take(p)
-        if p.elapsed - told >= REST_S or (tally.done == tally.total and p.running == ()):
+        due = tally.take(p) and p.elapsed - told >= REST_S
+        if due or (tally.done == tally.total and p.running == ()):
             told = p.elapsed
             print(f"{tally.done} of {tally.total} trials, {tally.left(p)}", file=sys.stderr, flush=True)
 

@@ -95,6 +95,7 @@ def view(entry: Entry, *, so_far: ClaimResult | None = None) -> dict[str, Any]:
         "names": words.names(claim, claim.criteria),
         "asked": [c for c in claim.criteria if counts[c.name]],
         "others": [c for c in claim.criteria if not counts[c.name]],
+        "tally": words.tally(o.verdict for o in outcomes.values() if o.gating),
         "aside": words.tally(o.verdict for o in outcomes.values() if not o.gating),
         "outcomes": outcomes,
         "tasks": [_task(claim, task, shown) for task in _tasks(claim, shown)],
