@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from polyak.lab.compare import task as tasks
-from polyak.lab.compare.examine import digest, examine
+from polyak.lab.compare.contents import digest
+from polyak.lab.compare.examine import examine
 from polyak.lab.compare.main import task_files
 from polyak.lab.compare.task import Facts, TaskError, endless, metrics
 

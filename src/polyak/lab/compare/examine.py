@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from polyak.lab import group
 from polyak.lab.claim import Measurement, Trial
 from polyak.lab.compare.arms import ArmError
+from polyak.lab.compare.contents import digest, targets
 from polyak.lab.compare.sampling import sampler
 from polyak.lab.compare.task import (
     AnyTask,
@@ -43,8 +43,6 @@ _State = tuple[dict[str, str], dict[str, str]]  # digests of parameters, and of 
 
 SEED = 20_000  # neither tuned on nor reported
 _BATCHES = 3  # are compared
-_LEAST_ROWS = 16  # below, a column equals the target by chance
-_SAME = 1 - 1e-6
 _EVALUATIONS = 8  # of a sampler that is tried
 _SHOWN = 3  # names in a message
 
@@ -166,7 +164,7 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
             f"{name}: two calls with one seed give different batches: something is left from one call to the next (an iterator or "
             "generator made outside of the function?). Make it inside, from the seed"
         )
-    warnings += _targets(batches, name)
+    warnings += targets(batches, name)
     if first.validate and validated == untrained:
         warnings.append(
             f"{name}: validate and evaluate agree to the last digit on the untrained model: if they look at the same data, what is "
@@ -399,60 +397,3 @@ def _leaves(value: Any) -> Iterator[Any]:
         return
     for part in value.values() if isinstance(value, Mapping) else value:
         yield from _leaves(part)
-
-
-# -- contents --------------------------------------------------------------------------------------------------------------
-
-
-def digest(value: Any) -> str:
-    """A digest of what a structure of tensors, arrays and plain values holds."""
-    running = hashlib.sha256()
-    _feed(running, value)
-    return running.hexdigest()
-
-
-def _feed(running: Any, value: Any) -> None:
-    import numpy as np
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        running.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        running.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    elif isinstance(value, np.ndarray):
-        running.update(f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            running.update(str(key).encode())
-            _feed(running, part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            _feed(running, part)
-    elif isinstance(value, (str, int, float, bool, type(None))):
-        running.update(repr(value).encode())
-
-
-def _targets(batches: list[Any], name: str) -> list[str]:
-    """A warning where a column of the inputs is the target, or one class's indicator: batches that are (inputs, target)."""
-    import torch
-
-    pairs = [b for b in batches if isinstance(b, (list, tuple)) and len(b) == 2]
-    if not pairs or not all(isinstance(part, torch.Tensor) and part.ndim for pair in pairs for part in pair):
-        return []
-    inputs, target = (torch.cat([pair[i].detach().cpu() for pair in pairs]) for i in (0, 1))
-    rows = len(target)
-    if rows < _LEAST_ROWS or len(inputs) != rows or target.numel() != rows or inputs.is_complex():
-        return []
-    x, y = inputs.reshape(rows, -1).double(), target.reshape(rows, 1).double()
-    if not target.is_floating_point():
-        classes = torch.unique(target)
-        indicators = [(target.reshape(rows, 1) == c).double() for c in classes[:100]]
-        y = torch.cat([y, *(i for i in indicators if 3 <= float(i.sum()) <= rows - 3)], 1)
-    x, y = (v - v.mean(0) for v in (x, y))
-    norms = x.norm(dim=0)[:, None] * y.norm(dim=0)
-    correlation = torch.where(norms > 0, (x.T @ y).abs() / norms, 0.0).amax(1)
-    found = torch.nonzero(correlation > _SAME).flatten().tolist()
-    if not found:
-        return []
-    which = f"number {found[0]}" if len(found) == 1 else f"numbers {', '.join(map(str, found[:3]))}"
-    return [f"{name}: the target is among the inputs (column {which}, correlation 1 over {rows} rows)"]
