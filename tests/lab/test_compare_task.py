@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from polyak.lab.compare import task as tasks
 from polyak.lab.compare.contents import digest
@@ -13,7 +15,7 @@ from polyak.lab.compare.examine import examine
 from polyak.lab.compare.main import task_files
 from polyak.lab.compare.task import Facts, TaskError, endless, metrics
 
-from .tasks_for_tests import REGRESSION, SAMPLING, write
+from .tasks_for_tests import DRAWING, REGRESSION, SAMPLING, write
 
 EXAMPLES = Path(tasks.__file__).parents[1] / "templates"
 
@@ -175,6 +177,91 @@ def test_what_is_wrong_with_a_sampling_task(tmp_path: Path, changes: dict[str, s
     assert says in found
 
 
+# What is drawn outside of a task's function, or from no seed at all.
+SHARED = "\nG = torch.Generator().manual_seed(0)\n\n\ndef task"
+OF_NO_SEED = "\nimport os\n\n\ndef task"
+HELD_OUT = {
+    "a generator outside": {
+        "\n\ndef task": SHARED,
+        "    return {": "    held = torch.rand((), generator=G)\n    return {",
+    },
+    "the system": {
+        "\n\ndef task": OF_NO_SEED,
+        "    return {": "    held = int.from_bytes(os.urandom(6)) / 2**48\n    return {",
+    },
+}
+DRAWN_WHEN_JUDGED = {"\n\ndef task": SHARED, ".mean()": ".mean() + torch.rand((), generator=G)"}
+
+
+@pytest.mark.parametrize("text", [SAMPLING, DRAWING], ids=["denoiser", "pipeline"])
+@pytest.mark.parametrize("leak", [*HELD_OUT, "when judged"])
+def test_samples_are_judged_by_the_same_data_with_the_same_seed(tmp_path: Path, leak: str, text: str) -> None:
+    changes = DRAWN_WHEN_JUDGED if leak == "when judged" else {**HELD_OUT[leak], ".mean()": ".mean() + held"}
+    found = examine(str(write(tmp_path, text, replaced=changes)), "cpu")
+    assert isinstance(found, str)
+    assert "two calls with one seed give different numbers: of the same samples metric(samples) is " in found
+    assert "(off). Something is left from one call to the next, or comes from no seed" in found
+
+
+@pytest.mark.parametrize("leak", HELD_OUT)
+@pytest.mark.parametrize("what", ["evaluate", "validate"])
+def test_models_are_judged_by_the_same_data_with_the_same_seed(tmp_path: Path, what: str, leak: str) -> None:
+    number = '{"distance": (model.weight - TRUTH).norm()}'
+    judged = number.replace("norm()", "norm() + held")
+    given = {"evaluate": judged} if what == "evaluate" else {"evaluate": number, "validate": judged}
+    functions = ", ".join(f'"{name}": lambda model: {value}' for name, value in given.items())
+    changes = {**HELD_OUT[leak], f'"evaluate": lambda model: {number}': functions}
+    found = examine(str(write(tmp_path, REGRESSION, replaced=changes)), "cpu")
+    assert isinstance(found, str)
+    assert f"two calls with one seed give different numbers: of the same untrained model {what}(model) is " in found
+
+
+def test_a_pipelines_samples_are_the_same_with_the_same_seed(tmp_path: Path) -> None:
+    changes = {"\n\nclass Pipe": "\nG = torch.Generator()\n\n\nclass Pipe", "x * ": "x * torch.rand(1, generator=G) * "}
+    found = examine(str(write(tmp_path, DRAWING, replaced=changes)), "cpu")
+    assert isinstance(found, str)
+    assert "two calls with one seed give samples that differ: something is left from one call to the next" in found
+
+
+@pytest.mark.parametrize("text", [SAMPLING, DRAWING], ids=["denoiser", "pipeline"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {".mean()": ".mean() + torch.rand(())"},
+        {".mean()": ".mean() + torch.rand((), generator=g)", "    return {": "    g = torch.Generator()\n    return {"},
+        {".mean()": ".mul_(0).mean()"},
+        {".mean()": ".mean() * float('nan')"},
+    ],
+    ids=["as it is", "a global generator", "one of its own", "changes the samples", "nan"],
+)
+def test_what_follows_from_the_seed_is_no_leak(tmp_path: Path, text: str, changes: dict[str, str]) -> None:
+    assert facts(write(tmp_path, text, replaced=changes)).kind == "sampling"
+
+
+@pytest.mark.parametrize(
+    "returned",
+    ["x", "(x, None)", "{'sample': x}", "SimpleNamespace(images=x)", "x.numpy()", "list(x)"],
+)
+def test_a_pipeline_returns_its_samples_in_many_forms(tmp_path: Path, returned: str) -> None:
+    imports = {"import torch\n": "import torch\nfrom types import SimpleNamespace\n"}
+    returns = {"return (x * 0.9**num_inference_steps,)": f"return {returned}"}
+    judges = {"x.norm(dim=1)": "torch.stack([torch.as_tensor(one) for one in x]).norm(dim=1)"}
+    found = facts(write(tmp_path, DRAWING, replaced={**imports, **returns, **judges}))
+    noise = torch.randn(16, 2, generator=torch.Generator().manual_seed(20_000))
+    assert found.initial == {"off": pytest.approx(float(noise.norm(dim=1).mean()))}
+
+
+def test_what_else_a_pipeline_returns_is_no_sample(tmp_path: Path) -> None:
+    for returned, got in (("None", "None"), ("3.0", "a float"), ("()", "a tuple")):
+        tasks._module.cache_clear()
+        changes = {"return (x * 0.9**num_inference_steps,)": f"return {returned}"}
+        assert examine(str(write(tmp_path, DRAWING, replaced=changes)), "cpu") == (
+            "line.py: the pipeline Pipe must return samples: an output that has `images`, a tuple whose first they are, or a "
+            f"tensor, array or list, got {got}"
+        )
+
+
 def test_global_generators_are_seeded_so_that_their_use_is_no_leak(tmp_path: Path) -> None:
     changes = {"(8,), generator=g)": "(8,))", "g = torch.Generator().manual_seed(seed)": "g = None"}
     facts(write(tmp_path, REGRESSION, replaced=changes))
@@ -317,6 +404,12 @@ def test_digests_tell_contents_apart() -> None:
     assert digest(one) == digest({"x": torch.arange(3.0), "y": [1, "a"]})
     assert digest(one) != digest({"x": torch.arange(3.0) + 1e-7, "y": [1, "a"]})
     assert digest(torch.zeros(2, 3)) != digest(torch.zeros(3, 2))
+    words = [np.array(["a" * n, "b"], dtype=object) for n in (999, 999, 998)]
+    assert digest(words[0]) == digest(words[1])
+    assert digest(words[0]) != digest(words[2])
+    dark, light = (Image.new("L", (2, 2), shade) for shade in (0, 9))
+    assert digest([dark]) == digest([dark.copy()])
+    assert digest([dark]) != digest([light])
 
 
 def test_files_are_found(tmp_path: Path) -> None:

@@ -25,7 +25,11 @@ def _feed(running: Any, value: Any) -> None:
         value = value.detach().cpu()
         running.update(f"{value.dtype}{tuple(value.shape)}".encode())
         running.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    elif isinstance(value, np.ndarray):
+    elif isinstance(value, np.ndarray) or hasattr(value, "__array_interface__"):  # as PIL's images have
+        value = np.asarray(value)
+        if value.dtype == object:  # holds addresses
+            _feed(running, value.tolist())
+            return
         running.update(f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
     elif isinstance(value, Mapping):
         for key, part in value.items():

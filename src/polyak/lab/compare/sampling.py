@@ -72,6 +72,27 @@ def sampler(task: SamplingTask, options: Trial | Mapping[str, Any], device: str)
     return _Solver(task, cls, given, device) if task.pipeline is None else _Pipeline(task, cls, given)
 
 
+def samples_of(made: Any, who: str) -> Any:
+    """The samples in what a pipeline returns: its ``images``, the first of an output or a tuple, or a tensor, array or list itself.
+
+    Raises:
+        TaskError: it returns something else. ``who``: the pipeline, for the message.
+    """
+    import numpy as np
+    import torch
+
+    if hasattr(made, "images"):
+        return made.images
+    if isinstance(made, (torch.Tensor, np.ndarray, list)):
+        return made
+    if isinstance(made, (tuple, Mapping)) and len(made):  # diffusers' outputs are ordered dictionaries
+        return next(iter(made.values())) if isinstance(made, Mapping) else made[0]
+    raise TaskError(
+        f"{who} must return samples: an output that has `images`, a tuple whose first they are, or a tensor, array or list, got "
+        f"{'None' if made is None else f'a {type(made).__name__}'}"
+    )
+
+
 def _limit(sampler: _Sampler, trial: Trial) -> int:
     """The budget in evaluations; of a time, as many as fit by what a few take."""
     budget: Mapping[str, float] = trial["budget"]
@@ -177,7 +198,7 @@ class _Pipeline:
         device = getattr(self._pipeline, "device", "cpu")
         call = {**self._call, "num_inference_steps": steps, "generator": torch.Generator(device).manual_seed(seed)}
         made = self._pipeline(**call)
-        return made[0] if isinstance(made, tuple) else made.images, points
+        return samples_of(made, f"the pipeline {type(self._pipeline).__name__}"), points
 
     def _steps(self, scheduler: Any, evaluations: int) -> tuple[int, int]:
         """The most steps whose timesteps, one evaluation each, are within the budget."""
