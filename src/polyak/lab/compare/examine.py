@@ -20,7 +20,7 @@ from polyak.lab.claim import Measurement, Trial
 from polyak.lab.compare.arms import ArmError
 from polyak.lab.compare.contents import digest, targets
 from polyak.lab.compare.generators import Generators, number
-from polyak.lab.compare.sampling import sampler, samples_of
+from polyak.lab.compare.sampling import UnsuitedError, sampler, samples_of
 from polyak.lab.compare.task import (
     AnyTask,
     Facts,
@@ -92,6 +92,8 @@ def _try_arms(file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any
                     _draw_once(task, options, device)
                     continue
                 optimizer = build(task, task.model.train(), options)
+            except UnsuitedError as error:
+                return ArmError(f"arm {text!r}: {error}")
             except Exception as error:
                 what = "draw on this task" if isinstance(task, SamplingTask) else "be made"
                 return ArmError(f"arm {text!r}: {name} cannot {what}: {type(error).__name__}: {error}")

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from polyak.lab.claim import Diverged, Measurement, Trial
-from polyak.lab.compare.arms import find, split_options
+from polyak.lab.compare.arms import OF_A_PIPELINE, find, is_scheduler, split_options
 from polyak.lab.compare.generators import Generators, number
 from polyak.lab.compare.task import SamplingTask, TaskError, load, metrics
 
 _PARTS = (0.125, 0.25, 0.5, 1.0)  # of the budget, at which samples are judged
 _FIRST = 8  # evaluations of the first runs of a budget in time, which tell how long one takes
+
+
+class UnsuitedError(ValueError):
+    """An arm cannot draw what the task has: a denoiser's samples, or a pipeline's."""
 
 
 class _Sampler(Protocol):
@@ -66,7 +70,11 @@ class Draw:
 
 
 def sampler(task: SamplingTask, options: Trial | Mapping[str, Any], device: str) -> _Sampler:
-    """An arm, with its fixed and tuned options."""
+    """An arm, with its fixed and tuned options.
+
+    Raises:
+        UnsuitedError: the arm is for tasks of the other kind.
+    """
     given = split_options({**options["fixed"], **{name: options[name] for name in options["tuned"]}})
     cls = find(options["class"])
     return _Solver(task, cls, given, device) if task.pipeline is None else _Pipeline(task, cls, given)
@@ -138,6 +146,11 @@ class _Solver:
     """A solver of ``polyak.generate``, with its guidance and steering."""
 
     def __init__(self, task: SamplingTask, cls: Any, given: Mapping[str, Mapping[str, Any]], device: str) -> None:
+        if is_scheduler(cls):
+            raise UnsuitedError(
+                f"{cls.__name__} is a diffusers scheduler, which goes into a pipeline: it needs a task that returns a `pipeline`, "
+                "and this one returns a denoiser"
+            )
         self._task, self._device = task, device
         self._solver = cls(**given[""])
         self._parts = {
@@ -145,7 +158,7 @@ class _Solver:
             for name in ("guidance", "steering")
             if given[name]
         }
-        self._call = given["call"]
+        self._sample, self._call = given["sample"], given["call"]
 
     def draw(self, evaluations: int, seed: int) -> tuple[Any, int]:
         import torch
@@ -171,6 +184,7 @@ class _Solver:
             check_finite=False,
             return_info=True,
             **self._parts,
+            **self._sample,
             **self._call,
         )
         return samples, info.nfe * cost
@@ -180,12 +194,14 @@ class _Pipeline:
     """A scheduler in a diffusers pipeline; a solver of ours goes in by its adapter."""
 
     def __init__(self, task: SamplingTask, cls: Any, given: Mapping[str, Mapping[str, Any]]) -> None:
+        if part := next((name for name in ("guidance", "steering") if given[name]), ""):
+            raise UnsuitedError(f"{part} cannot be an arm's in a pipeline, {OF_A_PIPELINE}")
         self._pipeline, config = task.pipeline, task.pipeline.scheduler.config
-        if hasattr(cls, "from_config"):
-            self._pipeline.scheduler = cls.from_config(config, **given[""])
+        if is_scheduler(cls):
+            self._pipeline.scheduler = cls.from_config(config, **given[""], **given["sample"])
         else:
             adapter = find("polyak.generate.adapters.diffusers:PolyakScheduler")
-            self._pipeline.scheduler = adapter.from_config(config, solver=cls(**given[""]))
+            self._pipeline.scheduler = adapter.from_config(config, solver=cls(**given[""]), **given["sample"])
         self._call = {**task.call, **given["call"]}
         if hasattr(self._pipeline, "set_progress_bar_config"):
             self._pipeline.set_progress_bar_config(disable=True)

@@ -1,0 +1,98 @@
+"""Samplers on a denoiser and in a pipeline: whose options are whose, what a budget buys, and what is said of the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from polyak.generate import DPMSolver
+from polyak.lab.compare.arms import ArmError, find, parse
+from polyak.lab.compare.examine import try_arms
+from polyak.lab.compare.sampling import sampler
+from polyak.lab.compare.task import SamplingTask, load
+
+from .tasks_for_tests import DRAWING, PIPELINE, SAMPLING, write
+
+
+def loaded(path: Path) -> SamplingTask:
+    task = load(str(path), 0, "cpu")
+    assert isinstance(task, SamplingTask)
+    return task
+
+
+def tried(path: Path, arm: str, evaluations: int = 10) -> str:
+    """What is wrong with an arm's words on a task, beside DDIM; nothing where nothing is."""
+    given = []
+    for spec in parse(f"ddim,{arm}", "sampling"):
+        centre = {name: r.centre for name, r in spec.space.items()}
+        shared = {"class": spec.target, "fixed": dict(spec.fixed), "budget": {"evaluations": evaluations}}
+        given.append((spec.text, {**shared, "tuned": sorted(centre), **centre}))
+    wrong = try_arms(str(path), "cpu", given)
+    assert wrong is None or isinstance(wrong, ArmError), wrong
+    return str(wrong or "")
+
+
+# ------------------------------------------------------------------------------------------------------ whose options
+
+DIFFUSERS = "diffusers:DDIMScheduler"
+
+
+@pytest.mark.parametrize("option", ["guidance=CFG", "guidance.scale=2", "steering=Steering", "grid=karras"])
+def test_what_is_for_polyaks_solvers_alone_is_no_option_of_a_scheduler(option: str) -> None:
+    pytest.importorskip("diffusers")
+    name = option.partition("=")[0].partition(".")[0]
+    own = "" if name == "grid" else ", whose guidance is its own: give that in the task's `call`"
+    with pytest.raises(ArmError) as caught:
+        parse(f"ddim,{DIFFUSERS}:{option}", "sampling")
+    assert str(caught.value) == (
+        f"arm '{DIFFUSERS}:{option}': {name} is for polyak's solvers; DDIMScheduler is a scheduler of a pipeline{own}"
+    )
+
+
+def test_only_a_schedulers_own_options_are_offered() -> None:
+    pytest.importorskip("diffusers")
+    with pytest.raises(ArmError, match="did you mean 'beta_start'") as caught:
+        parse(f"ddim,{DIFFUSERS}:beta_strat=1", "sampling")
+    offered = str(caught.value).partition("It has ")[2].split(", ")
+    assert "beta_schedule" in offered
+    assert not {"guidance", "steering", "grid"} & set(offered)
+
+
+@pytest.mark.parametrize("option", ["guidance=CFG", "guidance=CFG:guidance.scale=1..8", "steering=Steering"])
+def test_guidance_and_steering_are_no_options_in_a_pipeline(tmp_path: Path, option: str) -> None:
+    name = option.partition("=")[0]
+    assert tried(write(tmp_path, DRAWING), f"heun:{option}") == (
+        f"arm 'heun:{option}': {name} cannot be an arm's in a pipeline, whose guidance is its own: give that in the task's `call`"
+    )
+
+
+def test_a_scheduler_needs_a_pipeline(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    assert tried(write(tmp_path, SAMPLING), DIFFUSERS) == (
+        f"arm '{DIFFUSERS}': DDIMScheduler is a diffusers scheduler, which goes into a pipeline: it needs a task that returns a "
+        "`pipeline`, and this one returns a denoiser"
+    )
+
+
+def test_a_grid_in_a_pipeline_is_that_of_the_scheduler_around_the_solver(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    path, options = write(tmp_path, PIPELINE), {"order": 2, "form": "data", "method": "multistep"}
+
+    def drawn(**more: str) -> Any:
+        given = {"class": "polyak.generate:DPMSolver", "fixed": {**options, **more}, "tuned": []}
+        samples, spent = sampler(loaded(path), given, "cpu").draw(5, seed=3)
+        assert spent == 5
+        return samples
+
+    by_hand = loaded(path)
+    pipe, solver = by_hand.pipeline, DPMSolver(order=2, form="data", method="multistep")
+    adapter = find("polyak.generate.adapters.diffusers:PolyakScheduler")
+    pipe.scheduler = adapter.from_config(pipe.scheduler.config, solver=solver, grid="karras")
+    wanted = pipe(**by_hand.call, num_inference_steps=5, generator=torch.Generator().manual_seed(3)).images
+    assert (drawn(grid="karras") == wanted).all()
+    assert abs(drawn() - wanted).max() > 1e-3
+    assert tried(path, "heun:grid=karras") == ""
+    assert "karrras" in tried(path, "heun:grid=karrras")
