@@ -96,3 +96,56 @@ def test_a_grid_in_a_pipeline_is_that_of_the_scheduler_around_the_solver(tmp_pat
     assert abs(drawn() - wanted).max() > 1e-3
     assert tried(path, "heun:grid=karras") == ""
     assert "karrras" in tried(path, "heun:grid=karrras")
+
+
+# ------------------------------------------------------------------------------------------------- what a budget buys
+
+GUIDED = {"ExactDenoiser(law, VP())": "Denoiser(lambda x, t: 0.1 * x, VP(), unconditional=lambda x, t: 0.1 * x)"}
+GUIDED["import VP"] = "import VP, Denoiser"
+
+
+@pytest.mark.parametrize(
+    ("arm", "evaluations", "says"),
+    [
+        ("rk4", 3, "RK4() takes at least 4 evaluations for a sample, and there are 3"),
+        ("rk4:guidance=CFG", 6, "RK4() with CFG(scale=7.5) takes at least 8 evaluations for a sample, and there are 6"),
+        ("rk4:guidance=CFG:guidance.scale=3", 7, "RK4() with CFG(scale=3) takes at least 8 evaluations for a sample"),
+        ("rk4:guidance=CFG", 8, ""),
+        ("ddim:guidance=CFG:guidance.scale=1..8", 1, "takes at least 2 evaluations for a sample, and there are 1"),
+        (
+            "dpmsolver:order=3:method=multistep:guidance=CFG",
+            5,
+            "takes at least 6 evaluations for a sample, and there are 5",
+        ),
+        ("dpmsolver:order=3:method=multistep:guidance=CFG", 6, ""),
+        ("rk4:guidance=CFG:grid=karas", 6, "karas"),
+        ("rk4:guidance=CFG:grid=karas", 8, "karas"),
+    ],
+)
+def test_a_budget_that_is_too_small_is_told_in_evaluations(
+    tmp_path: Path, arm: str, evaluations: int, says: str
+) -> None:
+    found = tried(write(tmp_path, SAMPLING, replaced=GUIDED), arm, evaluations)
+    assert says in found
+    assert bool(says) == bool(found)
+
+
+PRK = "PNDMScheduler"  # its first steps are of several evaluations, and it cannot plan fewer than four
+PLANNED = {
+    "import torch\n": "import torch\nfrom diffusers import DDIMScheduler\n",
+    " = Scheduler()": " = DDIMScheduler()",
+}
+
+
+def test_a_budget_that_is_too_small_for_a_scheduler_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    path = write(tmp_path, DRAWING, replaced=PLANNED)
+    assert tried(path, PRK) == (
+        f"arm '{PRK}': PNDMScheduler cannot draw on this task: ValueError: 4 steps of PNDMScheduler take 13 evaluations, and there "
+        "are 10; it cannot plan fewer steps"
+    )
+    assert tried(path, PRK, 13) == ""
+    assert tried(path, "KDPM2DiscreteScheduler", 1) == ""
+    said = tried(path, "rk4:grid=time", 3)
+    assert said.endswith("ValueError: 1 step of PolyakScheduler takes 4 evaluations, and there are 3")
+    assert "PolyakScheduler.set_timesteps(10) raised ValueError: " in tried(path, "rk4:grid=tim")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from polyak.lab.compare.generators import Generators, number
 from polyak.lab.compare.task import SamplingTask, TaskError, load, metrics
 
 _PARTS = (0.125, 0.25, 0.5, 1.0)  # of the budget, at which samples are judged
+_FURTHER = 20  # points of evaluation that a solver may need for a step
 _FIRST = 8  # evaluations of the first runs of a budget in time, which tell how long one takes
 
 
@@ -168,26 +170,41 @@ class _Solver:
         # What one evaluation point costs in calls of the network per sample.
         cost = 2 if getattr(self._parts.get("guidance"), "paired", False) else 1
         cost *= getattr(self._parts.get("steering"), "particles", 1)
-        if evaluations < cost:
-            raise ValueError(
-                f"one point of {self._solver!r} takes {cost} evaluations for a sample, and there are {evaluations}"
+        try:
+            samples, info = sample(
+                self._task.denoiser,
+                tuple(self._task.shape),
+                process=self._task.process,
+                solver=self._solver,
+                nfe=evaluations // cost,
+                generator=generator,
+                dtype=self._task.dtype,
+                device=self._device,
+                check_finite=False,
+                return_info=True,
+                **self._parts,
+                **self._sample,
+                **self._call,
             )
-        samples, info = sample(
-            self._task.denoiser,
-            tuple(self._task.shape),
-            process=self._task.process,
-            solver=self._solver,
-            nfe=evaluations // cost,
-            generator=generator,
-            dtype=self._task.dtype,
-            device=self._device,
-            check_finite=False,
-            return_info=True,
-            **self._parts,
-            **self._sample,
-            **self._call,
-        )
+        except ValueError as error:
+            if least := self._least(evaluations // cost):
+                who = " with ".join(map(repr, [self._solver, *self._parts.values()]))
+                raise ValueError(
+                    f"{who} takes at least {cost * least} evaluations for a sample, and there are {evaluations}"
+                ) from error
+            raise
         return samples, info.nfe * cost
+
+    def _least(self, points: int) -> int:
+        """How many points of evaluation the solver needs, where it needs more than these; else 0."""
+        process, grid = self._task.process or self._task.denoiser.process, self._sample.get("grid")
+
+        def suffice(n: int) -> bool:
+            with suppress(ValueError):
+                return len(self._solver.times(process, nfe=n, grid=grid)) > 1
+            return False
+
+        return 0 if suffice(points) else next((n for n in range(points + 1, points + _FURTHER) if suffice(n)), 0)
 
 
 class _Pipeline:
@@ -218,8 +235,19 @@ class _Pipeline:
 
     def _steps(self, scheduler: Any, evaluations: int) -> tuple[int, int]:
         """The most steps whose timesteps, one evaluation each, are within the budget."""
+        name, least, failed = type(scheduler).__name__, "", None
         for steps in range(evaluations, 0, -1):
-            scheduler.set_timesteps(steps)
-            if len(scheduler.timesteps) <= evaluations:
-                return steps, len(scheduler.timesteps)
-        raise ValueError(f"{type(scheduler).__name__} takes more than {evaluations} evaluations for one step")
+            try:
+                scheduler.set_timesteps(steps)
+            except Exception as error:  # a scheduler's first steps may be of a kind that needs several
+                failed = failed or ValueError(f"{name}.set_timesteps({steps}) raised {type(error).__name__}: {error}")
+                continue
+            taken = len(scheduler.timesteps)
+            if taken <= evaluations:
+                return steps, taken
+            least = f"{steps} step{'s' * (steps > 1)} of {name} take{'s' * (steps == 1)} {taken} evaluations"
+        if least:
+            fewer = "; it cannot plan fewer steps" if failed else ""
+            raise ValueError(f"{least}, and there are {evaluations}{fewer}") from failed
+        assert failed is not None
+        raise failed
