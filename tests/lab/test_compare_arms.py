@@ -120,6 +120,7 @@ def test_samplers_have_guidance_and_integers() -> None:
         ("ddim,dpmsolvr", "sampling", "did you mean 'dpmsolver'?"),
         ("ddim,dpmsolver:ordr=2", "sampling", "no option 'ordr'; did you mean 'order'?"),
         ("ddim,heun:guidance=CGF", "sampling", "has no 'CGF'; did you mean 'CFG'?"),
+        ("ddim,heun:guidance=cfg", "sampling", "has no 'cfg'; did you mean 'CFG'?"),
         ("ddim,heun:guidance=CFG:guidance.scal=2", "sampling", "CFG has no option 'scal'; did you mean 'scale'?"),
         ("ddim,heun:guidance.scale=2", "sampling", "guidance.scale needs guidance="),
         ("ddim,torch.optim:AdamW", "sampling", "torch.optim:AdamW is no class of solvers or schedulers"),
