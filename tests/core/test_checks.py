@@ -107,5 +107,5 @@ def test_suggestions():
     assert checks.suggestion("zzz", ["weight_decay", "lr"]) == ""
     assert checks.suggestion("cfg", ["config", "CFG", "Guidance"]) == "; did you mean 'CFG'?"
     assert checks.suggestion("LRR", ["lr", "weight_decay"]) == "; did you mean 'lr'?"
-    assert checks.suggestion("adamW", ["adamw", "AdamW"]) == "; did you mean 'AdamW'?"
+    assert checks.suggestion("ADamW", ["adamw", "AdamW"]) == "; did you mean 'AdamW'?"
     assert checks.suggestion("ADan", ["ADAM", "Adan", 3]) == "; did you mean 'Adan'?"

@@ -69,6 +69,14 @@ def test_guidance_and_steering_are_no_options_in_a_pipeline(tmp_path: Path, opti
     )
 
 
+def test_what_a_trial_gives_a_pipeline_is_no_option(tmp_path: Path) -> None:
+    path = write(tmp_path, DRAWING)
+    assert tried(path, "heun:call.num_inference_steps=5") == (
+        "arm 'heun:call.num_inference_steps=5': call.num_inference_steps cannot be an arm's: it is the budget's affair"
+    )
+    assert tried(path, "heun:call.generator=5").endswith("call.generator cannot be an arm's: it is the seed's affair")
+
+
 def test_a_scheduler_needs_a_pipeline(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     assert tried(write(tmp_path, SAMPLING), DIFFUSERS) == (

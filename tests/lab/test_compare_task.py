@@ -61,6 +61,10 @@ BROKEN = {
         {"def task(": "def tasks("},
         "has no function task(seed, device); did you mean to call 'tasks' so?",
     ),
+    "no function alike": (
+        {"def task(": "def other("},
+        "function task(seed, device). `polyak init-task` writes an example",
+    ),
     "no callable": (
         {"def task(seed": "task = 3\n\n\ndef other(seed"},
         "task must be a function task(seed, device), got 3",
@@ -71,6 +75,7 @@ BROKEN = {
     "missing": ({'        "batches": batches(),\n': ""}, "batches is missing"),
     "unknown": ({'"loss":': '"los":'}, "unknown 'los'; did you mean 'loss'?"),
     "model": ({'"model": model,': '"model": "resnet",'}, "model must be a torch.nn.Module, got 'resnet'"),
+    "class": ({'"model": model,': '"model": nn.Linear,'}, "model must be a torch.nn.Module, got the class Linear"),
     "batches": ({"batches(),": "7,"}, "batches must be an iterable of batches, got 7"),
     "loss": ({'"evaluate": ': '"loss": 3, "evaluate": '}, "loss must be a function loss(model, batch), got 3"),
     "loss type": ({".square().mean()": ".square()"}, "must return a tensor of one element, got one of shape (8, 1)"),
@@ -92,7 +97,10 @@ BROKEN = {
         {"(model.weight - TRUTH).norm()": "'low'"},
         "must return a number or a dictionary of numbers, got 'low'",
     ),
-    "metric shape": ({"TRUTH).norm()": "TRUTH)"}, "must return a number or a dictionary of numbers, got a Tensor"),
+    "metric shape": (
+        {"TRUTH).norm()": "TRUTH)"},
+        "or a dictionary of numbers, got a Tensor of shape (1, 2) for 'distance'",
+    ),
     "own name": ({'"distance"': '"seconds"'}, "must not call a number 'seconds'"),
     "accuracy": ({'"distance"': '"accuracy"'}, "is more of 'accuracy' better? Return better={'accuracy': 'higher'}"),
     "name": (
@@ -107,6 +115,14 @@ BROKEN = {
     "better": ({'"evaluate"': '"better": "smaller", "evaluate"'}, "better must be 'lower' or 'higher', got 'smaller'"),
     "better name": ({'"evaluate"': '"better": {"dist": "lower"}, "evaluate"'}, "names 'dist', which is not measured"),
     "schedule": ({'"evaluate"': '"schedule": "cosin", "evaluate"'}, "schedule must be one of cosine, linear, constant"),
+    "schedule words": (
+        {'"evaluate"': '"schedule": lambda used: None, "evaluate"'},
+        "schedule(used) raised TypeError: float() arg",
+    ),
+    "schedule numbers": (
+        {'"evaluate"': '"schedule": lambda used: float("inf") ** used, "evaluate"'},
+        "schedule(used) must give finite factors of the learning rate, got inf at 0.5",
+    ),
     "ends": ({"while True:": "for _ in range(2):"}, "batches came to an end. Give a DataLoader"),
     "frozen": ({"    def batches": "    model.requires_grad_(False)\n\n    def batches"}, "nothing to train"),
     "trains in evaluate": (
@@ -164,6 +180,24 @@ def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path, case: str) -> None:
         ({"(64, 2)": "64"}, "shape must be (count, ...), got 64"),
         ({"ExactDenoiser(law, VP())": "lambda x, t: x"}, "the denoiser does not have a process"),
         ({"ExactDenoiser(law, VP())": "None"}, "either a denoiser or a pipeline"),
+        ({"torch.float64": '"float64"'}, "dtype must be a floating torch dtype, e.g. torch.float64, got 'float64'"),
+        ({"torch.float64": "torch.int64"}, "dtype must be a floating torch dtype, e.g. torch.float64, got a dtype"),
+        (
+            {'"dtype": torch.float64': '"process": VP'},
+            "process must be a process of polyak.generate, e.g. VP(), got the class VP",
+        ),
+        (
+            {'"dtype"': '"call": {"prompt": "a cat"}, "dtype"'},
+            "call has no effect beside a denoiser, got a dict: leave it out",
+        ),
+        (
+            {"x.norm(dim=1) - 2).abs().mean()": "x).mean(0)"},
+            "dictionary of numbers, got a Tensor of shape (2,) for 'off'",
+        ),
+        (
+            {'{"off": (x.norm(dim=1) - 2).abs().mean()}': "x.numpy()"},
+            "dictionary of numbers, got a ndarray of shape (64, 2)",
+        ),
         ({'"metric": lambda x: {"off": (x': '"process": VP(), "metric": lambda x: {"off": (y'}, "NameError: name 'y'"),
         (
             {"ExactDenoiser(law, VP())": "lambda x, t: x", '"metric"': '"process": VP(), "metric"'},
@@ -250,6 +284,34 @@ def test_a_pipeline_returns_its_samples_in_many_forms(tmp_path: Path, returned: 
     found = facts(write(tmp_path, DRAWING, replaced={**imports, **returns, **judges}))
     noise = torch.randn(16, 2, generator=torch.Generator().manual_seed(20_000))
     assert found.initial == {"off": pytest.approx(float(noise.norm(dim=1).mean()))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"Pipe()": "Pipe"}, "pipeline must be a pipeline with a scheduler, which has a config, got the class Pipe"),
+        ({"config = {}": "pass"}, "pipeline must be a pipeline with a scheduler, which has a config, got a Pipe"),
+        ({'"metric"': '"call": "a cat", "metric"'}, "call must be a dictionary of arguments by name, e.g."),
+        ({'"metric"': '"call": {3: 4}, "metric"'}, 'e.g. {"prompt": "a cat"}, got a dict'),
+        (
+            {'"metric"': '"call": {"generator": None}, "metric"'},
+            "call must not hold 'generator', which is the seed's affair",
+        ),
+        (
+            {'"metric"': '"call": {"num_inference_steps": 50}, "metric"'},
+            "call must not hold 'num_inference_steps', which is the budget's affair",
+        ),
+        (
+            {'"metric"': '"shape": (16, 2), "metric"'},
+            "shape has no effect beside a pipeline, got a tuple: leave it out",
+        ),
+        ({'"metric"': '"dtype": torch.float64, "metric"'}, "dtype has no effect beside a pipeline, got a dtype: leave"),
+    ],
+)
+def test_what_is_wrong_with_a_pipeline(tmp_path: Path, changes: dict[str, str], says: str) -> None:
+    found = examine(str(write(tmp_path, DRAWING, replaced=changes)), "cpu")
+    assert isinstance(found, str)
+    assert says in found
 
 
 def test_what_else_a_pipeline_returns_is_no_sample(tmp_path: Path) -> None:
@@ -392,8 +454,8 @@ def test_batches_begin_anew() -> None:
 
 
 def test_numbers_come_in_many_forms() -> None:
-    found = metrics({"a": torch.tensor(1.5), "b": 2, "c": __import__("numpy").float32(0.5)}, "evaluate", "task.py")
-    assert found == {"a": 1.5, "b": 2.0, "c": 0.5}
+    given = {"a": torch.tensor(1.5), "b": 2, "c": np.float32(0.5), "d": torch.tensor([[2.5]]), "e": np.array([3])}
+    assert metrics(given, "evaluate", "task.py") == {"a": 1.5, "b": 2.0, "c": 0.5, "d": 2.5, "e": 3.0}
     assert metrics(0.25, "evaluate", "task.py") == {"evaluate": 0.25}
     with pytest.raises(TaskError, match="got an empty one"):
         metrics({}, "evaluate", "task.py")

@@ -147,6 +147,7 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
     # Numbers without a name are called after the function: one of validate's is taken for the one of evaluate.
     if validated is not None and not {next(iter(untrained)), "validate"} & validated.keys():
         raise TaskError(f"{name}: validate must return {next(iter(untrained))!r}, too, which arms are compared by")
+    _check_schedule(first, file)
     seconds, loss = _take_steps(first, batches, file)
     # A second call with the same seed must not meet what the first one left: trained weights, drawn random numbers.
     second = _load(file, device)
@@ -213,6 +214,17 @@ def _evaluate(task: TrainingTask, what: str, file: str, device: str) -> dict[str
             of = "" if key == what else f" for {key!r}"
             raise TaskError(f"{name}: {what} gives {value}{of} on the untrained model, before any step")
     return found
+
+
+def _check_schedule(task: TrainingTask, file: str) -> None:
+    name = Path(file).name
+    for used in (0.0, 0.5, 1.0):
+        with blame(f"{name}: schedule(used)", file):
+            factor = task.factor(used)
+        if not math.isfinite(factor):
+            raise TaskError(
+                f"{name}: schedule(used) must give finite factors of the learning rate, got {factor} at {used}"
+            )
 
 
 def _random_numbers(device: str) -> Generators:

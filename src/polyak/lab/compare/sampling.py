@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from polyak.lab.claim import Diverged, Measurement, Trial
 from polyak.lab.compare.arms import OF_A_PIPELINE, find, is_scheduler, split_options
 from polyak.lab.compare.generators import Generators, number
-from polyak.lab.compare.task import SamplingTask, TaskError, load, metrics
+from polyak.lab.compare.task import OF_A_TRIAL, SamplingTask, TaskError, load, metrics
 
 _PARTS = (0.125, 0.25, 0.5, 1.0)  # of the budget, at which samples are judged
 _FURTHER = 20  # points of evaluation that a solver may need for a step
@@ -213,6 +213,8 @@ class _Pipeline:
     def __init__(self, task: SamplingTask, cls: Any, given: Mapping[str, Mapping[str, Any]]) -> None:
         if part := next((name for name in ("guidance", "steering") if given[name]), ""):
             raise UnsuitedError(f"{part} cannot be an arm's in a pipeline, {OF_A_PIPELINE}")
+        if key := next((key for key in OF_A_TRIAL if key in given["call"]), ""):
+            raise UnsuitedError(f"call.{key} cannot be an arm's: it is {OF_A_TRIAL[key]} affair")
         self._pipeline, config = task.pipeline, task.pipeline.scheduler.config
         if is_scheduler(cls):
             self._pipeline.scheduler = cls.from_config(config, **given[""], **given["sample"])
