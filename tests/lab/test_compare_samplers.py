@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from polyak.generate import DPMSolver
+from polyak.lab.claim import Diverged, Trial
 from polyak.lab.compare.arms import ArmError, find, parse
 from polyak.lab.compare.examine import try_arms
-from polyak.lab.compare.sampling import sampler
+from polyak.lab.compare.sampling import Draw, sampler
 from polyak.lab.compare.task import SamplingTask, load
 
 from .tasks_for_tests import DRAWING, PIPELINE, SAMPLING, write
@@ -157,3 +158,36 @@ def test_a_budget_that_is_too_small_for_a_scheduler_is_told(tmp_path: Path) -> N
     said = tried(path, "rk4:grid=time", 3)
     assert said.endswith("ValueError: 1 step of PolyakScheduler takes 4 evaluations, and there are 3")
     assert "PolyakScheduler.set_timesteps(10) raised ValueError: " in tried(path, "rk4:grid=tim")
+
+
+# -------------------------------------------------------------------------------------------------- what is not finite
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "why"),
+    [
+        (SAMPLING, {".mean()": ".mean() * float('nan')"}, "off is nan"),
+        (SAMPLING, {".mean()}": ".mean() / 0}"}, "off is inf"),
+        (
+            DRAWING,
+            {"0.9**num_inference_steps": "(float('nan') if num_inference_steps > 2 else 1)"},
+            "samples are not finite",
+        ),
+        (
+            DRAWING,
+            {
+                "return (x * 0.9**num_inference_steps,)": "return x.numpy() * (float('inf') if num_inference_steps > 2 else 1)"
+            }
+            | {"x.norm(dim=1)": "x"},
+            "samples are not finite",
+        ),
+    ],
+)
+def test_why_a_trial_diverged_is_said(tmp_path: Path, text: str, changes: dict[str, str], why: str) -> None:
+    pytest.importorskip("diffusers")
+    changes = changes | ({} if text is SAMPLING else PLANNED)
+    path = write(tmp_path, text, replaced=changes)
+    options = {"class": "polyak.generate:DDIM", "fixed": {}, "tuned": [], "budget": {"evaluations": 4}, "points": 4}
+    one = Trial(claim="c", scale="s", task="t", arm="a", seed=3, device="cpu", options=options)
+    with pytest.raises(Diverged, match=why):
+        list(Draw(str(path))(one))

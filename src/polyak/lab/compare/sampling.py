@@ -128,9 +128,14 @@ def _timed(sampler: _Sampler, evaluations: int, trial: Trial) -> tuple[Any, int,
 
 
 def _judged(task: SamplingTask, samples: Any, main: str | None, file: str) -> dict[str, float]:
+    import numpy as np
     import torch
 
-    if isinstance(samples, torch.Tensor) and not bool(samples.isfinite().all()):
+    if isinstance(samples, np.ndarray) and samples.dtype.kind in "fc":
+        finite = bool(np.isfinite(samples).all())
+    else:
+        finite = not isinstance(samples, torch.Tensor) or bool(samples.isfinite().all())
+    if not finite:
         raise Diverged("samples are not finite")
     found = metrics(task.metric(samples), "metric", file)
     if bad := [name for name, value in found.items() if not math.isfinite(value)]:
@@ -251,5 +256,4 @@ class _Pipeline:
         if least:
             fewer = "; it cannot plan fewer steps" if failed else ""
             raise ValueError(f"{least}, and there are {evaluations}{fewer}") from failed
-        assert failed is not None
-        raise failed
+        raise failed or ValueError(f"{name} has no step of {evaluations} evaluations")
