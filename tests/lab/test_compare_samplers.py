@@ -107,6 +107,21 @@ def test_a_grid_in_a_pipeline_is_that_of_the_scheduler_around_the_solver(tmp_pat
     assert "karrras" in tried(path, "heun:grid=karrras")
 
 
+def test_an_arm_leaves_a_shared_pipeline_as_it_was(tmp_path: Path) -> None:
+    """Else the next one would be made from the options of the one before."""
+    pytest.importorskip("diffusers")
+    shared = {"\n\ndef task": "\n\nPIPE = Pipe()\n\n\ndef task", '"pipeline": Pipe()': '"pipeline": PIPE'}
+    path = write(tmp_path, DRAWING, replaced=PLANNED | shared)
+    pipe = loaded(path).pipeline
+    own = pipe.scheduler
+    for cls, fixed in (("DDIMScheduler", {"beta_end": 0.5}), ("EulerDiscreteScheduler", {})):
+        arm = sampler(loaded(path), {"class": f"diffusers:{cls}", "fixed": fixed, "tuned": []}, "cpu")
+        used = arm._scheduler  # pyright: ignore[reportAttributeAccessIssue]
+        assert used.config["beta_end"] == fixed.get("beta_end", own.config["beta_end"])
+        assert arm.draw(4, seed=0)[1] == 4
+        assert pipe.scheduler is own
+
+
 # ------------------------------------------------------------------------------------------------- what a budget buys
 
 GUIDED = {"ExactDenoiser(law, VP())": "Denoiser(lambda x, t: 0.1 * x, VP(), unconditional=lambda x, t: 0.1 * x)"}

@@ -222,10 +222,10 @@ class _Pipeline:
             raise UnsuitedError(f"call.{key} cannot be an arm's: it is {OF_A_TRIAL[key]} affair")
         self._pipeline, config = task.pipeline, task.pipeline.scheduler.config
         if is_scheduler(cls):
-            self._pipeline.scheduler = cls.from_config(config, **given[""], **given["sample"])
+            self._scheduler = cls.from_config(config, **given[""], **given["sample"])
         else:
             adapter = find("polyak.generate.adapters.diffusers:PolyakScheduler")
-            self._pipeline.scheduler = adapter.from_config(config, solver=cls(**given[""]), **given["sample"])
+            self._scheduler = adapter.from_config(config, solver=cls(**given[""]), **given["sample"])
         self._call = {**task.call, **given["call"]}
         if hasattr(self._pipeline, "set_progress_bar_config"):
             self._pipeline.set_progress_bar_config(disable=True)
@@ -233,11 +233,15 @@ class _Pipeline:
     def draw(self, evaluations: int, seed: int) -> tuple[Any, int]:
         import torch
 
-        scheduler = self._pipeline.scheduler
-        steps, points = self._steps(scheduler, evaluations)
+        steps, points = self._steps(self._scheduler, evaluations)
         device = getattr(self._pipeline, "device", "cpu")
         call = {**self._call, "num_inference_steps": steps, "generator": torch.Generator(device).manual_seed(seed)}
-        made = self._pipeline(**call)
+        # A task may return one pipeline for all trials: the next arm is made from its own scheduler, not from this one.
+        own, self._pipeline.scheduler = self._pipeline.scheduler, self._scheduler
+        try:
+            made = self._pipeline(**call)
+        finally:
+            self._pipeline.scheduler = own
         return samples_of(made, f"the pipeline {type(self._pipeline).__name__}"), points
 
     def _steps(self, scheduler: Any, evaluations: int) -> tuple[int, int]:

@@ -116,8 +116,9 @@ class SamplingTask:
         shape: of the samples, ``(count, ...)``.
         process: the noise, where the denoiser does not have its own.
         dtype: of the samples, a torch dtype; None for torch's default.
-        pipeline: a diffusers pipeline, on the device.
-        call: what the pipeline is called with: prompt, height, width, ...
+        pipeline: a diffusers pipeline, on the device. ``metric`` gets the ``images`` of what it returns; where there are none, the
+            first of an output or of a tuple; or the tensor, array or list itself.
+        call: what the pipeline is called with: prompt, height, width, ...; neither num_inference_steps nor generator.
         better: "lower" or "higher", or one for each name.
     """
 
