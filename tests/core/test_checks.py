@@ -105,3 +105,7 @@ def test_betas():
 def test_suggestions():
     assert checks.suggestion("weigth_decay", ["weight_decay", "lr"]) == "; did you mean 'weight_decay'?"
     assert checks.suggestion("zzz", ["weight_decay", "lr"]) == ""
+    assert checks.suggestion("cfg", ["config", "CFG", "Guidance"]) == "; did you mean 'CFG'?"
+    assert checks.suggestion("LRR", ["lr", "weight_decay"]) == "; did you mean 'lr'?"
+    assert checks.suggestion("ADamW", ["adamw", "AdamW"]) == "; did you mean 'AdamW'?"
+    assert checks.suggestion("ADan", ["ADAM", "Adan", 3]) == "; did you mean 'Adan'?"

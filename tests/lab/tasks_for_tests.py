@@ -81,6 +81,28 @@ def task(seed, device):
     }
 '''
 
+# What `polyak compare` asks of a pipeline, without a library: noise that is scaled down at every step.
+DRAWING = '''"""A pipeline that is a few lines."""
+import torch
+
+
+class Scheduler:
+    config = {}
+
+
+class Pipe:
+    def __init__(self):
+        self.scheduler = Scheduler()
+
+    def __call__(self, num_inference_steps, generator):
+        x = torch.randn(16, 2, generator=generator)
+        return (x * 0.9**num_inference_steps,)
+
+
+def task(seed, device):
+    return {"pipeline": Pipe(), "metric": lambda x: {"off": x.norm(dim=1).mean()}, "better": "lower"}
+'''
+
 
 def write(folder: Path, text: str, name: str = "line.py", replaced: Mapping[str, str] | None = None) -> Path:
     """A task file, with pieces of its text replaced, each of which must be there."""

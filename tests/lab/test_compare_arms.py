@@ -106,7 +106,8 @@ def test_samplers_have_guidance_and_integers() -> None:
         "": {"eta": 1.0},
         "guidance": {"": "polyak.generate:CFG", "scale": 2.0},
         "steering": {},
-        "call": {"grid": "time_uniform", "prompt": "a cat"},
+        "sample": {"grid": "time_uniform"},
+        "call": {"prompt": "a cat"},
     }
 
 
@@ -136,8 +137,10 @@ def test_samplers_have_guidance_and_integers() -> None:
         ("ddim,dpmsolvr", "sampling", "did you mean 'dpmsolver'?"),
         ("ddim,dpmsolver:ordr=2", "sampling", "no option 'ordr'; did you mean 'order'?"),
         ("ddim,heun:guidance=CGF", "sampling", "has no 'CGF'; did you mean 'CFG'?"),
+        ("ddim,heun:guidance=cfg", "sampling", "has no 'cfg'; did you mean 'CFG'?"),
         ("ddim,heun:guidance=CFG:guidance.scal=2", "sampling", "CFG has no option 'scal'; did you mean 'scale'?"),
         ("ddim,heun:guidance.scale=2", "sampling", "guidance.scale needs guidance="),
+        ("ddim,torch.optim:AdamW", "sampling", "torch.optim:AdamW is no class of solvers or schedulers"),
     ],
 )
 def test_arms_that_are_not_understood(words: str, kind: str, says: str) -> None:

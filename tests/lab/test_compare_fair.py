@@ -304,7 +304,7 @@ def test_every_call_of_the_network_counts(tmp_path: Path) -> None:
                 assert rows == 4 * next(counts)
                 rows = 0
         assert measured[-1].values["evaluations"] == 12
-    with pytest.raises(ValueError, match="takes 2 evaluations for a sample, and there are 1"):
+    with pytest.raises(ValueError, match="takes at least 2 evaluations for a sample, and there are 1"):
         sampled(tmp_path, "little", 1, **guided)
 
 

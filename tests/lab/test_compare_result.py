@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,20 @@ def test_seeds_with_which_both_diverge_say_nothing() -> None:
     assert lion is not None
     assert (adan.estimate, adan.p_value, adan.improvement) == (0, 1, 0.5)
     assert lion.per_seed == (-math.inf, -math.inf, -math.inf, 0, 0)
+
+
+def test_why_all_trials_of_an_arm_diverged_is_told() -> None:
+    lost = made_up({"adamw": A, "adan": [math.inf] * 5, "lion": [*A[:4], math.inf]})
+    assert lost.warnings == ("Adan: every trial diverged: nan",)
+
+    def said(*messages: str) -> tuple[str, ...]:
+        told = dict(enumerate(messages))
+        trials = [replace(t, message=told[t.seed] if t.arm == "adan" else t.message) for t in lost.result.trials]
+        return replace(lost, result=replace(lost.result, trials=tuple(trials))).warnings
+
+    assert said(*["loss is nan at step 3\nmore"] * 5) == ("Adan: every trial diverged: loss is nan at step 3",)
+    assert said("loss is inf", *["loss is nan"] * 4) == ("Adan: every trial diverged: loss is inf (the first)",)
+    assert said(*[""] * 5) == ("Adan: every trial diverged",)
 
 
 def test_a_baseline_that_diverged_is_told() -> None:

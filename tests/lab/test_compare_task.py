@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from polyak.lab.compare import task as tasks
-from polyak.lab.compare.examine import digest, examine
+from polyak.lab.compare.contents import digest
+from polyak.lab.compare.examine import examine
 from polyak.lab.compare.main import task_files
 from polyak.lab.compare.task import Facts, TaskError, endless, metrics
 
-from .tasks_for_tests import REGRESSION, SAMPLING, write
+from .tasks_for_tests import DRAWING, REGRESSION, SAMPLING, write
 
 EXAMPLES = Path(tasks.__file__).parents[1] / "templates"
 
@@ -58,6 +61,10 @@ BROKEN = {
         {"def task(": "def tasks("},
         "has no function task(seed, device); did you mean to call 'tasks' so?",
     ),
+    "no function alike": (
+        {"def task(": "def other("},
+        "function task(seed, device). `polyak init-task` writes an example",
+    ),
     "no callable": (
         {"def task(seed": "task = 3\n\n\ndef other(seed"},
         "task must be a function task(seed, device), got 3",
@@ -68,6 +75,7 @@ BROKEN = {
     "missing": ({'        "batches": batches(),\n': ""}, "batches is missing"),
     "unknown": ({'"loss":': '"los":'}, "unknown 'los'; did you mean 'loss'?"),
     "model": ({'"model": model,': '"model": "resnet",'}, "model must be a torch.nn.Module, got 'resnet'"),
+    "class": ({'"model": model,': '"model": nn.Linear,'}, "model must be a torch.nn.Module, got the class Linear"),
     "batches": ({"batches(),": "7,"}, "batches must be an iterable of batches, got 7"),
     "loss": ({'"evaluate": ': '"loss": 3, "evaluate": '}, "loss must be a function loss(model, batch), got 3"),
     "loss type": ({".square().mean()": ".square()"}, "must return a tensor of one element, got one of shape (8, 1)"),
@@ -89,7 +97,10 @@ BROKEN = {
         {"(model.weight - TRUTH).norm()": "'low'"},
         "must return a number or a dictionary of numbers, got 'low'",
     ),
-    "metric shape": ({"TRUTH).norm()": "TRUTH)"}, "must return a number or a dictionary of numbers, got a Tensor"),
+    "metric shape": (
+        {"TRUTH).norm()": "TRUTH)"},
+        "or a dictionary of numbers, got a Tensor of shape (1, 2) for 'distance'",
+    ),
     "own name": ({'"distance"': '"seconds"'}, "must not call a number 'seconds'"),
     "accuracy": ({'"distance"': '"accuracy"'}, "is more of 'accuracy' better? Return better={'accuracy': 'higher'}"),
     "name": (
@@ -104,6 +115,14 @@ BROKEN = {
     "better": ({'"evaluate"': '"better": "smaller", "evaluate"'}, "better must be 'lower' or 'higher', got 'smaller'"),
     "better name": ({'"evaluate"': '"better": {"dist": "lower"}, "evaluate"'}, "names 'dist', which is not measured"),
     "schedule": ({'"evaluate"': '"schedule": "cosin", "evaluate"'}, "schedule must be one of cosine, linear, constant"),
+    "schedule words": (
+        {'"evaluate"': '"schedule": lambda used: None, "evaluate"'},
+        "schedule(used) raised TypeError: float() arg",
+    ),
+    "schedule numbers": (
+        {'"evaluate"': '"schedule": lambda used: float("inf") ** used, "evaluate"'},
+        "schedule(used) must give finite factors of the learning rate, got inf at 0.5",
+    ),
     "ends": ({"while True:": "for _ in range(2):"}, "batches came to an end. Give a DataLoader"),
     "frozen": ({"    def batches": "    model.requires_grad_(False)\n\n    def batches"}, "nothing to train"),
     "trains in evaluate": (
@@ -161,6 +180,24 @@ def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path, case: str) -> None:
         ({"(64, 2)": "64"}, "shape must be (count, ...), got 64"),
         ({"ExactDenoiser(law, VP())": "lambda x, t: x"}, "the denoiser does not have a process"),
         ({"ExactDenoiser(law, VP())": "None"}, "either a denoiser or a pipeline"),
+        ({"torch.float64": '"float64"'}, "dtype must be a floating torch dtype, e.g. torch.float64, got 'float64'"),
+        ({"torch.float64": "torch.int64"}, "dtype must be a floating torch dtype, e.g. torch.float64, got a dtype"),
+        (
+            {'"dtype": torch.float64': '"process": VP'},
+            "process must be a process of polyak.generate, e.g. VP(), got the class VP",
+        ),
+        (
+            {'"dtype"': '"call": {"prompt": "a cat"}, "dtype"'},
+            "call has no effect beside a denoiser, got a dict: leave it out",
+        ),
+        (
+            {"x.norm(dim=1) - 2).abs().mean()": "x).mean(0)"},
+            "dictionary of numbers, got a Tensor of shape (2,) for 'off'",
+        ),
+        (
+            {'{"off": (x.norm(dim=1) - 2).abs().mean()}': "x.numpy()"},
+            "dictionary of numbers, got a ndarray of shape (64, 2)",
+        ),
         ({'"metric": lambda x: {"off": (x': '"process": VP(), "metric": lambda x: {"off": (y'}, "NameError: name 'y'"),
         (
             {"ExactDenoiser(law, VP())": "lambda x, t: x", '"metric"': '"process": VP(), "metric"'},
@@ -172,6 +209,119 @@ def test_what_is_wrong_with_a_sampling_task(tmp_path: Path, changes: dict[str, s
     found = examine(str(write(tmp_path, SAMPLING, replaced=changes)), "cpu")
     assert isinstance(found, str)
     assert says in found
+
+
+# What is drawn outside of a task's function, or from no seed at all.
+SHARED = "\nG = torch.Generator().manual_seed(0)\n\n\ndef task"
+OF_NO_SEED = "\nimport os\n\n\ndef task"
+HELD_OUT = {
+    "a generator outside": {
+        "\n\ndef task": SHARED,
+        "    return {": "    held = torch.rand((), generator=G)\n    return {",
+    },
+    "the system": {
+        "\n\ndef task": OF_NO_SEED,
+        "    return {": "    held = int.from_bytes(os.urandom(6)) / 2**48\n    return {",
+    },
+}
+DRAWN_WHEN_JUDGED = {"\n\ndef task": SHARED, ".mean()": ".mean() + torch.rand((), generator=G)"}
+
+
+@pytest.mark.parametrize("text", [SAMPLING, DRAWING], ids=["denoiser", "pipeline"])
+@pytest.mark.parametrize("leak", [*HELD_OUT, "when judged"])
+def test_samples_are_judged_by_the_same_data_with_the_same_seed(tmp_path: Path, leak: str, text: str) -> None:
+    changes = DRAWN_WHEN_JUDGED if leak == "when judged" else {**HELD_OUT[leak], ".mean()": ".mean() + held"}
+    found = examine(str(write(tmp_path, text, replaced=changes)), "cpu")
+    assert isinstance(found, str)
+    assert "two calls with one seed give different numbers: of the same samples metric(samples) is " in found
+    assert "(off). Something is left from one call to the next, or comes from no seed" in found
+
+
+@pytest.mark.parametrize("leak", HELD_OUT)
+@pytest.mark.parametrize("what", ["evaluate", "validate"])
+def test_models_are_judged_by_the_same_data_with_the_same_seed(tmp_path: Path, what: str, leak: str) -> None:
+    number = '{"distance": (model.weight - TRUTH).norm()}'
+    judged = number.replace("norm()", "norm() + held")
+    given = {"evaluate": judged} if what == "evaluate" else {"evaluate": number, "validate": judged}
+    functions = ", ".join(f'"{name}": lambda model: {value}' for name, value in given.items())
+    changes = {**HELD_OUT[leak], f'"evaluate": lambda model: {number}': functions}
+    found = examine(str(write(tmp_path, REGRESSION, replaced=changes)), "cpu")
+    assert isinstance(found, str)
+    assert f"two calls with one seed give different numbers: of the same untrained model {what}(model) is " in found
+
+
+def test_a_pipelines_samples_are_the_same_with_the_same_seed(tmp_path: Path) -> None:
+    changes = {"\n\nclass Pipe": "\nG = torch.Generator()\n\n\nclass Pipe", "x * ": "x * torch.rand(1, generator=G) * "}
+    found = examine(str(write(tmp_path, DRAWING, replaced=changes)), "cpu")
+    assert isinstance(found, str)
+    assert "two calls with one seed give samples that differ: something is left from one call to the next" in found
+
+
+@pytest.mark.parametrize("text", [SAMPLING, DRAWING], ids=["denoiser", "pipeline"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {".mean()": ".mean() + torch.rand(())"},
+        {".mean()": ".mean() + torch.rand((), generator=g)", "    return {": "    g = torch.Generator()\n    return {"},
+        {".mean()": ".mul_(0).mean()"},
+        {".mean()": ".mean() * float('nan')"},
+    ],
+    ids=["as it is", "a global generator", "one of its own", "changes the samples", "nan"],
+)
+def test_what_follows_from_the_seed_is_no_leak(tmp_path: Path, text: str, changes: dict[str, str]) -> None:
+    assert facts(write(tmp_path, text, replaced=changes)).kind == "sampling"
+
+
+@pytest.mark.parametrize(
+    "returned",
+    ["x", "(x, None)", "{'sample': x}", "SimpleNamespace(images=x)", "x.numpy()", "list(x)"],
+)
+def test_a_pipeline_returns_its_samples_in_many_forms(tmp_path: Path, returned: str) -> None:
+    imports = {"import torch\n": "import torch\nfrom types import SimpleNamespace\n"}
+    returns = {"return (x * 0.9**num_inference_steps,)": f"return {returned}"}
+    judges = {"x.norm(dim=1)": "torch.stack([torch.as_tensor(one) for one in x]).norm(dim=1)"}
+    found = facts(write(tmp_path, DRAWING, replaced={**imports, **returns, **judges}))
+    noise = torch.randn(16, 2, generator=torch.Generator().manual_seed(20_000))
+    assert found.initial == {"off": pytest.approx(float(noise.norm(dim=1).mean()))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"Pipe()": "Pipe"}, "pipeline must be a pipeline with a scheduler, which has a config, got the class Pipe"),
+        ({"config = {}": "pass"}, "pipeline must be a pipeline with a scheduler, which has a config, got a Pipe"),
+        ({'"metric"': '"call": "a cat", "metric"'}, "call must be a dictionary of arguments by name, e.g."),
+        ({'"metric"': '"call": {3: 4}, "metric"'}, 'e.g. {"prompt": "a cat"}, got a dict'),
+        (
+            {'"metric"': '"call": {"generator": None}, "metric"'},
+            "call must not hold 'generator', which is the seed's affair",
+        ),
+        (
+            {'"metric"': '"call": {"num_inference_steps": 50}, "metric"'},
+            "call must not hold 'num_inference_steps', which is the budget's affair",
+        ),
+        (
+            {'"metric"': '"shape": (16, 2), "metric"'},
+            "shape has no effect beside a pipeline, got a tuple: leave it out",
+        ),
+        ({'"metric"': '"dtype": torch.float64, "metric"'}, "dtype has no effect beside a pipeline, got a dtype: leave"),
+    ],
+)
+def test_what_is_wrong_with_a_pipeline(tmp_path: Path, changes: dict[str, str], says: str) -> None:
+    found = examine(str(write(tmp_path, DRAWING, replaced=changes)), "cpu")
+    assert isinstance(found, str)
+    assert says in found
+
+
+def test_what_else_a_pipeline_returns_is_no_sample(tmp_path: Path) -> None:
+    for returned, got in (("None", "None"), ("3.0", "a float"), ("()", "a tuple")):
+        tasks._module.cache_clear()
+        changes = {"return (x * 0.9**num_inference_steps,)": f"return {returned}"}
+        assert examine(str(write(tmp_path, DRAWING, replaced=changes)), "cpu") == (
+            "line.py: the pipeline Pipe must return samples: an output that has `images`, a tuple whose first they are, or a "
+            f"tensor, array or list, got {got}"
+        )
 
 
 def test_global_generators_are_seeded_so_that_their_use_is_no_leak(tmp_path: Path) -> None:
@@ -304,8 +454,8 @@ def test_batches_begin_anew() -> None:
 
 
 def test_numbers_come_in_many_forms() -> None:
-    found = metrics({"a": torch.tensor(1.5), "b": 2, "c": __import__("numpy").float32(0.5)}, "evaluate", "task.py")
-    assert found == {"a": 1.5, "b": 2.0, "c": 0.5}
+    given = {"a": torch.tensor(1.5), "b": 2, "c": np.float32(0.5), "d": torch.tensor([[2.5]]), "e": np.array([3])}
+    assert metrics(given, "evaluate", "task.py") == {"a": 1.5, "b": 2.0, "c": 0.5, "d": 2.5, "e": 3.0}
     assert metrics(0.25, "evaluate", "task.py") == {"evaluate": 0.25}
     with pytest.raises(TaskError, match="got an empty one"):
         metrics({}, "evaluate", "task.py")
@@ -316,6 +466,12 @@ def test_digests_tell_contents_apart() -> None:
     assert digest(one) == digest({"x": torch.arange(3.0), "y": [1, "a"]})
     assert digest(one) != digest({"x": torch.arange(3.0) + 1e-7, "y": [1, "a"]})
     assert digest(torch.zeros(2, 3)) != digest(torch.zeros(3, 2))
+    words = [np.array(["a" * n, "b"], dtype=object) for n in (999, 999, 998)]
+    assert digest(words[0]) == digest(words[1])
+    assert digest(words[0]) != digest(words[2])
+    dark, light = (Image.new("L", (2, 2), shade) for shade in (0, 9))
+    assert digest([dark]) == digest([dark.copy()])
+    assert digest([dark]) != digest([light])
 
 
 def test_files_are_found(tmp_path: Path) -> None:

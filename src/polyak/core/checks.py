@@ -79,6 +79,10 @@ def betas(value: Any, count: int, owner: str) -> tuple[float, ...]:
 
 
 def suggestion(value: object, options: Iterable[object]) -> str:
-    """ "; did you mean 'adan'?" where one of the options is near, else ""."""
-    near = difflib.get_close_matches(str(value), [str(o) for o in options], n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """ "; did you mean 'adan'?" where one of the options is near, whatever its case, else ""."""
+    given, known = str(value), [str(o) for o in options]
+    near = difflib.get_close_matches(given.lower(), [name.lower() for name in known], n=1)
+    if not near:
+        return ""
+    alike = [name for name in known if name.lower() == near[0]]
+    return f"; did you mean {difflib.get_close_matches(given, alike, n=1, cutoff=0.0)[0]!r}?"

@@ -368,14 +368,23 @@ def _check_options(text: str, cls: Any, values: Iterable[str], known: Mapping[st
 # -- samplers --------------------------------------------------------------------------------------------------------------
 
 _PARTS = ("guidance", "steering")  # an option guidance=CFG, and guidance.scale=3 for its own
-_CALL = ("grid",)  # sample's own
+_SAMPLE = ("grid",)  # an option of sample, and of PolyakScheduler
+OF_A_PIPELINE = "whose guidance is its own: give that in the task's `call`"
 
 
 def _sampler(text: str, target: str, cls: Any, values: dict[str, Any]) -> ArmSpec:
-    if not isinstance(cls, type):
+    ours = isinstance(cls, type) and issubclass(cls, find("polyak.generate:Solver"))
+    if not ours and not is_scheduler(cls):
         raise ArmError(f"arm {text!r}: {target} is no class of solvers or schedulers")
     known, takes_any = _defaults(cls)
-    known |= dict.fromkeys((*_PARTS, *_CALL))
+    if ours:
+        known |= dict.fromkeys((*_PARTS, *_SAMPLE))
+    for head in (name.partition(".")[0] for name in values):
+        if head in (*_PARTS, *_SAMPLE) and head not in known:
+            own = f", {OF_A_PIPELINE}" if head in _PARTS else ""
+            raise ArmError(
+                f"arm {text!r}: {head} is for polyak's solvers; {cls.__name__} is a scheduler of a pipeline{own}"
+            )
     for part in _PARTS:
         inner = [name for name in values if name.startswith(f"{part}.")]
         if part in values:
@@ -394,6 +403,11 @@ def _sampler(text: str, target: str, cls: Any, values: dict[str, Any]) -> ArmSpe
     return ArmSpec(text=text, target=target, fixed=fixed, space=space)
 
 
+def is_scheduler(cls: Any) -> bool:
+    """Whether it is a class of schedulers, as diffusers has them, which go into a pipeline."""
+    return isinstance(cls, type) and hasattr(cls, "from_config")
+
+
 def _part(name: str, text: str) -> str:
     target = name if ":" in name else name.replace("/", ":") if "/" in name else f"polyak.generate:{name}"
     find(target, text)
@@ -401,16 +415,16 @@ def _part(name: str, text: str) -> str:
 
 
 def split_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A sampler's options by what they belong to: "" the solver itself, "guidance", "steering", "call"."""
-    found: dict[str, dict[str, Any]] = {"": {}, "guidance": {}, "steering": {}, "call": {}}
+    """A sampler's options by what they belong to: "" the solver itself, "guidance", "steering", "sample", "call"."""
+    found: dict[str, dict[str, Any]] = {"": {}, "guidance": {}, "steering": {}, "sample": {}, "call": {}}
     for name, value in options.items():
         head, dot, rest = name.partition(".")
         if dot and head in found:
             found[head][rest] = value
         elif head in _PARTS:
             found[head][""] = value
-        elif head in _CALL:
-            found["call"][name] = value
+        elif head in _SAMPLE:
+            found["sample"][name] = value
         else:
             found[""][name] = value
     return found

@@ -21,8 +21,18 @@ _MANY_TIMES = 10.0  # better than the baseline: rarely real
 
 def doubts(t: TaskComparison) -> Iterable[str]:
     """All there are, the gravest first."""
-    for look in (_too_good, _unmoved, _badly_tuned, _too_short, _too_busy):
+    for look in (_lost, _too_good, _unmoved, _badly_tuned, _too_short, _too_busy):
         yield from look(t)
+
+
+def _lost(t: TaskComparison) -> Iterable[str]:
+    """Where all trials of an arm diverged, why: it may be the task that is wrong."""
+    for row in t.rows:
+        if not 0 < row.diverged == row.seeds:
+            continue
+        said = [trial.message.partition("\n")[0] for trial in t.trials(row.arm)]
+        first = "" if len(set(said)) == 1 else " (the first)"
+        yield f"{row.label}: every trial diverged{f': {said[0]}{first}' if said[0] else ''}"
 
 
 def _unmoved(t: TaskComparison) -> Iterable[str]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
@@ -19,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from polyak.lab import group
 from polyak.lab.claim import Measurement, Trial
 from polyak.lab.compare.arms import ArmError
-from polyak.lab.compare.sampling import sampler
+from polyak.lab.compare.contents import digest, targets
+from polyak.lab.compare.generators import Generators, number
+from polyak.lab.compare.sampling import UnsuitedError, sampler, samples_of
 from polyak.lab.compare.task import (
     AnyTask,
     Facts,
@@ -43,10 +44,10 @@ _State = tuple[dict[str, str], dict[str, str]]  # digests of parameters, and of 
 
 SEED = 20_000  # neither tuned on nor reported
 _BATCHES = 3  # are compared
-_LEAST_ROWS = 16  # below, a column equals the target by chance
-_SAME = 1 - 1e-6
 _EVALUATIONS = 8  # of a sampler that is tried
+_STEPS = 2  # of a pipeline that is looked at
 _SHOWN = 3  # names in a message
+_ROUNDING = 1e-3  # relative, of an accelerator, which may sum in another order every time
 
 
 def examine(file: str, device: str, processes: int = 1) -> Facts | str:
@@ -91,6 +92,8 @@ def _try_arms(file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any
                     _draw_once(task, options, device)
                     continue
                 optimizer = build(task, task.model.train(), options)
+            except UnsuitedError as error:
+                return ArmError(f"arm {text!r}: {error}")
             except Exception as error:
                 what = "draw on this task" if isinstance(task, SamplingTask) else "be made"
                 return ArmError(f"arm {text!r}: {name} cannot {what}: {type(error).__name__}: {error}")
@@ -133,17 +136,18 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
     warnings: list[str] = []
     state = _state(first.model)
     began = time.perf_counter()
-    untrained = _evaluate(first, "evaluate", file)
+    untrained = _evaluate(first, "evaluate", file, device)
     evaluating = time.perf_counter() - began
     state = _left(first.model, state, "evaluate", name, warnings)
     validated = None
     if first.validate:
-        validated = _evaluate(first, "validate", file)
+        validated = _evaluate(first, "validate", file, device)
         _left(first.model, state, "validate", name, warnings)
     better = betters(first, untrained, file)
     # Numbers without a name are called after the function: one of validate's is taken for the one of evaluate.
     if validated is not None and not {next(iter(untrained)), "validate"} & validated.keys():
         raise TaskError(f"{name}: validate must return {next(iter(untrained))!r}, too, which arms are compared by")
+    _check_schedule(first, file)
     seconds, loss = _take_steps(first, batches, file)
     # A second call with the same seed must not meet what the first one left: trained weights, drawn random numbers.
     second = _load(file, device)
@@ -166,7 +170,11 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
             f"{name}: two calls with one seed give different batches: something is left from one call to the next (an iterator or "
             "generator made outside of the function?). Make it inside, from the seed"
         )
-    warnings += _targets(batches, name)
+    for what, found in (("evaluate", untrained), ("validate", validated)):
+        if found is not None:
+            again = _evaluate(second, what, file, device)
+            _compare_numbers(found, again, f"{what}(model)", "untrained model", name, device)
+    warnings += targets(batches, name)
     if first.validate and validated == untrained:
         warnings.append(
             f"{name}: validate and evaluate agree to the last digit on the untrained model: if they look at the same data, what is "
@@ -194,18 +202,49 @@ def _identity(*parts: Any) -> str:
     return digest(said)
 
 
-def _evaluate(task: TrainingTask, what: str, file: str) -> dict[str, float]:
+def _evaluate(task: TrainingTask, what: str, file: str, device: str) -> dict[str, float]:
     import torch
 
     name = Path(file).name
     task.model.eval()
-    with torch.no_grad(), blame(f"{name}: {what}(model)", file):
+    with torch.no_grad(), _random_numbers(device), blame(f"{name}: {what}(model)", file):
         found = metrics(getattr(task, what)(task.model), what, file)
     for key, value in found.items():
         if not math.isfinite(value):
             of = "" if key == what else f" for {key!r}"
             raise TaskError(f"{name}: {what} gives {value}{of} on the untrained model, before any step")
     return found
+
+
+def _check_schedule(task: TrainingTask, file: str) -> None:
+    name = Path(file).name
+    for used in (0.0, 0.5, 1.0):
+        with blame(f"{name}: schedule(used)", file):
+            factor = task.factor(used)
+        if not math.isfinite(factor):
+            raise TaskError(
+                f"{name}: schedule(used) must give finite factors of the learning rate, got {factor} at {used}"
+            )
+
+
+def _random_numbers(device: str) -> Generators:
+    """The global generators for an evaluation, as a trial has them: the same numbers every time."""
+    return Generators(device, number("evaluation", SEED))
+
+
+def _compare_numbers(
+    first: Mapping[str, float], second: Mapping[str, float], what: str, given: str, name: str, device: str
+) -> None:
+    """Those that two calls with one seed give: equal on a CPU."""
+    for key in dict.fromkeys([*first, *second]):
+        one, other = first.get(key, math.nan), second.get(key, math.nan)
+        near = math.isclose(one, other, rel_tol=0.0 if device == "cpu" else _ROUNDING)
+        if not near and not (math.isnan(one) and math.isnan(other)):
+            raise TaskError(
+                f"{name}: two calls with one seed give different numbers: of the same {given} {what} is {one!r}, then {other!r} "
+                f"({key}). Something is left from one call to the next, or comes from no seed (held-out data from a generator "
+                "made outside of the function? from os.urandom?). Make it inside, from the seed"
+            )
 
 
 def _left(model: nn.Module, before: _State, what: str, name: str, warnings: list[str]) -> _State:
@@ -273,69 +312,88 @@ def _take_steps(task: TrainingTask, batches: list[Any], file: str) -> tuple[floa
 
 
 def _examine_sampling(first: SamplingTask, file: str, device: str) -> Facts:
-    import torch
-
     name = Path(file).name
-    warnings: list[str] = []
-    seconds, shape, made = 0.0, tuple(first.shape), ""
-    if first.denoiser is not None:
-        process = first.process or getattr(first.denoiser, "process", None)
-        if process is None:
-            raise TaskError(f"{name}: the denoiser does not have a process: return one, e.g. process=VP()")
-        answers = []
-        for task in (first, _load(file, device)):
-            assert isinstance(task, SamplingTask)
-            generator = torch.Generator(device).manual_seed(SEED)
-            x = process.prior(shape, generator=generator, dtype=task.dtype, device=device)
-            began = time.perf_counter()
-            with torch.no_grad(), blame(f"{name}: denoiser(x, t)", file):
-                prediction = task.denoiser(x, process.t_max)
-            seconds = time.perf_counter() - began
-            output = getattr(prediction, "output", None)
-            if not isinstance(output, torch.Tensor):
-                raise TaskError(
-                    f"{name}: denoiser(x, t) must return a polyak.generate.Prediction, got a {type(prediction).__name__}; "
-                    "wrap a network in polyak.generate.Denoiser"
-                )
-            if not bool(output.isfinite().all()):
-                raise TaskError(f"{name}: the denoiser's first prediction is not finite")
-            answers.append(output)
-        if digest(answers[0]) != digest(answers[1]):
-            raise TaskError(
-                f"{name}: two calls with one seed give denoisers that differ: something is left from one call to the next"
-            )
-        made = digest(answers[0])
-        began = time.perf_counter()
-        with blame(f"{name}: metric(samples)", file):
-            found = metrics(first.metric(x), "metric", file)
-    else:
-        began = time.perf_counter()
-        found = _pipeline_metrics(first, file, device)
-    evaluating = time.perf_counter() - began
-    better = betters(first, found, file)
+    look = _look_at_pipeline if first.denoiser is None else _look_at_denoiser
+    one = look(first, file, device)
+    better = betters(first, one.numbers, file)
+    # A second call with the same seed must not meet what the first one left, be it in the samples or in what judges them.
+    second = _load(file, device)
+    assert isinstance(second, SamplingTask)
+    other = look(second, file, device)
+    if one.made != other.made:
+        raise TaskError(
+            f"{name}: two calls with one seed give {one.of} that differ: something is left from one call to the next (a generator "
+            "made outside of the function?). Make it inside, from the seed"
+        )
+    _compare_numbers(one.numbers, other.numbers, "metric(samples)", "samples", name, device)
     return Facts(
         kind="sampling",
         says=says(file),
         better=better,
-        initial=found,
-        seconds=seconds,
-        evaluating=evaluating,
-        identity=_identity(made, found),
-        warnings=tuple(warnings),
+        initial=one.numbers,
+        seconds=other.seconds,
+        evaluating=max(one.evaluating, other.evaluating),
+        identity=_identity("" if first.denoiser is None else one.made, one.numbers),
     )
 
 
-def _pipeline_metrics(task: SamplingTask, file: str, device: str) -> dict[str, float]:
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """What a call of a sampling task's function gave."""
+
+    of: str
+    made: str  # a digest of the first prediction, or of a pipeline's samples
+    numbers: dict[str, float]  # of these samples; where there is a denoiser, of noise
+    seconds: float = 0.0  # of one evaluation
+    evaluating: float
+
+
+def _look_at_denoiser(task: SamplingTask, file: str, device: str) -> _Look:
+    import torch
+
+    name = Path(file).name
+    process = task.process or getattr(task.denoiser, "process", None)
+    if process is None:
+        raise TaskError(f"{name}: the denoiser does not have a process: return one, e.g. process=VP()")
+    generator = torch.Generator(device).manual_seed(SEED)
+    x = process.prior(tuple(task.shape), generator=generator, dtype=task.dtype, device=device)
+    began = time.perf_counter()
+    with torch.no_grad(), blame(f"{name}: denoiser(x, t)", file):
+        prediction = task.denoiser(x, process.t_max)
+    seconds = time.perf_counter() - began
+    output = getattr(prediction, "output", None)
+    if not isinstance(output, torch.Tensor):
+        raise TaskError(
+            f"{name}: denoiser(x, t) must return a polyak.generate.Prediction, got a {type(prediction).__name__}; "
+            "wrap a network in polyak.generate.Denoiser"
+        )
+    if not bool(output.isfinite().all()):
+        raise TaskError(f"{name}: the denoiser's first prediction is not finite")
+    made = digest(output)
+    return _Look(of="denoisers", made=made, seconds=seconds, **_judged(task, x, file, device))
+
+
+def _look_at_pipeline(task: SamplingTask, file: str, device: str) -> _Look:
     import torch
 
     name = Path(file).name
     generator = torch.Generator(device).manual_seed(SEED)
     if hasattr(task.pipeline, "set_progress_bar_config"):
         task.pipeline.set_progress_bar_config(disable=True)
+    began = time.perf_counter()
     with torch.no_grad(), blame(f"{name}: the pipeline", file):
-        made = task.pipeline(**{**task.call, "num_inference_steps": 2, "generator": generator})
-    with blame(f"{name}: metric(samples)", file):
-        return metrics(task.metric(made[0] if isinstance(made, tuple) else made.images), "metric", file)
+        made = task.pipeline(**{**task.call, "num_inference_steps": _STEPS, "generator": generator})
+    seconds = (time.perf_counter() - began) / _STEPS
+    samples = samples_of(made, f"{name}: the pipeline {type(task.pipeline).__name__}")
+    made = digest(samples)
+    return _Look(of="samples", made=made, seconds=seconds, **_judged(task, samples, file, device))
+
+
+def _judged(task: SamplingTask, samples: Any, file: str, device: str) -> dict[str, Any]:
+    began = time.perf_counter()
+    with _random_numbers(device), blame(f"{Path(file).name}: metric(samples)", file):
+        numbers = metrics(task.metric(samples), "metric", file)
+    return {"numbers": numbers, "evaluating": time.perf_counter() - began}
 
 
 # -- trials of several processes -------------------------------------------------------------------------------------------
@@ -399,60 +457,3 @@ def _leaves(value: Any) -> Iterator[Any]:
         return
     for part in value.values() if isinstance(value, Mapping) else value:
         yield from _leaves(part)
-
-
-# -- contents --------------------------------------------------------------------------------------------------------------
-
-
-def digest(value: Any) -> str:
-    """A digest of what a structure of tensors, arrays and plain values holds."""
-    running = hashlib.sha256()
-    _feed(running, value)
-    return running.hexdigest()
-
-
-def _feed(running: Any, value: Any) -> None:
-    import numpy as np
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        running.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        running.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    elif isinstance(value, np.ndarray):
-        running.update(f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            running.update(str(key).encode())
-            _feed(running, part)
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            _feed(running, part)
-    elif isinstance(value, (str, int, float, bool, type(None))):
-        running.update(repr(value).encode())
-
-
-def _targets(batches: list[Any], name: str) -> list[str]:
-    """A warning where a column of the inputs is the target, or one class's indicator: batches that are (inputs, target)."""
-    import torch
-
-    pairs = [b for b in batches if isinstance(b, (list, tuple)) and len(b) == 2]
-    if not pairs or not all(isinstance(part, torch.Tensor) and part.ndim for pair in pairs for part in pair):
-        return []
-    inputs, target = (torch.cat([pair[i].detach().cpu() for pair in pairs]) for i in (0, 1))
-    rows = len(target)
-    if rows < _LEAST_ROWS or len(inputs) != rows or target.numel() != rows or inputs.is_complex():
-        return []
-    x, y = inputs.reshape(rows, -1).double(), target.reshape(rows, 1).double()
-    if not target.is_floating_point():
-        classes = torch.unique(target)
-        indicators = [(target.reshape(rows, 1) == c).double() for c in classes[:100]]
-        y = torch.cat([y, *(i for i in indicators if 3 <= float(i.sum()) <= rows - 3)], 1)
-    x, y = (v - v.mean(0) for v in (x, y))
-    norms = x.norm(dim=0)[:, None] * y.norm(dim=0)
-    correlation = torch.where(norms > 0, (x.T @ y).abs() / norms, 0.0).amax(1)
-    found = torch.nonzero(correlation > _SAME).flatten().tolist()
-    if not found:
-        return []
-    which = f"number {found[0]}" if len(found) == 1 else f"numbers {', '.join(map(str, found[:3]))}"
-    return [f"{name}: the target is among the inputs (column {which}, correlation 1 over {rows} rows)"]

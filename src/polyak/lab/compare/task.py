@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 import re
 import sys
 import traceback
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from polyak.core import checks
 from polyak.core.schedules import Constant, Cosine, Linear, Schedule, Warmup
+from polyak.lab.compare.arms import find
 from polyak.lab.compare.generators import Generators, number
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ OWN = (
     "evaluations",
     "processor",
 )  # the lab's own measurements
+# Arguments of a pipeline that a trial gives, and what decides them.
+OF_A_TRIAL = {"num_inference_steps": "the budget's", "generator": "the seed's"}
 _NO_RETURN = " (is there no return?)"
 _PARTS = 1000  # a schedule's steps from the first to the last
 SCHEDULES: Mapping[str, Schedule] = {
@@ -112,8 +116,9 @@ class SamplingTask:
         shape: of the samples, ``(count, ...)``.
         process: the noise, where the denoiser does not have its own.
         dtype: of the samples, a torch dtype; None for torch's default.
-        pipeline: a diffusers pipeline, on the device.
-        call: what the pipeline is called with: prompt, height, width, ...
+        pipeline: a diffusers pipeline, on the device. ``metric`` gets the ``images`` of what it returns; where there are none, the
+            first of an output or of a tuple; or the tensor, array or list itself.
+        call: what the pipeline is called with: prompt, height, width, ...; neither num_inference_steps nor generator.
         better: "lower" or "higher", or one for each name.
     """
 
@@ -189,7 +194,7 @@ def _function(file: str) -> Callable[[int, str], Any]:
     function = getattr(module, FUNCTION, None)
     if function is None:
         near = difflib.get_close_matches(FUNCTION, [n for n, v in vars(module).items() if callable(v)], n=1, cutoff=0.5)
-        hint = f"; did you mean to call {near[0]!r} so?" if near else ""
+        hint = f"; did you mean to call {near[0]!r} so?" if near else "."
         raise TaskError(f"{name} has no function {FUNCTION}(seed, device){hint} `polyak init-task` writes an example")
     if not callable(function):
         raise TaskError(f"{name}: {FUNCTION} must be a function {FUNCTION}(seed, device), got {function!r}")
@@ -275,6 +280,8 @@ def _check_training(task: TrainingTask, name: str) -> None:
 
 
 def _check_sampling(task: SamplingTask, name: str) -> None:
+    import torch
+
     _need(name, "metric", callable(task.metric), "a function metric(samples)", task.metric)
     if (task.denoiser is None) == (task.pipeline is None):
         raise TaskError(f"{name}: {FUNCTION} must return either a denoiser or a pipeline")
@@ -284,14 +291,26 @@ def _check_sampling(task: SamplingTask, name: str) -> None:
         _need(
             name, "shape", counts and all(isinstance(n, int) and n > 0 for n in task.shape), "(count, ...)", task.shape
         )
+        known = task.process is None or isinstance(task.process, find("polyak.generate:Process"))
+        _need(name, "process", known, "a process of polyak.generate, e.g. VP()", task.process)
+        floating = isinstance(task.dtype, torch.dtype) and task.dtype.is_floating_point
+        _need(name, "dtype", task.dtype is None or floating, "a floating torch dtype, e.g. torch.float64", task.dtype)
+        unused = ("call",)
     else:
-        _need(
-            name,
-            "pipeline",
-            callable(task.pipeline) and hasattr(task.pipeline, "scheduler"),
-            "a pipeline",
-            task.pipeline,
-        )
+        scheduled = hasattr(getattr(task.pipeline, "scheduler", None), "config")
+        wanted = "a pipeline with a scheduler, which has a config"
+        _need(name, "pipeline", callable(task.pipeline) and scheduled, wanted, task.pipeline)
+        named = isinstance(task.call, Mapping) and all(isinstance(key, str) for key in task.call)
+        _need(name, "call", named, 'a dictionary of arguments by name, e.g. {"prompt": "a cat"}', task.call)
+        for key, whose in OF_A_TRIAL.items():
+            if key in task.call:
+                raise TaskError(f"{name}: call must not hold {key!r}, which is {whose} affair")
+        unused = ("shape", "process", "dtype")
+    for key in unused:
+        value = getattr(task, key)
+        if value is not None and not (isinstance(value, (Sequence, Mapping)) and not value):
+            of = "denoiser" if task.pipeline is None else "pipeline"
+            raise TaskError(f"{name}: {key} has no effect beside a {of}, got {_kind(value)}: leave it out")
 
 
 def _need(name: str, what: str, good: bool, wanted: str, got: object) -> None:
@@ -300,7 +319,13 @@ def _need(name: str, what: str, good: bool, wanted: str, got: object) -> None:
 
 
 def _kind(value: object) -> str:
-    return repr(value) if value is None or isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+    if value is None or isinstance(value, (str, int, float)):
+        return repr(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    shape = getattr(value, "shape", None)
+    of = f" of shape {tuple(shape)}" if isinstance(shape, tuple) else ""  # a tensor's is one, too
+    return f"a {type(value).__name__}{of}"
 
 
 # -- what its functions give -----------------------------------------------------------------------------------------------
@@ -317,7 +342,7 @@ def metrics(given: Any, what: str, file: str) -> dict[str, float]:
     if not found:
         raise TaskError(f"{name}: {what} must return a number or a dictionary of numbers, got an empty one")
     for key, value in found.items():
-        if hasattr(value, "item") and not getattr(value, "shape", ()):  # a tensor or array of one element
+        if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:  # a tensor or array of one element
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, Real):
             of = f" for {key!r}" if isinstance(given, Mapping) else ""
