@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import pytest
 
-from polyak.lab import plots
+from polyak.lab import plots, strips
 from polyak.lab.claim import Plot
 from polyak.lab.report import Entry, claim_page, index_page, write_report
 from polyak.lab.result import ClaimResult
@@ -329,7 +329,7 @@ def test_labels_are_pushed_apart(wanted, heights):
 )
 def test_a_strip_stays_inside_its_box(compare, estimate, low, high):
     c = criterion(optimizer_claim(), "half", "undecided", estimate, low, high)
-    svg = plots.strip(c, compare)
+    svg = strips.strip(c, compare)
     assert "nan" not in svg
     assert "inf%" not in svg
     places = [float(p) for p in re.findall(r'(?:x|x1|x2|cx)="([-\d.]+)%"', svg)]

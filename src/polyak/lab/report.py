@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from polyak.lab import plots, words
+from polyak.lab import plots, strips, words
 from polyak.lab.claim import Arm, Claim, Criterion, Metric, Task
 from polyak.lab.result import ClaimResult, CriterionResult, TrialResult
 
@@ -206,7 +206,7 @@ def embedded(data: Any):
 def strip(c: CriterionResult, criterion: Criterion):
     from markupsafe import Markup
 
-    return Markup(plots.strip(c, criterion.compare))
+    return Markup(strips.strip(c, criterion.compare))
 
 
 def render(template: str, **facts: Any) -> str:

@@ -24,9 +24,9 @@ def number(value: Any, digits: int = 3) -> str:
         return "none"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    if isinstance(value, int) or (abs(value) >= 10**digits and abs(value) < 1e7):
+    if isinstance(value, int) or 10**digits - 0.5 <= abs(value) < 1e7:
         return f"{value:,.0f}".replace("-", "−")
-    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
+    mantissa, _, exponent = f"{value:,.{digits}g}".partition("e")
     return (mantissa + (f"e{int(exponent)}" if exponent else "")).replace("-", "−")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from polyak.lab import plots, report, words
+from polyak.lab import plots, report, strips, words
 from polyak.lab.compare import figures
 from polyak.lab.compare.arms import ArmSpec
 from polyak.lab.compare.result import Comparison, Row, TaskComparison
@@ -90,7 +90,7 @@ def _task(t: TaskComparison) -> dict[str, Any]:
             (
                 row,
                 why(row),
-                Markup(plots.strip(row.difference, "difference", sides, compared, words.compared(row.difference))),
+                Markup(strips.strip(row.difference, "difference", sides, compared, words.compared(row.difference))),
             )
             for row in t.rows
             if row.difference
