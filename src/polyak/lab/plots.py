@@ -9,14 +9,13 @@ import io
 import math
 import re
 import statistics
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from polyak.lab import ticks
+from polyak.lab import ticks, words
 from polyak.lab.claim import Arm, Claim, Plot, Task
 from polyak.lab.result import ClaimResult, TrialResult
 
@@ -25,10 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FONT, LEADING = 13, 15
+NAME = 18  # characters in a line of a label
+FEW = 4  # lines whose labels need not show their points
 WIDTH, HEIGHT = 480, 310  # as drawn: two fit side by side on a desk, and one is legible on a phone
 # The style sheet's colours of a light page: a figure outside of a page has them, one inside its variables.
 INK, MUTED, GRID, NEUTRAL = "#1d1f22", "#5d6269", "#dcdcd6", "#6b7078"
-SERIES = ("#0068a8", "#c25400", "#00805f", "#a8467e", "#8a6a00", "#5a55b8")
+SERIES = ("#0068a8", "#c25400", "#00805f", "#8f246f", "#604c0b", "#603dc7")
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", NEUTRAL: "neutral"} | {
     color: f"series-{i + 1}" for i, color in enumerate(SERIES)
 }
@@ -40,8 +41,30 @@ MARKS: dict[str, dict[str, Any]] = {
     "diverged": {"marker": "x", "markersize": 8, "markeredgewidth": 2},
     "chosen": {"marker": "o", "markersize": 15, "markerfacecolor": "none", "markeredgewidth": 1.4},
 }
-# Regular polygons, (corners, turn in degrees): with them no two arms differ by colour alone.
-SHAPES = ((24, 0), (4, 45), (3, 0), (4, 0), (3, 180), (5, 0), (3, 90), (3, 270))
+# From the seventh of a kind on colours come again, with these dashes: each shows on both sides of the point in a swatch.
+AGAIN = ("7 2 1.5 2", "3 2")
+Shape = tuple[tuple[float, float], ...]
+
+
+def _corners(count: int, *radii: float, turn: float = 0) -> Shape:
+    """The corners of a polygon that stands on an edge, or of a star with two radii."""
+    angles = [math.radians(turn + 360 * i / count) for i in range(count)]
+    away = [radii[i % len(radii)] for i in range(count)]
+    return tuple((-r * math.sin(a), r * math.cos(a)) for r, a in zip(away, angles, strict=True))
+
+
+# The outlines of arms' points, in pixels: with these and dashes no two arms differ by colour alone.
+SHAPES: tuple[Shape, ...] = (
+    _corners(24, 3.3),
+    _corners(4, 4.4, turn=45),
+    _corners(3, 4.5),
+    _corners(4, 4.5),
+    _corners(3, 4.5, turn=180),
+    _corners(10, 5, 2),
+    ((-1.3, 4), (1.3, 4), (1.3, 1.3), (4, 1.3), (4, -1.3), (1.3, -1.3),
+     (1.3, -4), (-1.3, -4), (-1.3, -1.3), (-4, -1.3), (-4, 1.3), (-1.3, 1.3)),  # a plus
+    ((-3.6, 4), (3.6, 4), (-3.6, -4), (3.6, -4)),  # an hourglass
+)  # fmt: skip
 
 
 def style(claim: Claim, arm: Arm) -> tuple[str, str]:
@@ -50,11 +73,12 @@ def style(claim: Claim, arm: Arm) -> tuple[str, str]:
     at = peers.index(arm)
     if arm.role == "baseline":
         return "neutral", ["", "6 3", "1.5 2.5"][at % 3]
-    return f"series-{at % len(SERIES) + 1}", DASHES[arm.role] if at < len(SERIES) else "9 3 2 3"
+    turn, color = divmod(at, len(SERIES))
+    return f"series-{color + 1}", AGAIN[(turn - 1) % len(AGAIN)] if turn else DASHES[arm.role]
 
 
-def shape(claim: Claim, arm: Arm) -> tuple[int, int]:
-    """The (corners, turn) of an arm's points: the same on every plot of a claim."""
+def shape(claim: Claim, arm: Arm) -> Shape:
+    """The outline of an arm's points: the same on every plot of a claim."""
     return SHAPES[claim.arms.index(arm) % len(SHAPES)]
 
 
@@ -214,8 +238,7 @@ def _draw(axes: Axes, claim: Claim, line: Line, view: tuple[float, float] | None
     color, (_, dashes) = _color(claim, line.arm), style(claim, line.arm)
     pattern = (0, [float(d) for d in dashes.split()]) if dashes else "-"
     width = 2.4 if line.arm.role == "method" else 1.8
-    corners, turn = shape(claim, line.arm)
-    points: dict[str, Any] = {"marker": (corners, 0, turn), "markersize": 6 if corners > 5 else 8, "markeredgewidth": 0}
+    points = _point(claim, line.arm)
     if len(line.x) > 12:  # a few points along the line, each arm's at other places
         points["markevery"] = (0.04 + 0.23 * claim.arms.index(line.arm) / len(claim.arms), 0.24)
     if line.x:
@@ -228,6 +251,13 @@ def _draw(axes: Axes, claim: Claim, line: Line, view: tuple[float, float] | None
         for x, y in places:
             y = min(max(y, view[0]), view[1]) if view else y
             axes.plot([x], [y], **look, color=color, linestyle="none", clip_on=False, zorder=3)
+
+
+def _point(claim: Claim, arm: Arm) -> dict[str, Any]:
+    """An arm's point, as matplotlib takes it."""
+    outline = shape(claim, arm)
+    size = 2 * max(abs(place) for corner in outline for place in corner)  # to which matplotlib scales an outline
+    return {"marker": outline, "markersize": size, "markeredgewidth": 0}
 
 
 def _scales(axes: Axes, shown: Sequence[Line], plot: Plot, view: tuple[float, float] | None) -> None:
@@ -283,12 +313,13 @@ def _label(
         probe.remove()
         return extent
 
-    texts = [textwrap.wrap(line.label, 17, break_on_hyphens=False) for line in shown]
+    texts = [words.lines(line.label, NAME) for line in shown]
+    pointed = len(shown) > FEW  # each label with its line's point
     beside = [t.get_window_extent(renderer).width for t in axes.get_yticklabels()]
     heights = [LEADING * len(text) + 3 for text in texts]
     places = _key_places({kind: width(text) for kind, text in keys.items()})
     rows = 1 + max((row for _, row in places.values()), default=-1)
-    left, right = max(beside, default=0) + 10, max(width(t) for text in texts for t in text) + 22
+    left, right = max(beside, default=0) + 10, max(width(t) for text in texts for t in text) + (28 if pointed else 22)
     bottom, top = 48 + (LEADING + 3) * rows, 17 + LEADING * len(heads)
     lowest, highest = (
         bottom - 36,
@@ -308,20 +339,23 @@ def _label(
         color = _color(claim, line.arm)
         for row, part in enumerate(text):
             baseline = centre + LEADING * ((len(text) - 1) / 2 - row) - 0.35 * FONT
-            figure.text((edge + 18) / WIDTH, baseline / height, part, color=color, fontsize=FONT)
+            figure.text((edge + (24 if pointed else 18)) / WIDTH, baseline / height, part, color=color, fontsize=FONT)
         ends = [(x + 4) / WIDTH, (edge + 14) / WIDTH], [y / height, centre / height]
         figure.add_artist(Line2D(*ends, color=color, linewidth=0.8, alpha=0.55))
+        if pointed:
+            at = [(edge + 15) / WIDTH], [centre / height]
+            figure.add_artist(Line2D(*at, color=color, linewidth=0, **_point(claim, line.arm)))
     for kind, (x, row) in places.items():
         y = (LEADING + 3) * (rows - row - 1) + 5
-        at: dict[str, Any] = {"color": MUTED, "linewidth": 0} | (
+        look: dict[str, Any] = {"color": MUTED, "linewidth": 0} | (
             MARKS[kind] if kind else {"marker": "o", "markersize": 6}
         )
-        at["markersize"] = min(at["markersize"], 12)
-        at["marker"] = at["marker"] or "o"
+        look["markersize"] = min(look["markersize"], 12)
+        look["marker"] = look["marker"] or "o"
         if not kind:
             stroke = [x / WIDTH, (x + 20) / WIDTH], [(y + 4.5) / height] * 2
             figure.add_artist(Line2D(*stroke, color=MUTED, linewidth=1.8))
-        figure.add_artist(Line2D([(x + 10) / WIDTH], [(y + 4.5) / height], **at))
+        figure.add_artist(Line2D([(x + 10) / WIDTH], [(y + 4.5) / height], **look))
         figure.text((x + 25) / WIDTH, y / height, keys[kind], color=MUTED, fontsize=FONT)
 
 
@@ -374,9 +408,7 @@ def _adapt(svg: str, name: str, prefix: str) -> str:
 def swatch(claim: Claim, arm: Arm) -> str:
     """An arm's line and point, for tables."""
     variable, dashes = style(claim, arm)
-    corners, turn = shape(claim, arm)
-    angles = [math.radians(turn + 360 * i / corners) for i in range(corners)]
-    points = " ".join(f"{12 - 4 * math.sin(a):.1f},{5 - 4 * math.cos(a):.1f}" for a in angles)
+    points = " ".join(f"{12 + x:.1f},{5 - y:.1f}" for x, y in shape(claim, arm))
     line = f'<line x1="0" x2="24" y1="5" y2="5" stroke="var(--{variable})" stroke-width="2.5" stroke-dasharray="{dashes}"/>'
     point = f'<polygon points="{points}" fill="var(--{variable})"/>'
     return f'<svg class="swatch" width="24" height="10" aria-hidden="true">{line}{point}</svg>'

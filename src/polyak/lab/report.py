@@ -209,6 +209,16 @@ def strip(c: CriterionResult, criterion: Criterion):
     return Markup(strips.strip(c, criterion.compare))
 
 
+def breakable(text: str):
+    """A name whose long words a browser may break between their parts."""
+    from markupsafe import Markup, escape
+
+    return Markup(" ").join(
+        Markup("<wbr>").join(map(escape, words.parts(word) if len(word) > plots.NAME else [word]))
+        for word in text.split(" ")
+    )
+
+
 def render(template: str, **facts: Any) -> str:
     """A page, or a part of one, from its template."""
     return templates().get_template(template).render(**facts)
@@ -255,5 +265,6 @@ def templates(*folders: Path):
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["breakable"] = breakable
     environment.globals |= {"words": words, "strip": strip, "rules": RULES, "source": source, "live": None}
     return environment
