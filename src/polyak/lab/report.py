@@ -23,6 +23,7 @@ ROLES = {
     "ablation": "a variant, to see what matters",
     "control": "a negative control: the method without its key ingredient",
 }
+LONG = 12  # characters of a word that a browser may break
 RULES = {
     "every": "Every seed must pass.",
     "mean": "The mean over seeds decides.",
@@ -214,8 +215,7 @@ def breakable(text: str):
     from markupsafe import Markup, escape
 
     return Markup(" ").join(
-        Markup("<wbr>").join(map(escape, words.parts(word) if len(word) > plots.NAME else [word]))
-        for word in text.split(" ")
+        Markup("<wbr>").join(map(escape, words.parts(word) if len(word) > LONG else [word])) for word in text.split(" ")
     )
 
 
