@@ -105,3 +105,12 @@ def test_several_tasks_have_a_table_each() -> None:
     lines = shown(80, "one", "two")
     assert [line for line in lines if line in ("one", "two")] == ["one", "two"]
     assert sum("95 %" in line for line in lines) == 2
+
+
+def test_the_answer_of_many_arms_has_a_line_for_each() -> None:
+    finals = {"adamw": FINALS["adamw"], **{f"sgd:momentum=0.{i}": [0.1 * i] * 5 for i in range(1, 6)}}
+    out = io.StringIO()
+    found = together(made_up(finals))
+    terminal.comparison(Console(file=out, width=120, highlight=False), found)
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert lines[:5] == [f"{found.said.head}.", *(f"  {clause}" for clause in found.said.rest)]

@@ -94,7 +94,11 @@ def outcome(out: Console, claim: Claim, result: ClaimResult, *, published: bool 
 
 def comparison(out: Console, found: Comparison) -> None:
     """What a comparison found: its answer, what makes it doubtful, and a row for each arm."""
-    out.print(Text(found.answer, "bold"))
+    said = found.said
+    out.print(Text(f"{said.head}." if said.long else str(said), "bold"))
+    if said.long:
+        for clause in (*said.rest, *filter(None, [said.more])):
+            out.print(Padding(Text(clause), (0, 0, 0, 2)))
     for warning in found.warnings:
         out.print(Text(f"! {warning}", "yellow"))
     for t in found.tasks:
