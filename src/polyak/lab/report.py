@@ -60,8 +60,18 @@ def write_report(entries: Sequence[Entry], out: Path, *, pages: Collection[str] 
     return index
 
 
-def index_page(entries: Sequence[Entry], *, linked: Collection[str], live: Live | None = None) -> str:
-    """The index: every system by room, with its verdict and what decided it; a link for those that have a page."""
+def index_page(
+    entries: Sequence[Entry],
+    *,
+    linked: Collection[str],
+    live: Live | None = None,
+    compared: Sequence[Mapping[str, Any]] = (),
+    comparisons: int = 0,
+) -> str:
+    """The index: every system by room, with its verdict and what decided it; a link for those that have a page.
+
+    Served, it begins with the latest of so many ``comparisons`` (``compared``, as in the list of runs).
+    """
     counts = {v: sum(words.verdict_of(e.result) == v for e in entries) for v in words.GLYPHS}
     by_room = sorted(entries, key=lambda e: e.claim.room)
     return render(
@@ -72,6 +82,8 @@ def index_page(entries: Sequence[Entry], *, linked: Collection[str], live: Live 
         total=len(entries),
         linked=linked,
         live=live,
+        compared=compared,
+        more=comparisons if comparisons > len(compared) else 0,
     )
 
 
