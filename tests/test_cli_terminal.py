@@ -62,6 +62,15 @@ def test_no_width_loses_an_arm_a_number_or_a_verdict(width: int) -> None:
         assert [w for w in words if w not in row] == []
 
 
+@pytest.mark.parametrize("width", [30, 60, 80, 120, 200])
+def test_columns_that_are_left_out_are_told(width: int) -> None:
+    said = " ".join(" ".join(shown(width)).split())
+    whole = all(head in said for head in ("steps", "time", "chance", "diverged"))
+    assert whole == (width >= 120)
+    assert said.endswith("More columns: in a wider terminal, or on the page.") == (not whole)
+    assert " ".join(shown(width, "one", "two")).count("More columns") == (not whole)
+
+
 def test_eighty_columns_have_a_line_for_a_name_and_what_reaching_the_target_took() -> None:
     lines = shown(80)
     assert all(any(line.strip().startswith(said[0]) for line in lines) for said in SAID)
