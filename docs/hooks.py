@@ -16,7 +16,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from polyak import claims
-from polyak.lab import plots, report, words
+from polyak.lab import report, strips, words
 from polyak.lab.claim import Claim
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,7 +120,7 @@ def example_strip() -> str:
     claim, outcome = max(outcomes, key=lambda found: len(found[1].per_seed))
     compare = next(c.compare for c in claim.criteria if c.name == outcome.name)
     says = html.escape(f"{claim.name}. {outcome.says}: {outcome.verdict}.")
-    return f'<div class="report"><p class="small">{says}</p>{plots.strip(outcome, compare)}</div>'
+    return f'<div class="report"><p class="small">{says}</p>{strips.strip(outcome, compare)}</div>'
 
 
 def system_page(claim: Claim) -> str:

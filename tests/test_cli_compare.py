@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from polyak.cli import main
+from polyak.cli.compare import _page
 
 from .lab.tasks_for_tests import REGRESSION, write
 
@@ -46,8 +47,9 @@ def test_from_an_example_to_a_page(call, tmp_path, monkeypatch) -> None:
     assert code == 0
     assert "3 seeds cannot decide anything: at least 5 can." in " ".join(out.split())
     assert "baseline" in out
-    assert f"The page, with curves and all trials: {Path('polyak-report/compare-task.html')}" in out
-    assert opened == [(tmp_path / "polyak-report/compare-task.html").as_uri()]
+    page = Path("polyak-report/compare-task-20steps.html")
+    assert out.endswith(f"The page, with curves and all trials: {page}\n")
+    assert opened == [(tmp_path / page).as_uri()]
     assert "15 of 15 trials, done" in err
     assert err.startswith("checking task.py\ntrying each arm on task.py\n")
 
@@ -56,6 +58,21 @@ def test_from_an_example_to_a_page(call, tmp_path, monkeypatch) -> None:
     assert code == 0
     assert [row["arm"] for row in data["table"]] == ["adamw", "adan", "lion"]
     assert [row["metric"] for row in data["table"]] == ["accuracy"] * 3
+
+    code, out, _ = call("compare", "task.py", "--arms", "adamw,adan,lion", "--seeds", "3", *QUICK)
+    assert out.endswith(f"The page, with curves and all trials: {page} (it replaces an earlier one)\n")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "budget", "name"),
+    [
+        (["moons"], "10nfe", "compare-moons-10nfe.html"),
+        (["moons"], " 20s/trial ", "compare-moons-20s-trial.html"),
+        (["a", "b", "c", "d"], "1.5 m", "compare-a-b-c-1.5-m.html"),
+    ],
+)
+def test_a_page_has_the_name_of_its_budget(tasks, budget, name) -> None:
+    assert _page(tasks, budget) == Path("polyak-report", name)
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,15 @@ def test_no_width_loses_an_arm_a_number_or_a_verdict(width: int) -> None:
         assert [w for w in words if w not in row] == []
 
 
+@pytest.mark.parametrize("width", [30, 60, 80, 120, 200])
+def test_columns_that_are_left_out_are_told(width: int) -> None:
+    said = " ".join(" ".join(shown(width)).split())
+    whole = all(head in said for head in ("steps", "time", "chance", "diverged"))
+    assert whole == (width >= 120)
+    assert said.endswith("More columns: in a wider terminal, or on the page.") == (not whole)
+    assert " ".join(shown(width, "one", "two")).count("More columns") == (not whole)
+
+
 def test_eighty_columns_have_a_line_for_a_name_and_what_reaching_the_target_took() -> None:
     lines = shown(80)
     assert all(any(line.strip().startswith(said[0]) for line in lines) for said in SAID)
@@ -127,3 +136,12 @@ def test_lines_of_progress_count_the_trials_of_all_claims(capsys) -> None:
         "7 of 30 trials, 1 min 00 s left",
         "30 of 30 trials, done",
     ]
+
+
+def test_the_answer_of_many_arms_has_a_line_for_each() -> None:
+    finals = {"adamw": FINALS["adamw"], **{f"sgd:momentum=0.{i}": [0.1 * i] * 5 for i in range(1, 6)}}
+    out = io.StringIO()
+    found = together(made_up(finals))
+    terminal.comparison(Console(file=out, width=120, highlight=False), found)
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert lines[:5] == [f"{found.said.head}.", *(f"  {clause}" for clause in found.said.rest)]

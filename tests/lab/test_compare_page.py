@@ -98,6 +98,30 @@ def test_a_page_says_what_was_found_and_how(pages: dict[str, Path]) -> None:
     assert "the target that was asked for" in several
 
 
+MANY = {
+    "adamw": FINALS["adamw"],
+    **{f"sgd:momentum=0.{i}": [v + 0.1 * (i - 3) for v in FINALS["adamw"]] for i in range(1, 8)},
+}
+
+
+def test_the_answer_of_many_arms_is_a_list_with_the_best_first() -> None:
+    t = made_up(MANY)
+    for found in (together(t), together(t, made_up(MANY, name="other"))):
+        text = page(found)
+        [said] = re.findall(r'<section class="answer".*?</section>', text, re.DOTALL)
+        assert f'<p class="verdict long">{found.said.head}.</p>' in said
+        assert re.findall("<li>(.*?)</li>", said) == list(found.said.rest)
+        assert len(found.said.rest) == 6
+        assert json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])["answer"] == found.answer
+        shown = summary(found)
+        assert f"<strong>{found.said.head}.</strong>" in shown
+        assert all(f"<li>{clause}</li>" in shown for clause in found.said.rest)
+    assert t.said.head.startswith("SGD (momentum 0.1) beats AdamW by 0.2")
+    assert page(together(t, made_up(MANY, name="other"))).count(f'<p class="found">{t.said.head}.</p>') == 2
+    few = made_up({arm: values[:3] for arm, values in MANY.items()})
+    assert "<p>3 seeds cannot decide anything: at least 5 can.</p>" in page(together(few))
+
+
 def test_no_tuning_is_said(found: dict[str, Comparison]) -> None:
     said = page(together(made_up({"adamw:lr=0.1:weight_decay=0": [1.0] * 5, "sgd:lr=0.1:weight_decay=0": [1.1] * 5})))
     assert "none: all options were given." in said

@@ -58,6 +58,45 @@ def test_the_answer_is_a_sentence() -> None:
     assert "Adan is undecided against AdamW at equal steps (1 of 5 trials diverged)" in some.answer
 
 
+def test_the_best_is_said_first() -> None:
+    finals = {
+        "adamw": A,
+        "sgd": [a + 0.3 for a in A],
+        "adan": [a - 0.02 for a in A],
+        "lion": MIXED,
+        "nadam": [a + 0.1 for a in A],
+        "radam": [a - 0.2 for a in A],
+    }
+    said = made_up(finals).said
+    assert [clause.split()[0] for clause in (said.head, *said.rest)] == ["RAdam", "Adan", "NAdam", "SGD", "Lion"]
+    assert str(said) == made_up(finals).answer
+    assert made_up(finals).answer.startswith(
+        "RAdam beats AdamW by 0.2 in loss at equal steps; Adan beats AdamW by 0.02 in loss; NAdam loses to AdamW by 0.1 "
+    )
+    higher = made_up(finals, better="higher", metric="score").said
+    assert [clause.split()[0] for clause in (higher.head, *higher.rest)] == ["SGD", "NAdam", "Adan", "RAdam", "Lion"]
+    assert said.long
+    assert said.short == "RAdam beats AdamW by 0.2 in loss at equal steps; 4 more on its page."
+    few = made_up(dict(list(finals.items())[:4])).said
+    assert not few.long
+    assert few.short == str(few)
+    none = made_up(dict.fromkeys(finals, MIXED)).said
+    assert none.long
+    assert none.head == "SGD, Adan, Lion, NAdam and RAdam are undecided against AdamW at equal steps"
+    assert none.rest == tuple(f"{arm}: difference 0 in loss" for arm in ("SGD", "Adan", "Lion", "NAdam", "RAdam"))
+
+
+def test_over_tasks_who_wins_most_is_said_first() -> None:
+    worst = [a + 0.3 for a in A]
+    tasks = [
+        made_up({"adamw": A, "sgd": worst, "lion": MIXED, "adan": BETTER}, name="one"),
+        made_up({"adamw": A, "sgd": worst, "lion": BETTER, "adan": BETTER}, name="two"),
+    ]
+    assert together(*tasks).answer == (
+        "Against AdamW at equal steps, of 2 tasks: Adan wins 2; Lion wins 1, is undecided on 1; SGD loses 2."
+    )
+
+
 def test_the_answer_over_tasks() -> None:
     tasks = [
         made_up({"adamw": A, "adan": BETTER, "lion": MIXED}, name="one"),

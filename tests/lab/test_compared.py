@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shlex
@@ -15,13 +16,15 @@ from typing import Any
 
 import pytest
 
-from polyak.lab import Store, compare, words
+from polyak.lab import Store, compare, report, words
+from polyak.lab.compare.budget import Budget
 from polyak.lab.compare.page import page
 from polyak.lab.compare.record import Record
 from polyak.lab.compare.result import Comparison
 from polyak.lab.compared import Compared, Shelf
 from polyak.lab.database import FILE
 from polyak.lab.pages import Pages
+from polyak.lab.report import Live
 from polyak.lab.store import InFlight
 
 from .tasks_for_tests import REGRESSION, SAMPLING, write
@@ -71,8 +74,8 @@ def text(of: Pages, target: str) -> str:
     return " ".join(re.sub(r"<[^>]*>", " ", body).split())
 
 
-def main(html: str) -> str:
-    return html[html.index("<main>") : html.index("</main>")]
+def main(page: str) -> str:
+    return page[page.index("<main>") : page.index("</main>")]
 
 
 def test_a_store_gives_back_what_was_found(whole):
@@ -262,7 +265,9 @@ def test_a_comparison_in_flight_is_one_panel_with_its_number_of_trials(home):
         assert (seen["name"], seen["where"]) == ("The comparison on line", "20 steps for each trial, cpu")
         assert (seen["done"], seen["failed"], seen["total"]) == (TOTAL - 4, 0, TOTAL)
         assert seen["href"] == f"{compared.record.slug}.html"
-        assert sorted(seen["running"]) == sorted(t.label for t in missing[:2])
+        said = sorted(f"{compared.arms[t.arm]} on line, seed {t.seed}" for t in missing[:2])
+        assert sorted(seen["running"]) == said
+        assert said[0].startswith("Adan (betas (0.9, 0.9, 0.99)) on")
         assert seen["latest"] == []  # of this process
         runs = text(of, "/runs.html")
         assert "The comparison on line is running 20 steps for each trial, cpu, for " in runs
@@ -278,11 +283,29 @@ def test_a_comparison_in_flight_is_one_panel_with_its_number_of_trials(home):
         store.finish(missing[0], result, {})
         later = json.loads(of.answer(f"/progress.json?claim={compared.record.slug}").body)
         assert later["revision"] != own["revision"]
-        assert (later["runs"][0]["done"], len(later["runs"][0]["latest"])) == (TOTAL - 3, 1)
+        [run] = later["runs"]
+        assert (run["done"], [t["arm"] for t in run["latest"]]) == (TOTAL - 3, [compared.arms[missing[0].arm]])
 
 
 def whole_result(compared: Compared) -> Any:
     return next(s.result for s in compared.plans[0].found.values() if s.result.purpose == "report")
+
+
+def test_the_first_page_begins_with_the_latest_comparisons(home, whole, task, tmp_path):
+    of, said = pages(home), main(pages(home).answer("/").body.decode())
+    [compared] = read(home)
+    assert f'<a href="{compared.record.slug}.html">line</a>' in said
+    assert "20 steps for each trial" in said
+    assert whole[1].answer in html.unescape(said)
+    assert "All " not in said
+    for seeds in (1, 3, 4):
+        compare(task, ARMS, store=home, **{**GIVEN, "seeds": seeds, "trials": 1})
+    said = text(of, "/")
+    assert "All 4 comparisons" in said
+    assert said.count("20 steps for each trial") == 3
+    change(home, "DELETE FROM trials WHERE purpose = 'report' AND seed = 3")
+    assert re.search(r"line 20 steps for each trial; \d+ of \d+ trials have ended", text(of, "/"))
+    assert "Latest comparisons" not in text(pages(tmp_path / "none"), "/")
 
 
 def test_of_several_tasks_and_of_samplers(tmp_path):
@@ -328,8 +351,10 @@ def test_in_a_browser(chromium, home, served: Callable[[Pages], Any], width, par
     errors: list[str] = []
     page = chromium.new_page(viewport={"width": width, "height": 844})
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-    page.goto(served(pages(home)).url + "runs.html")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    of = served(pages(home))
+    for target in ("", "runs.html"):
+        page.goto(of.url + target)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
     table = page.locator(".compared table").bounding_box()
     assert table["x"] + table["width"] <= width
     page.get_by_role("link", name="line").click()
@@ -340,4 +365,31 @@ def test_in_a_browser(chromium, home, served: Callable[[Pages], Any], width, par
     asked = "AdamW" if part == "complete" else f"{TOTAL - 3} of {TOTAL} trials have ended"
     assert asked in page.locator(".answer").inner_text()
     assert errors == []
+    page.close()
+
+
+@pytest.mark.browser
+@pytest.mark.xdist_group("browser")
+def test_a_budget_of_many_words_fits_a_phone(chromium, whole, tmp_path):
+    [compared] = read(whole[0])
+    compared.result  # noqa: B018 (made before the budget is another)
+    setup = replace(compared.record.setup, budget=Budget("seconds", 3.0, total=60.0))
+    row = {
+        "of": compared,
+        "setup": setup,
+        "name": "a_task_with_a_long_name",
+        "href": "",
+        "running": True,
+        "current": False,
+    }
+    file = tmp_path / "runs.html"
+    page = chromium.new_page(viewport={"width": 390, "height": 844})
+    for template, facts in {
+        "runs.html": {"rows": []},
+        "index.html": {"entries": [], "counts": {}, "order": [], "total": 0, "linked": [], "more": 4},
+    }.items():
+        file.write_text(report.render(template, live=Live(), compared=[row], **facts), encoding="utf-8")
+        page.goto(file.as_uri())
+        assert "3 s for each trial (1 min 00 s for the whole comparison)" in page.locator("main").inner_text()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, template
     page.close()

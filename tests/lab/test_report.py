@@ -8,18 +8,21 @@ import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import pairwise
+from importlib.resources import files
+from itertools import combinations, pairwise
 
+import numpy as np
 import pytest
+from matplotlib.lines import Line2D
 
-from polyak.lab import plots
-from polyak.lab.claim import Plot
-from polyak.lab.report import Entry, claim_page, index_page, write_report
+from polyak.lab import plots, strips, words
+from polyak.lab.claim import Arm, Claim, Plot
+from polyak.lab.report import Entry, breakable, claim_page, index_page, write_report
 from polyak.lab.result import ClaimResult
 
 from .results_for_tests import criterion, optimizer_claim, optimizer_result, solver_claim, solver_result
 
-VOID = {"meta", "link", "br", "img", "hr", "input"}
+VOID = {"meta", "link", "br", "img", "hr", "input", "wbr"}
 
 
 class Checker(HTMLParser):
@@ -259,6 +262,108 @@ def test_no_two_arms_differ_by_colour_alone():
         assert len({plots.swatch(c, arm) for arm in c.arms}) == len(c.arms)
 
 
+def many_arms(count: int) -> Claim:
+    """A baseline and methods, as a comparison has them."""
+    claim = optimizer_claim()
+    roles = ["baseline", *["method"] * (count - 1)]
+    arms = [replace(claim.arms[0], name=f"arm{i}", label=f"Arm {i}", role=r) for i, r in enumerate(roles)]
+    return replace(claim, arms=tuple(arms), criteria=())
+
+
+def test_of_fourteen_arms_any_two_differ_in_two_ways():
+    claim = many_arms(14)
+    looks = [(*plots.style(claim, arm), plots.shape(claim, arm)) for arm in claim.arms]
+    for one, other in combinations(looks, 2):
+        assert sum(a != b for a, b in zip(one, other, strict=True)) >= 2
+
+
+def beside_its_point(claim: Claim, arm: Arm) -> tuple[bool, ...]:
+    """Where an arm's swatch has ink to the left and to the right of the point."""
+    svg = plots.swatch(claim, arm)
+    dashes = [float(d) for d in re.search(r'stroke-dasharray="([^"]*)"', svg)[1].split()] or [99.0, 0.0]
+    around = [float(x) for x in re.findall(r"([\d.]+),", re.search(r'points="([^"]*)"', svg)[1])]
+    inked = []
+    for i in range(96):
+        x, at, place = i / 4, 0, (i / 4) % sum(dashes)
+        while place >= dashes[at]:
+            place, at = place - dashes[at], at + 1
+        if not min(around) <= x <= max(around):
+            inked.append(at % 2 == 0)
+    return tuple(inked)
+
+
+def test_dashes_show_in_swatches():
+    claim = many_arms(14)
+    looks = {plots.style(claim, arm)[1]: beside_its_point(claim, arm) for arm in claim.arms}
+    assert len(looks) == 3
+    shares = {dashes: sum(inked) / len(inked) for dashes, inked in looks.items()}
+    assert shares.pop("") == 1
+    assert all(share < 0.9 for share in shares.values())
+
+
+# What is left of linear RGB without one kind of cones (Machado, Oliveira and Fernandes, 2009, at severity 1).
+SIGHTS = {
+    "all": np.eye(3),
+    "no red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "no green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "no blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])  # of linear sRGB
+
+
+def seen_as(color: str, sight: str) -> np.ndarray:
+    """A colour in CIELAB, as such eyes see it."""
+    v = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
+    xyz = XYZ @ np.clip(np.asarray(SIGHTS[sight]) @ linear, 0, 1) / XYZ.sum(axis=1)
+    f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_no_two_colours_of_lines_are_alike_to_any_eyes(sight):
+    style = (files("polyak.lab") / "templates" / "style.css").read_text(encoding="utf-8")
+    light, dark = (dict(re.findall(r"--(neutral|series-\d): (#\w{6})", part)) for part in style.split("@media", 2)[:2])
+    assert light == {name: color for color, name in plots.VARIABLES.items() if name in light}
+    for colors in (light, dark):
+        assert len(colors) == 7
+        shades = [seen_as(color, sight) for color in colors.values()]
+        # Two patches are told apart from 2 on; thin lines need several times that.
+        assert min(np.linalg.norm(a - b) for a, b in combinations(shades, 2)) > 10
+
+
+def test_labels_are_not_broken_inside_words():
+    names = {
+        "KDPM2DiscreteScheduler": ["KDPM2Discrete", "Scheduler"],
+        "DPMSolver (order 2, method multistep)": ["DPMSolver (order", "2, method", "multistep)"],
+        "my_own_optimizer_module:Descent": ["my_own_optimizer_", "module:Descent"],
+        "DPMSolverMultistepScheduler": ["DPMSolverMultistep", "Scheduler"],
+        "AdamW": ["AdamW"],
+        "averylongnameofoneword": ["averylongnameofone", "word"],
+    }
+    assert {name: words.lines(name, plots.NAME) for name in names} == names
+    claim = many_arms(len(names))
+    shown = [
+        plots.Line(arm, x=[1, 2], middle=[i, i], low=[i, i], high=[i, i], label=name)
+        for i, (arm, name) in enumerate(zip(claim.arms, names, strict=True))
+    ]
+    figure = plots.draw(claim, shown, Plot(x="x", y="y"), above="")
+    assert {line for lines in names.values() for line in lines} <= {text.get_text() for text in figure.texts}
+
+
+def test_where_there_are_many_lines_a_label_has_its_point():
+    for count in (plots.FEW, 14):
+        claim = many_arms(count)
+        shown = [
+            plots.Line(arm, x=[1, 2], middle=[i, i], low=[i, i], high=[i, i], label=arm.label)
+            for i, arm in enumerate(claim.arms)
+        ]
+        figure = plots.draw(claim, shown, Plot(x="x", y="y"), above="")
+        points = [a for a in figure.findobj(Line2D) if a.axes is None and a.get_marker() in plots.SHAPES]
+        expected = [plots.shape(claim, arm) for arm in claim.arms] if count > plots.FEW else []
+        assert [a.get_marker() for a in points] == expected
+
+
 def test_a_plot_of_many_arms_grows_with_their_labels():
     claim = optimizer_claim()
     result = optimizer_result(claim)
@@ -354,10 +459,17 @@ def test_labels_are_pushed_apart(wanted, heights):
 )
 def test_a_strip_stays_inside_its_box(compare, estimate, low, high):
     c = criterion(optimizer_claim(), "half", "undecided", estimate, low, high)
-    svg = plots.strip(c, compare)
+    svg = strips.strip(c, compare)
     assert "nan" not in svg
     assert "inf%" not in svg
     places = [float(p) for p in re.findall(r'(?:x|x1|x2|cx)="([-\d.]+)%"', svg)]
     assert places
     assert all(0 <= p <= 100 for p in places)
     assert "asked: at most 2" in svg
+
+
+def test_a_long_name_may_be_broken_between_its_parts():
+    assert str(breakable("DPMSolverMultistepScheduler (order <2)")) == (
+        "DPM<wbr>Solver<wbr>Multistep<wbr>Scheduler (order &lt;2)"
+    )
+    assert str(breakable("AdamW")) == "AdamW"

@@ -118,6 +118,7 @@ def test_json_round_trip():
         (-0.0123, "−0.0123"),
         (0.0000123, "1.23e−5"),
         (1234.5, "1,234"),
+        (999.6, "1,000"),
         (48_000_000.0, "4.8e7"),
         (-1234, "−1,234"),
         (5, "5"),
@@ -131,6 +132,10 @@ def test_json_round_trip():
 )
 def test_number(value, text):
     assert words.number(value) == text
+
+
+def test_a_number_of_more_digits_has_its_commas():
+    assert [words.number(v, 5) for v in (1234.5, 12_345.0, 0.12345)] == ["1,234.5", "12,345", "0.12345"]
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,7 @@ def test_a_run_in_another_process_is_seen_from_its_first_trial_to_its_verdict(tm
         assert {k: seen[k] for k in ("claim", "name", "scale", "device", "total", "failed")} == {
             "claim": "slow", "name": "Slow", "scale": "small", "device": "cpu", "total": 6, "failed": 0,
         }  # fmt: skip
-        assert re.fullmatch(r"(plain|quick) on parabola, seed \d", seen["running"][0])
+        assert re.fullmatch(r"(Plain|Quick) on Parabola, seed \d", seen["running"][0])
         assert 0 <= seen["elapsed"] <= time.monotonic() - began + 1
         until(lambda: any(r["done"] >= 2 for r in progress()["runs"]))
         [seen] = progress("?claim=slow")["runs"]

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import webbrowser
 from collections.abc import Iterator, Sequence
@@ -86,7 +87,7 @@ def compare(
     track: Track = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The page to write (default: polyak-report/compare-TASK.html).", show_default=False),
+        typer.Option(help="The page to write (default: polyak-report/compare-TASK-BUDGET.html).", show_default=False),
     ] = None,
     show_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     home: Home = None,
@@ -150,12 +151,14 @@ def compare(
         raise typer.BadParameter(str(error), param_hint="--arms") from None
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    path = found.save(out or Path("polyak-report", f"compare-{'-'.join(t.name for t in found.tasks[:3])}.html"))
+    at = out or _page([t.name for t in found.tasks], budget)
+    replaced = at.exists()
+    path = found.save(at)
     if as_json:
         print_json(found.to_json())
     else:
         terminal.comparison(terminal.console(), found)
-        print(f"The page, with curves and all trials: {path}")
+        print(f"The page, with curves and all trials: {path}{' (it replaces an earlier one)' if replaced else ''}")
     if show_it:
         webbrowser.open(path.resolve().as_uri())
 
@@ -178,6 +181,12 @@ def _told() -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.level, log.propagate = before
+
+
+def _page(tasks: Sequence[str], budget: str) -> Path:
+    """Where the page goes: a file for each budget, since one does not supersede another."""
+    words = [*tasks[:3], re.sub(r"[^\w.]+", "-", budget.strip())]
+    return Path("polyak-report", f"compare-{'-'.join(words)}.html")
 
 
 def _check_out(out: Path) -> None:

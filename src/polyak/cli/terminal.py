@@ -94,15 +94,24 @@ def outcome(out: Console, claim: Claim, result: ClaimResult, *, published: bool 
 
 def comparison(out: Console, found: Comparison) -> None:
     """What a comparison found: its answer, what makes it doubtful, and a row for each arm."""
-    out.print(Text(found.answer, "bold"))
+    said = found.said
+    out.print(Text(f"{said.head}." if said.long else str(said), "bold"))
+    if said.long:
+        for clause in (*said.rest, *filter(None, [said.more])):
+            out.print(Padding(Text(clause), (0, 0, 0, 2)))
     for warning in found.warnings:
         out.print(Text(f"! {warning}", "yellow"))
+    whole = True
     for t in found.tasks:
         if len(found.tasks) > 1:
             out.print(Text(f"\n{t.name}", "bold"))
-        out.print(_arms(out, t))
+        table, all_columns = _arms(out, t)
+        whole = whole and all_columns
+        out.print(table)
         for note in t.notes:
             out.print(Text(f"- {note}", "dim"))
+    if not whole:
+        out.print(Text("More columns: in a wider terminal, or on the page.", "dim"))
 
 
 # What a narrow terminal does without, the least important first: the chance to be better, trials that diverged (they are then said
@@ -111,8 +120,8 @@ _OPTIONAL = ("chance", "diverged", "other cost", "cost")
 _NAME = 12  # columns that arms' names need at least, where they take several lines
 
 
-def _arms(out: Console, t: TaskComparison) -> Table | Text:
-    """A row for each arm, in the fullest form that is not wider than the terminal."""
+def _arms(out: Console, t: TaskComparison) -> tuple[Table | Text, bool]:
+    """A row for each arm, in the fullest form that is not wider than the terminal; and whether it has all columns."""
     endless = out.options.update(width=10_000)
 
     def width(table: Table) -> int:
@@ -122,12 +131,12 @@ def _arms(out: Console, t: TaskComparison) -> Table | Text:
     forms += [_table(t, _OPTIONAL[left_out:], broken=True) for left_out in range(len(_OPTIONAL) + 1)]
     for table in forms:
         if width(table) <= out.width:
-            return table
+            return table, len(table.columns) == len(forms[0].columns)
     names = max(len(row.label) for row in t.rows)
     if out.width >= width(forms[-1]) - names + _NAME:
-        return forms[-1]
+        return forms[-1], False
     lines = [Text.assemble((row.label, "bold"), f": {t.main.label} ", *_plainly(row)) for row in t.rows]
-    return Text("\n").join(lines)
+    return Text("\n").join(lines), False
 
 
 def _table(t: TaskComparison, optional: Sequence[str], *, broken: bool) -> Table:

@@ -21,12 +21,12 @@ from polyak.lab.compare.task import OWN
 from polyak.lab.compared import Compared, Shelf
 from polyak.lab.report import Entry, Live
 from polyak.lab.result import ClaimResult
-from polyak.lab.store import COMPARISON, InFlight, Run, Store, StoreError
+from polyak.lab.store import COMPARISON, InFlight, Run, Store, Stored, StoreError
 from polyak.lab.tuning import Plan
 
 # What the lab measures of a comparison's trial beside the point.
 _BESIDE = {*OWN} - {"validation", "train_loss", "steps"}
-LATEST = 3  # ended trials that are shown of a run in flight
+LATEST = 3  # ended trials that are shown of a run in flight, and comparisons on the first page
 HTML, JSON = "text/html; charset=utf-8", "application/json"
 Place = tuple[str, str, str]  # claim, scale, device kind
 
@@ -116,7 +116,10 @@ class Pages:
                 text = report.render("runs.html", live=live, rows=rows, compared=comparisons)
             elif claim is None:
                 entries = [self._entry(store, c, runs) for c in self.claims.values()]
-                text = report.index_page(entries, linked=self.claims, live=live)
+                latest = [_compared_row(c, progress) for c in listed.comparisons[:LATEST]]
+                text = report.index_page(
+                    entries, linked=self.claims, live=live, compared=latest, comparisons=len(listed.comparisons)
+                )
             else:
                 text = self._claim_page(store, claim, runs, query, live)
         return Answer(HTTPStatus.OK, HTML, text.encode())
@@ -239,7 +242,7 @@ class Pages:
         total = None
         if claim is not None and self._current(run):
             total = self._empty_plan(claim, run, max(claim.scale(run.scale).seeds, store.seeds(run))).total
-        now = time.time()
+        now, (arms, tasks) = time.time(), _labels(claim)
         return {
             "claim": run.claim,
             "name": claim.name if claim else run.claim,
@@ -250,17 +253,24 @@ class Pages:
             "done": run.done,
             "failed": run.failed,
             "total": total,
-            "running": [trial.label for trial in trials],
+            "running": [trial.label(arms, tasks) for trial in trials],
             "elapsed": max(0.0, now - first.since),
-            "latest": [_ended(claim, stored, now) for stored in store.latest(run, LATEST)],
+            "latest": [_ended(claim, stored, now, arms, tasks) for stored in store.latest(run, LATEST)],
         }
 
 
-def _ended(claim: Claim | None, stored: Any, now: float) -> dict[str, Any]:
+def _labels(claim: Claim | None) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """What arms and tasks are called, by name."""
+    if claim is None:
+        return {}, {}
+    return {arm.name: arm.label for arm in claim.arms}, {task.name: task.label for task in claim.tasks}
+
+
+def _ended(
+    claim: Claim | None, stored: Stored, now: float, arms: Mapping[str, str], tasks: Mapping[str, str]
+) -> dict[str, Any]:
     """A trial that has ended: what it was, what it measured (with units), how long ago."""
     trial = stored.result
-    arms = {arm.name: arm.label for arm in claim.arms} if claim else {}
-    tasks = {task.name: task.label for task in claim.tasks} if claim else {}
     metrics = {metric.name: metric for metric in claim.metrics} if claim else {}
     values = []
     for name, value in trial.values.items():
@@ -320,9 +330,9 @@ def _comparison_in_flight(store: Store, compared: Compared, trials: Sequence[InF
         "done": compared.done,
         "failed": compared.failed,
         "total": compared.total,
-        "running": [trial.label for trial in trials],
+        "running": [trial.label(compared.arms, {}) for trial in trials],
         "elapsed": max(0.0, now - first.since),
-        "latest": [_ended(None, stored, now) for stored in store.latest(first, LATEST)],
+        "latest": [_ended(None, stored, now, compared.arms, {}) for stored in store.latest(first, LATEST)],
     }
 
 

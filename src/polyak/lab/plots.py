@@ -1,7 +1,6 @@
-"""The report's drawings, as SVG that takes its colours and fonts from the page around it.
+"""The report's curves, as SVG that takes its colours and fonts from the page around it.
 
-Curves are drawn by matplotlib in colours that become CSS variables, so that one drawing serves light, dark and
-print. A criterion's strip is written directly: its coordinates are percentages, so that its text never shrinks with its width.
+They are drawn by matplotlib in colours that become CSS variables, so that one drawing serves light, dark and print.
 """
 
 from __future__ import annotations
@@ -10,26 +9,27 @@ import io
 import math
 import re
 import statistics
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from polyak.lab import words
+from polyak.lab import ticks, words
 from polyak.lab.claim import Arm, Claim, Plot, Task
-from polyak.lab.result import ClaimResult, CriterionResult, TrialResult
+from polyak.lab.result import ClaimResult, TrialResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FONT, LEADING = 13, 15
+NAME = 18  # characters in a line of a label
+FEW = 4  # lines whose labels need not show their points
 WIDTH, HEIGHT = 480, 310  # as drawn: two fit side by side on a desk, and one is legible on a phone
 # The style sheet's colours of a light page: a figure outside of a page has them, one inside its variables.
 INK, MUTED, GRID, NEUTRAL = "#1d1f22", "#5d6269", "#dcdcd6", "#6b7078"
-SERIES = ("#0068a8", "#c25400", "#00805f", "#a8467e", "#8a6a00", "#5a55b8")
+SERIES = ("#0068a8", "#c25400", "#00805f", "#8f246f", "#604c0b", "#603dc7")
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", NEUTRAL: "neutral"} | {
     color: f"series-{i + 1}" for i, color in enumerate(SERIES)
 }
@@ -41,8 +41,30 @@ MARKS: dict[str, dict[str, Any]] = {
     "diverged": {"marker": "x", "markersize": 8, "markeredgewidth": 2},
     "chosen": {"marker": "o", "markersize": 15, "markerfacecolor": "none", "markeredgewidth": 1.4},
 }
-# Regular polygons, (corners, turn in degrees): with them no two arms differ by colour alone.
-SHAPES = ((24, 0), (4, 45), (3, 0), (4, 0), (3, 180), (5, 0), (3, 90), (3, 270))
+# From the seventh of a kind on colours come again, with these dashes: each shows on both sides of the point in a swatch.
+AGAIN = ("7 2 1.5 2", "3 2")
+Shape = tuple[tuple[float, float], ...]
+
+
+def _corners(count: int, *radii: float, turn: float = 0) -> Shape:
+    """The corners of a polygon that stands on an edge, or of a star with two radii."""
+    angles = [math.radians(turn + 360 * i / count) for i in range(count)]
+    away = [radii[i % len(radii)] for i in range(count)]
+    return tuple((-r * math.sin(a), r * math.cos(a)) for r, a in zip(away, angles, strict=True))
+
+
+# The outlines of arms' points, in pixels: with these and dashes no two arms differ by colour alone.
+SHAPES: tuple[Shape, ...] = (
+    _corners(24, 3.3),
+    _corners(4, 4.4, turn=45),
+    _corners(3, 4.5),
+    _corners(4, 4.5),
+    _corners(3, 4.5, turn=180),
+    _corners(10, 5, 2),
+    ((-1.3, 4), (1.3, 4), (1.3, 1.3), (4, 1.3), (4, -1.3), (1.3, -1.3),
+     (1.3, -4), (-1.3, -4), (-1.3, -1.3), (-4, -1.3), (-4, 1.3), (-1.3, 1.3)),  # a plus
+    ((-3.6, 4), (3.6, 4), (-3.6, -4), (3.6, -4)),  # an hourglass
+)  # fmt: skip
 
 
 def style(claim: Claim, arm: Arm) -> tuple[str, str]:
@@ -51,11 +73,12 @@ def style(claim: Claim, arm: Arm) -> tuple[str, str]:
     at = peers.index(arm)
     if arm.role == "baseline":
         return "neutral", ["", "6 3", "1.5 2.5"][at % 3]
-    return f"series-{at % len(SERIES) + 1}", DASHES[arm.role] if at < len(SERIES) else "9 3 2 3"
+    turn, color = divmod(at, len(SERIES))
+    return f"series-{color + 1}", AGAIN[(turn - 1) % len(AGAIN)] if turn else DASHES[arm.role]
 
 
-def shape(claim: Claim, arm: Arm) -> tuple[int, int]:
-    """The (corners, turn) of an arm's points: the same on every plot of a claim."""
+def shape(claim: Claim, arm: Arm) -> Shape:
+    """The outline of an arm's points: the same on every plot of a claim."""
     return SHAPES[claim.arms.index(arm) % len(SHAPES)]
 
 
@@ -80,6 +103,12 @@ class Line:
     crosses: list[tuple[float, float]] = field(default_factory=list)  # the last points of diverged seeds
     marks: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # others alone, by their kind in MARKS
     label: str = ""
+
+    @property
+    def places(self) -> list[float]:
+        """Where it has points, in any order."""
+        alone = [*self.singles, self.crosses, *self.marks.values()]
+        return [*self.x, *(x for points in alone for x, _ in points)]
 
     @property
     def end(self) -> tuple[float, float] | None:
@@ -198,7 +227,7 @@ def draw(
     axes = figure.add_axes((0, 0, 1, 1))
     for line in shown:
         _draw(axes, claim, line, view)
-    _scales(axes, plot, view)
+    _scales(axes, shown, plot, view)
     _frame(axes, plot.x_label or plot.x)
     heads = [(title, INK)] * bool(title) + [(line, MUTED) for line in above.splitlines()]
     _label(figure, axes, claim, shown, heads, keys or {})
@@ -209,8 +238,7 @@ def _draw(axes: Axes, claim: Claim, line: Line, view: tuple[float, float] | None
     color, (_, dashes) = _color(claim, line.arm), style(claim, line.arm)
     pattern = (0, [float(d) for d in dashes.split()]) if dashes else "-"
     width = 2.4 if line.arm.role == "method" else 1.8
-    corners, turn = shape(claim, line.arm)
-    points: dict[str, Any] = {"marker": (corners, 0, turn), "markersize": 6 if corners > 5 else 8, "markeredgewidth": 0}
+    points = _point(claim, line.arm)
     if len(line.x) > 12:  # a few points along the line, each arm's at other places
         points["markevery"] = (0.04 + 0.23 * claim.arms.index(line.arm) / len(claim.arms), 0.24)
     if line.x:
@@ -225,29 +253,31 @@ def _draw(axes: Axes, claim: Claim, line: Line, view: tuple[float, float] | None
             axes.plot([x], [y], **look, color=color, linestyle="none", clip_on=False, zorder=3)
 
 
-def _scales(axes: Axes, plot: Plot, view: tuple[float, float] | None) -> None:
+def _point(claim: Claim, arm: Arm) -> dict[str, Any]:
+    """An arm's point, as matplotlib takes it."""
+    outline = shape(claim, arm)
+    size = 2 * max(abs(place) for corner in outline for place in corner)  # to which matplotlib scales an outline
+    return {"marker": outline, "markersize": size, "markeredgewidth": 0}
+
+
+def _scales(axes: Axes, shown: Sequence[Line], plot: Plot, view: tuple[float, float] | None) -> None:
     from matplotlib import ticker
 
     for axis, log, limits in ((axes.xaxis, plot.log_x, axes.get_xlim), (axes.yaxis, plot.log_y, axes.get_ylim)):
-        axis.set_major_locator(ticker.MaxNLocator(5))
+        across = axis is axes.xaxis
         if log:
-            (axes.set_xscale if axis is axes.xaxis else axes.set_yscale)("log")
-        if view and axis is axes.yaxis:
+            axis.set_major_locator(ticker.MaxNLocator(5))
+            (axes.set_xscale if across else axes.set_yscale)("log")
+        if view and not across:
             axes.set_ylim(view)
-        if log:
-            low, high = limits()
-            axis.set_major_locator(_log_locator(low, high))
+        axis.set_major_locator(ticks.locator(*limits(), log=log, whole=across and _whole(shown)))
         axis.set_minor_locator(ticker.NullLocator())
-        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: words.number(float(value))))
+        axis.set_major_formatter(ticks.formatter())
 
 
-def _log_locator(low: float, high: float):
-    from matplotlib import ticker
-
-    decades = math.log10(high / low)
-    if decades < 0.7:
-        return ticker.MaxNLocator(4)
-    return ticker.LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,), numticks=6)
+def _whole(shown: Sequence[Line]) -> bool:
+    """Whether there are lines at whole numbers only, such as steps: there is nothing between them."""
+    return all(x == round(x) for line in shown for x in line.places)
 
 
 def _frame(axes: Axes, below: str) -> None:
@@ -283,12 +313,13 @@ def _label(
         probe.remove()
         return extent
 
-    texts = [textwrap.wrap(line.label, 17, break_on_hyphens=False) for line in shown]
-    ticks = [t.get_window_extent(renderer).width for t in axes.get_yticklabels()]
+    texts = [words.lines(line.label, NAME) for line in shown]
+    pointed = len(shown) > FEW  # each label with its line's point
+    beside = [t.get_window_extent(renderer).width for t in axes.get_yticklabels()]
     heights = [LEADING * len(text) + 3 for text in texts]
     places = _key_places({kind: width(text) for kind, text in keys.items()})
     rows = 1 + max((row for _, row in places.values()), default=-1)
-    left, right = max(ticks, default=0) + 10, max(width(t) for text in texts for t in text) + 22
+    left, right = max(beside, default=0) + 10, max(width(t) for text in texts for t in text) + (28 if pointed else 22)
     bottom, top = 48 + (LEADING + 3) * rows, 17 + LEADING * len(heads)
     lowest, highest = (
         bottom - 36,
@@ -308,20 +339,23 @@ def _label(
         color = _color(claim, line.arm)
         for row, part in enumerate(text):
             baseline = centre + LEADING * ((len(text) - 1) / 2 - row) - 0.35 * FONT
-            figure.text((edge + 18) / WIDTH, baseline / height, part, color=color, fontsize=FONT)
+            figure.text((edge + (24 if pointed else 18)) / WIDTH, baseline / height, part, color=color, fontsize=FONT)
         ends = [(x + 4) / WIDTH, (edge + 14) / WIDTH], [y / height, centre / height]
         figure.add_artist(Line2D(*ends, color=color, linewidth=0.8, alpha=0.55))
+        if pointed:
+            at = [(edge + 15) / WIDTH], [centre / height]
+            figure.add_artist(Line2D(*at, color=color, linewidth=0, **_point(claim, line.arm)))
     for kind, (x, row) in places.items():
         y = (LEADING + 3) * (rows - row - 1) + 5
-        at: dict[str, Any] = {"color": MUTED, "linewidth": 0} | (
+        look: dict[str, Any] = {"color": MUTED, "linewidth": 0} | (
             MARKS[kind] if kind else {"marker": "o", "markersize": 6}
         )
-        at["markersize"] = min(at["markersize"], 12)
-        at["marker"] = at["marker"] or "o"
+        look["markersize"] = min(look["markersize"], 12)
+        look["marker"] = look["marker"] or "o"
         if not kind:
             stroke = [x / WIDTH, (x + 20) / WIDTH], [(y + 4.5) / height] * 2
             figure.add_artist(Line2D(*stroke, color=MUTED, linewidth=1.8))
-        figure.add_artist(Line2D([(x + 10) / WIDTH], [(y + 4.5) / height], **at))
+        figure.add_artist(Line2D([(x + 10) / WIDTH], [(y + 4.5) / height], **look))
         figure.text((x + 25) / WIDTH, y / height, keys[kind], color=MUTED, fontsize=FONT)
 
 
@@ -368,133 +402,13 @@ def _adapt(svg: str, name: str, prefix: str) -> str:
     return f'<svg class="curves" {box.group() if box else ""} role="img" aria-label="{escape(name)}">{body}'
 
 
-# ---------------------------------------------------------------------------------------------------------------- strips
-
-
-_TICKS = 5  # on a strip, at most
-NARROW, GLYPH = 320, 6.8  # pixels: a strip's width on a phone, and a glyph's at most on average
-
-
-def strip(
-    c: CriterionResult,
-    compare: str,
-    sides: tuple[str, str] = ("", ""),
-    among: Sequence[CriterionResult] = (),
-    said: tuple[str, str] = ("", ""),
-) -> str:
-    """A criterion's interval against its bound: estimate, 95 % interval, one dot per seed, the side that passes shaded.
-
-    ``sides`` are said to the left and to the right of the bound; by default what is asked. With ``among`` the scale is one for all
-    of these. ``said`` are the estimate and its interval in words; by default with three digits.
-    """
-    asked = f"asked: {words.bound(c)}"
-    neutral = {"ratio": [1.0], "difference": [0.0]}.get(compare, [])
-    seen = [v for o in (c, *among) for v in (o.estimate, o.low, o.high, o.bound, *o.per_seed)]
-    values = [v for v in (*seen, *neutral) if math.isfinite(v)]
-    log = compare == "ratio" and min(values) > 0
-    axis = _Axis(min(values), max(values), log)
-    at = axis.place(c.bound)
-    passes_left = c.op in ("<=", "<")
-    left, width = (0.0, at) if passes_left else (at, 100 - at)
-    parts = [f'<rect class="passing" x="{left:.2f}%" y="36" width="{width:.2f}%" height="44"/>']
-    # What the bound is need not be said twice.
-    equal = [] if any(sides) else neutral
-    for value in equal:
-        x, text = axis.place(value), f"{words.number(value)} (equal)"
-        parts.append(f'<line class="neutral" x1="{x:.2f}%" x2="{x:.2f}%" y1="36" y2="84"/>')
-        parts.append(_text(x, 98, text, "tick"))
-    for tick in axis.ticks(c.bound):
-        x, text = axis.place(tick), words.number(tick)
-        parts.append(f'<line class="tick" x1="{x:.2f}%" x2="{x:.2f}%" y1="80" y2="84"/>')
-        if all(abs(x - axis.place(v)) > _width(text) / 2 + _width("1 (equal)") for v in equal):
-            parts.append(_text(x, 98, text, "tick"))
-    parts.append('<line class="tick" x1="0" x2="100%" y1="80" y2="80"/>')
-    parts += [_dot(axis, seed) for seed in c.per_seed]
-    if not (math.isnan(c.low) or math.isnan(c.high)):
-        low, high = axis.place(c.low), axis.place(c.high)
-        parts.append(f'<line class="interval" x1="{low:.2f}%" x2="{high:.2f}%" y1="52" y2="52"/>')
-    parts.append(f'<line class="bound" x1="{at:.2f}%" x2="{at:.2f}%" y1="36" y2="80"/>')
-    estimate, interval = (
-        own or usual for own, usual in zip(said, (words.number(c.estimate), words.interval(c)), strict=True)
-    )
-    if not math.isnan(c.estimate):
-        x, within = axis.place(c.estimate), "" if interval == "none" else f" (95 %: {interval})"
-        parts.append(f'<circle class="estimate" cx="{x:.2f}%" cy="52" r="5.5"/>')
-        parts.append(_text(x, 12, estimate + within, "estimate"))
-    if any(sides):
-        parts += _sides(at, sides)
-    else:
-        parts.append(_text(at, 30, f"← {asked}" if passes_left else f"{asked} →", "bound"))
-    name = f"estimate {estimate}, interval {interval}, {asked}"
-    return f'<svg class="strip" height="104" role="img" aria-label="{escape(name)}">{"".join(parts)}</svg>'
-
-
-def _sides(at: float, sides: tuple[str, str]) -> Iterator[str]:
-    """What lies to the left and to the right of a place, where there is room for it."""
-    texts = f"← {sides[0]}", f"{sides[1]} →"
-    for text, anchor, room, x in zip(texts, ("end", "start"), (at, 100 - at), (at - 1.5, at + 1.5), strict=True):
-        if _width(text) + 1.5 <= room:
-            yield f'<text class="bound" x="{x:.2f}%" y="30" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Values to percent of the width, with room at both ends; infinities sit at the very ends."""
-
-    low: float
-    high: float
-    log: bool
-
-    def place(self, value: float) -> float:
-        if math.isinf(value):
-            return 99.0 if value > 0 else 1.0
-        low, high, v = (math.log(x) if self.log else x for x in (self.low, self.high, value))
-        return 8 + 84 * (v - low) / (high - low) if high > low else 50.0
-
-    def ticks(self, kept: float) -> list[float]:
-        """A few round values, ``kept`` among them where it is one."""
-        from matplotlib import ticker
-
-        if self.high <= self.low:
-            return [self.low]
-        wide = self.log and math.log10(self.high / self.low) >= 0.7
-        locator = _log_locator(self.low, self.high) if wide else ticker.MaxNLocator(4)
-        found = [float(t) for t in locator.tick_values(self.low, self.high) if self.low <= t <= self.high]
-        every = max(1, math.ceil(len(found) / _TICKS))
-        return found[found.index(kept) % every if kept in found else 0 :: every]
-
-
-def _dot(axis: _Axis, seed: float) -> str:
-    if math.isnan(seed):
-        return ""
-    if math.isinf(seed):
-        return f'<text class="lost" x="{axis.place(seed):.2f}%" y="75" text-anchor="middle">×</text>'
-    return f'<circle class="seed" cx="{axis.place(seed):.2f}%" cy="70" r="3"/>'
-
-
-def _width(text: str) -> float:
-    """How much of a strip a text takes on a phone, in percent."""
-    return 100 * GLYPH * len(text) / NARROW
-
-
-def _text(x: float, y: int, text: str, kind: str) -> str:
-    """A text at a place, centred where it fits."""
-    wide = min(_width(text), 100.0)
-    if wide / 2 <= x <= 100 - wide / 2:
-        anchor = "middle"
-    elif x < 50:
-        anchor, x = "start", min(x, 100 - wide)
-    else:
-        anchor, x = "end", max(x, wide)
-    return f'<text class="{kind}" x="{x:.2f}%" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
+# ---------------------------------------------------------------------------------------------------------------- tables
 
 
 def swatch(claim: Claim, arm: Arm) -> str:
     """An arm's line and point, for tables."""
     variable, dashes = style(claim, arm)
-    corners, turn = shape(claim, arm)
-    angles = [math.radians(turn + 360 * i / corners) for i in range(corners)]
-    points = " ".join(f"{12 - 4 * math.sin(a):.1f},{5 - 4 * math.cos(a):.1f}" for a in angles)
+    points = " ".join(f"{12 + x:.1f},{5 - y:.1f}" for x, y in shape(claim, arm))
     line = f'<line x1="0" x2="24" y1="5" y2="5" stroke="var(--{variable})" stroke-width="2.5" stroke-dasharray="{dashes}"/>'
     point = f'<polygon points="{points}" fill="var(--{variable})"/>'
     return f'<svg class="swatch" width="24" height="10" aria-hidden="true">{line}{point}</svg>'

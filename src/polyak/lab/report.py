@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from polyak.lab import plots, words
+from polyak.lab import plots, strips, words
 from polyak.lab.claim import Arm, Claim, Criterion, Metric, Task
 from polyak.lab.result import ClaimResult, CriterionResult, TrialResult
 
@@ -23,6 +23,7 @@ ROLES = {
     "ablation": "a variant, to see what matters",
     "control": "a negative control: the method without its key ingredient",
 }
+LONG = 12  # characters of a word that a browser may break
 RULES = {
     "every": "Every seed must pass.",
     "mean": "The mean over seeds decides.",
@@ -59,8 +60,18 @@ def write_report(entries: Sequence[Entry], out: Path, *, pages: Collection[str] 
     return index
 
 
-def index_page(entries: Sequence[Entry], *, linked: Collection[str], live: Live | None = None) -> str:
-    """The index: every system by room, with its verdict and what decided it; a link for those that have a page."""
+def index_page(
+    entries: Sequence[Entry],
+    *,
+    linked: Collection[str],
+    live: Live | None = None,
+    compared: Sequence[Mapping[str, Any]] = (),
+    comparisons: int = 0,
+) -> str:
+    """The index: every system by room, with its verdict and what decided it; a link for those that have a page.
+
+    Served, it begins with the latest of so many ``comparisons`` (``compared``, as in the list of runs).
+    """
     counts = {v: sum(words.verdict_of(e.result) == v for e in entries) for v in words.GLYPHS}
     by_room = sorted(entries, key=lambda e: e.claim.room)
     return render(
@@ -71,6 +82,8 @@ def index_page(entries: Sequence[Entry], *, linked: Collection[str], live: Live 
         total=len(entries),
         linked=linked,
         live=live,
+        compared=compared,
+        more=comparisons if comparisons > len(compared) else 0,
     )
 
 
@@ -207,7 +220,16 @@ def embedded(data: Any):
 def strip(c: CriterionResult, criterion: Criterion):
     from markupsafe import Markup
 
-    return Markup(plots.strip(c, criterion.compare))
+    return Markup(strips.strip(c, criterion.compare))
+
+
+def breakable(text: str):
+    """A name whose long words a browser may break between their parts."""
+    from markupsafe import Markup, escape
+
+    return Markup(" ").join(
+        Markup("<wbr>").join(map(escape, words.parts(word) if len(word) > LONG else [word])) for word in text.split(" ")
+    )
 
 
 def render(template: str, **facts: Any) -> str:
@@ -256,5 +278,6 @@ def templates(*folders: Path):
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["breakable"] = breakable
     environment.globals |= {"words": words, "strip": strip, "rules": RULES, "source": source, "live": None}
     return environment

@@ -54,7 +54,7 @@ class Planned:
     @property
     def label(self) -> str:
         """For people: "adan on digits, seed 3" or "adan on digits, tuning lr=0.01"."""
-        return _label(self.arm, self.task, self.seed, self.purpose, self.point)
+        return f"{self.arm} on {self.task}, {_what(self.seed, self.purpose, self.point)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +88,16 @@ class InFlight:
     scale: str
     device: str
     versions: Mapping[str, str]
+    task: str
     arm: str
-    label: str
+    what: str  # "seed 3" or "tuning lr=0.01"
     digest: str
     owner: str
     since: float
+
+    def label(self, arms: Mapping[str, str], tasks: Mapping[str, str]) -> str:
+        """For people, with these labels for names: "Adan on Digits, seed 3"."""
+        return f"{arms.get(self.arm, self.arm)} on {tasks.get(self.task, self.task)}, {self.what}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,9 +264,9 @@ class Store(Database):
         for row in rows:
             began = since[row["owner"]]
             if began is not None:
-                facts = {name: row[name] for name in ("claim", "scale", "device", "arm", "digest", "owner")}
-                label = _label(row["arm"], row["task"], row["seed"], row["purpose"], json.loads(row["point"]))
-                found.append(InFlight(**facts, versions=json.loads(row["versions"]), label=label, since=began))
+                facts = {name: row[name] for name in ("claim", "scale", "device", "task", "arm", "digest", "owner")}
+                what = _what(row["seed"], row["purpose"], json.loads(row["point"]))
+                found.append(InFlight(**facts, versions=json.loads(row["versions"]), what=what, since=began))
         return sorted(found, key=lambda trial: trial.since)
 
     def latest(self, of: Run | InFlight, count: int) -> list[Stored]:
@@ -291,10 +296,8 @@ class Store(Database):
             return self._db.execute(query, _key(run)).fetchone()[0]
 
 
-def _label(arm: str, task: str, seed: int, purpose: str, point: Mapping[str, Any]) -> str:
-    if purpose == "report":
-        return f"{arm} on {task}, seed {seed}"
-    return f"{arm} on {task}, tuning {', '.join(f'{k}={v}' for k, v in point.items())}"
+def _what(seed: int, purpose: str, point: Mapping[str, Any]) -> str:
+    return f"seed {seed}" if purpose == "report" else f"tuning {', '.join(f'{k}={v}' for k, v in point.items())}"
 
 
 def _now() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,9 +25,9 @@ def number(value: Any, digits: int = 3) -> str:
         return "none"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    if isinstance(value, int) or (abs(value) >= 10**digits and abs(value) < 1e7):
+    if isinstance(value, int) or 10**digits - 0.5 <= abs(value) < 1e7:
         return f"{value:,.0f}".replace("-", "−")
-    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
+    mantissa, _, exponent = f"{value:,.{digits}g}".partition("e")
     return (mantissa + (f"e{int(exponent)}" if exponent else "")).replace("-", "−")
 
 
@@ -88,6 +89,30 @@ def count(n: int, noun: str, plural: str = "") -> str:
 def listing(names: Sequence[str]) -> str:
     """ "a", "a and b", "a, b and c"."""
     return " and ".join([*([", ".join(names[:-1])] if len(names) > 1 else []), *names[-1:]])
+
+
+# Between "Discrete" and "Scheduler", "DPM" and "Solver"; after "a_", "module." and "name=".
+_SEAMS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[_.:=/-])(?=\w)")
+
+
+def parts(word: str) -> list[str]:
+    """Where a long word may be broken: ["KDPM2", "Discrete", "Scheduler"]."""
+    return _SEAMS.split(word)
+
+
+def lines(text: str, width: int) -> list[str]:
+    """Lines of at most so many characters. A word that is longer is broken between its parts, and a part that is, anywhere."""
+    found = [""]
+    for word in text.split():
+        pieces = [word] if len(word) <= width else parts(word)
+        pieces = [piece[i : i + width] for piece in pieces for i in range(0, len(piece), width)]
+        for i, piece in enumerate(pieces):
+            joint = "" if i or not found[-1] else " "
+            if len(found[-1] + joint + piece) <= width:
+                found[-1] += joint + piece
+            else:
+                found.append(piece)
+    return found
 
 
 def duration(seconds: float) -> str:

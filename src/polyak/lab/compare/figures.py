@@ -156,13 +156,14 @@ def _sensitivity(t: TaskComparison) -> _Drawn:
     lines = [line for arm in t.claim.arms if (line := _tuning(t, arm, name)).end]
     values = [y for line in lines for y in (*line.middle, *(y for _, y in _alone(line)))]
     places = [x for line in lines for x in (*line.x, *(x for x, _ in (*_alone(line), *line.crosses)))]
+    ranges = [arm.space[name] for arm in t.setup.arms if name in arm.space]
     x_label = "learning rate" if name == "lr" else name
     near = _near(t, values)
     plot = Plot(
         x=name,
         y=MEASURE,
         x_label=x_label,
-        log_x=bool(places) and min(places) > 0,
+        log_x=bool(places) and min(places) > 0 and not any(r.whole for r in ranges),
         log_y=bool(near) and 0 < min(near) * _WIDE < max(near),
     )
     view = _around(near, plot) if len(near) < len(values) else None

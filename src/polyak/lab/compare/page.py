@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup, escape
 
-from polyak.lab import plots, report, words
+from polyak.lab import plots, report, strips, words
 from polyak.lab.compare import figures
 from polyak.lab.compare.arms import ArmSpec
-from polyak.lab.compare.result import Comparison, Row, TaskComparison
+from polyak.lab.compare.result import Comparison, Row, Said, TaskComparison
 from polyak.lab.compare.search import MEASURE, stopped
 from polyak.lab.report import Live
 from polyak.lab.statistics import LEAST_SEEDS_MEAN, LEVEL
@@ -71,12 +72,22 @@ def summary(comparison: Comparison) -> str:
             cells = [t.name, row.label, words.number(row.final)]
             cells += [*words.compared(d), OUTCOME[d.verdict]] if d else ["", "", "baseline"]
             rows.append("<tr>" + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>")
-    warnings = "".join(f"<li>{escape(w)}</li>" for w in comparison.warnings)
     return (
-        f"<p><strong>{escape(comparison.answer)}</strong></p>"
-        + (f"<ul>{warnings}</ul>" if warnings else "")
+        _answer(comparison.said)
+        + _listed(comparison.warnings)
         + f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )
+
+
+def _answer(said: Said) -> str:
+    if not said.long:
+        return f"<p><strong>{escape(str(said))}</strong></p>"
+    more = f"<p>{escape(said.more)}</p>" if said.more else ""
+    return f"<p><strong>{escape(said.head)}.</strong></p>{_listed(said.rest)}{more}"
+
+
+def _listed(lines: Sequence[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
 def _task(t: TaskComparison) -> dict[str, Any]:
@@ -91,7 +102,7 @@ def _task(t: TaskComparison) -> dict[str, Any]:
             (
                 row,
                 why(row),
-                Markup(plots.strip(row.difference, "difference", sides, compared, words.compared(row.difference))),
+                Markup(strips.strip(row.difference, "difference", sides, compared, words.compared(row.difference))),
             )
             for row in t.rows
             if row.difference

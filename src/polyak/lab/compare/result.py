@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SCHEMA = 1
+MANY = 4  # arms beside the baseline, from which on an answer is a list
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,41 @@ class Row:
     spent_to_target: float  # median over the seeds that have a target, infinite unless more than half reach it
     seconds_to_target: float
     reached: int  # seeds that reach it
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer in its clauses, for where it takes more than a line. As a string it is a sentence.
+
+    Args:
+        head: the first clause, with what holds for all.
+        rest: the others.
+        more: a sentence after it, or nothing.
+        aside: the rest only explains the head.
+    """
+
+    head: str
+    rest: tuple[str, ...] = ()
+    more: str = ""
+    aside: bool = False
+
+    @property
+    def long(self) -> bool:
+        """Whether it is of so many arms that a list is easier to read than a sentence."""
+        return len(self.rest) + (not self.aside) >= MANY
+
+    @property
+    def short(self) -> str:
+        """Its head, if it is long, and how much more there is."""
+        if not self.long:
+            return str(self)
+        more = "" if self.aside else f"; {len(self.rest)} more on its page"
+        return f"{self.head}{more}."
+
+    def __str__(self) -> str:
+        rest = "; ".join(self.rest)
+        whole = f"{self.head} ({rest})" if self.aside else "; ".join((self.head, *self.rest))
+        return f"{whole}. {self.more}".rstrip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,24 +194,32 @@ class TaskComparison:
         accuracy = "acc" in self.main.name.lower() and self.main.better == "higher"
         return accuracy and all(0 <= v <= 1 for v in values)
 
-    @cached_property
+    @property
     def answer(self) -> str:
         """Which arm is better than the baseline, by how much, in a sentence."""
-        rows, base = self.rows[1:], self.rows[0]
+        return str(self.said)
+
+    @cached_property
+    def said(self) -> Said:
+        """The answer in its clauses: better arms, worse ones, and those that are undecided; of the first two the best first."""
+        rows, base, equal = self.rows[1:], self.rows[0].label, self.setup.budget.equal
         decided = [r for r in rows if r.difference and r.difference.verdict != "undecided"]
         rest = [r for r in rows if r not in decided]
-        decided.sort(key=lambda r: r.difference.verdict != "holds" if r.difference else True)
-        parts = [self._decided(r, base.label) for r in decided]
-        if rest and not decided:
+        if not decided:
             verb = "is" if len(rest) == 1 else "are"
-            why = "; ".join(self._undecided(r, named=len(rest) > 1) for r in rest)
+            why = tuple(self._undecided(r, named=len(rest) > 1) for r in rest)
             names = words.listing([r.label for r in rest])
-            parts.append(f"{names} {verb} undecided against {base.label} at {self.setup.budget.equal} ({why})")
-        else:
-            parts += [f"{r.label} is undecided ({self._undecided(r)})" for r in rest]
-        if decided:
-            parts[0] += f" at {self.setup.budget.equal}"
-        return "; ".join(parts) + "." + self.too_few
+            return Said(f"{names} {verb} undecided against {base} at {equal}", why, self.too_few, aside=True)
+        decided.sort(key=self._gain, reverse=True)
+        first, *others = [self._decided(r, base) for r in decided]
+        others += [f"{r.label} is undecided ({self._undecided(r)})" for r in rest]
+        return Said(f"{first} at {equal}", tuple(others), self.too_few)
+
+    def _gain(self, row: Row) -> tuple[bool, float]:
+        """By what arms that are decided are ordered: better ones are the larger."""
+        d = row.difference
+        assert d is not None
+        return d.verdict == "holds", -d.estimate if self.main.better == "lower" else d.estimate
 
     @property
     def too_few(self) -> str:
@@ -183,7 +227,7 @@ class TaskComparison:
         seeds = len(self.result.seeds)
         if seeds >= LEAST_SEEDS_MEAN:
             return ""
-        return f" {words.count(seeds, 'seed')} cannot decide anything: at least {LEAST_SEEDS_MEAN} can."
+        return f"{words.count(seeds, 'seed')} cannot decide anything: at least {LEAST_SEEDS_MEAN} can."
 
     def _decided(self, row: Row, base: str) -> str:
         d = row.difference
@@ -258,20 +302,27 @@ class Comparison:
             raise KeyError(f"task {name!r} is unknown; there are {', '.join(found)}")
         return found[name]
 
-    @cached_property
+    @property
     def answer(self) -> str:
         """What was found, in a sentence or two."""
+        return str(self.said)
+
+    @cached_property
+    def said(self) -> Said:
+        """The answer in its clauses; over several tasks one for each arm, which wins most first."""
         if len(self.tasks) == 1:
-            return self.tasks[0].answer
+            return self.tasks[0].said
         labels = {arm.name: arm.label for arm in self.tasks[0].claim.arms}
-        parts = []
+        found = []
         for arm in self.setup.arms[1:]:
             verdicts = [c.verdict for t in self.tasks if (c := t.criterion(arm.text))]
-            counts = [(verdicts.count(v), word) for v, word in _VERDICTS.items() if verdicts.count(v)]
-            said = ", ".join(f"{word} {n}" for n, word in counts)
-            parts.append(f"{labels[arm.text]} {said}")
-        base, few = labels[self.setup.baseline.text], self.tasks[0].too_few
-        return f"Against {base} at {self.setup.budget.equal}, of {len(self.tasks)} tasks: {'; '.join(parts)}.{few}"
+            counts = {v: verdicts.count(v) for v in _VERDICTS}
+            said = ", ".join(f"{word} {counts[v]}" for v, word in _VERDICTS.items() if counts[v])
+            found.append((-counts["holds"], counts["fails"], f"{labels[arm.text]} {said}"))
+        first, *others = [said for *_, said in sorted(found, key=lambda f: f[:2])]
+        base = labels[self.setup.baseline.text]
+        head = f"Against {base} at {self.setup.budget.equal}, of {len(self.tasks)} tasks: {first}"
+        return Said(head, tuple(others), self.tasks[0].too_few)
 
     @property
     def warnings(self) -> tuple[str, ...]:
