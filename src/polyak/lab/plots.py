@@ -257,7 +257,8 @@ def _point(claim: Claim, arm: Arm) -> dict[str, Any]:
     """An arm's point, as matplotlib takes it."""
     outline = shape(claim, arm)
     size = 2 * max(abs(place) for corner in outline for place in corner)  # to which matplotlib scales an outline
-    return {"marker": outline, "markersize": size, "markeredgewidth": 0}
+    closed = (*outline, outline[0])  # a hollow one, too
+    return {"marker": closed, "markersize": size, "markeredgewidth": 0}
 
 
 def _scales(axes: Axes, shown: Sequence[Line], plot: Plot, view: tuple[float, float] | None) -> None:
