@@ -278,6 +278,15 @@ def test_a_few_trials_far_beyond_the_untrained_model_do_not_flatten_the_others()
     assert "out of view: up to 5,000,000" in {text.get_text() for text in figure.texts}
 
 
+def test_of_samplers_all_that_tuning_reached_is_in_view() -> None:
+    """Their first numbers are of noise, beside which all else is near or far."""
+    tuning = {"adamw": [(1.0, 0.549), (2.0, 0.14), (3.0, 0.15)]}
+    t = made_up(dict.fromkeys(("adamw", "adan"), [0.14] * 5), tuning=tuning, initial={"loss": 0.16})
+    drawn = replace(t, facts=replace(t.facts, kind="sampling"))
+    assert together(t).figure("sensitivity").axes[0].get_ylim()[1] < 0.549
+    assert together(drawn).figure("sensitivity").axes[0].get_ylim()[1] >= 0.549
+
+
 def seen(curves: dict[str, list[float]], **changes) -> tuple[float, float, set[str]]:
     """From where to where the main metric's axis goes, and what is said."""
     finals = {arm: [values[-1]] * 5 for arm, values in curves.items()}

@@ -211,7 +211,9 @@ def _alone(line: Line) -> list[tuple[float, float]]:
 
 
 def _near(t: TaskComparison, values: Sequence[float]) -> list[float]:
-    """Those values that are no farther beyond the untrained model's than that is from the best."""
+    """Those values that are no farther beyond the untrained model's than that is from the best; of samplers, all."""
+    if t.facts.kind == "sampling":
+        return list(values)  # what was judged first was noise
     untrained, lower = t.facts.initial.get(t.main.name, math.nan), t.main.better == "lower"
     best = (min if lower else max)(values, default=math.nan)
     farthest = 2 * untrained - best
