@@ -38,6 +38,15 @@ def test_options_are_fixed_tuned_or_left_to_their_defaults() -> None:
     assert sgd.label == "SGD (lr 0.1 to 10, momentum 0 to 0.9, nesterov True)"
 
 
+def test_a_range_of_what_is_declared_a_float_is_not_of_whole_numbers() -> None:
+    """PyTorch's momentum and weight decay have the default 0, an integer."""
+    [sgd, _] = parse("torch.optim:SGD:momentum=0..1:weight_decay=0..3,adamw", "training")
+    assert (sgd.space["momentum"], sgd.space["weight_decay"]) == (Range(0, 1), Range(0, 3))
+    assert sgd.space["momentum"].centre == 0.5
+    [solver, _] = parse("dpmsolver:order=1..3,ddim", "sampling")
+    assert solver.space["order"].whole
+
+
 def test_long_labels_keep_the_first_options_and_say_that_there_are_more() -> None:
     """Without its guidance an arm would look like its class with nothing said."""
     given = "ddim,heun:guidance=CFG:guidance.scale=2,dpmsolver:order=3:form=data:method=multistep,euler:guidance=CFG"

@@ -134,6 +134,13 @@ def test_steps_and_seconds_to_a_target() -> None:
     assert [r.spent_to_target for r in asked] == [2, 1, math.inf]
 
 
+def test_a_lower_range_is_proposed_where_there_is_a_learning_rate() -> None:
+    lost = [(0.001, math.inf), (0.01, math.inf)]
+    for arm, ends in (("adamw:lr=0.001..1", "; try a lower range: adamw:lr=3e-05..0.001"), ("adamw:lr=1:eps=1..2", "")):
+        said = [w for w in made_up({"sgd:lr=0.1": A, arm: BETTER}, tuning={arm: lost}).warnings if "tuning trial" in w]
+        assert [w.partition(" are used")[2] for w in said] == [ends]
+
+
 def test_a_best_value_at_an_end_is_doubted() -> None:
     def said(tuned: list[tuple[float, float]], arm: str = "adamw:betas=(0.9,0.98)") -> list[str]:
         return [w for w in made_up({arm: A, "sgd:lr=0.1": BETTER}, tuning={arm: tuned}).warnings if "end of what" in w]

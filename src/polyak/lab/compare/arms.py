@@ -355,7 +355,14 @@ def _defaults(cls: Any) -> tuple[dict[str, Any], bool]:
     except (TypeError, ValueError):
         return {}, True
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return {p.name: p.default for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}, takes_any
+    return {p.name: _default(p) for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}, takes_any
+
+
+def _default(parameter: inspect.Parameter) -> Any:
+    """Of what is declared to be a float (PyTorch's ``momentum: float = 0``) a float: it is not of whole numbers."""
+    value = parameter.default
+    declared = "float" in str(parameter.annotation)
+    return float(value) if declared and isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _check_options(text: str, cls: Any, values: Iterable[str], known: Mapping[str, Any], takes_any: bool) -> None:

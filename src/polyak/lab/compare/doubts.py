@@ -48,8 +48,9 @@ def _badly_tuned(t: TaskComparison) -> Iterable[str]:
     for spec, row in zip(t.setup.arms, t.rows, strict=True):
         tried = t.trials(row.arm, "tuning")
         if tried and all(trial.diverged for trial in tried):
-            lower = f": {_wider(spec, 'lr', r.low / _FURTHER, r.low)}" if (r := spec.space.get("lr")) else ""
-            yield f"{row.label}: every tuning trial diverged, and the first one's options are used; try a lower range{lower}"
+            r = spec.space.get("lr")
+            lower = f"; try a lower range: {_wider(spec, 'lr', r.low / _FURTHER, r.low)}" if r else ""
+            yield f"{row.label}: every tuning trial diverged, and the first one's options are used{lower}"
             continue
         for name, r in spec.space.items():
             value = row.point.get(name)
