@@ -30,10 +30,11 @@ except ImportError as error:
 import itertools
 
 from polyak.core import checks
+from polyak.generate.linear import rehearse
 from polyak.generate.prediction import Prediction, check_kind, edm_input_scaling, edm_label
 from polyak.generate.process import EDM, Discrete, Flow, Process, expand
 from polyak.generate.sampling import HALF, DynamicThresholding
-from polyak.generate.solver import Query, Run, Solver, check_times, rehearse
+from polyak.generate.solver import Query, Run, Solver
 
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("linspace", "leading", "trailing")
@@ -188,7 +189,7 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         else:
             n = checks.integer("num_inference_steps", num_inference_steps, least=1)
             times = self._spaced(n, mu)
-        self._times = check_times(times, self.process)
+        self._times = self.process.check_times(times)
         self._queries = rehearse(self.solver, self._times, self.process)
         asked = [q.t for q in self._queries]
         steps = len(self._times) - 1
