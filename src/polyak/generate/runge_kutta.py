@@ -30,6 +30,9 @@ class RungeKutta(LinearSolver):
     by_kind = True
 
     def table(self, times: Sequence[float], process: ProbabilityPath, kind: str = "flow") -> list[Stage]:
+        if len(self.nodes) == 1:
+            at = process.moments(times)
+            return [Stage(s, t, "flow", 1.0, (t - s) * self.weights[0]) for s, t in itertools.pairwise(at)]
         inner: list[float] = []
         for s, t in itertools.pairwise(times):
             # A node at the step's end is the next time itself, to the last bit.
@@ -42,7 +45,7 @@ class RungeKutta(LinearSolver):
             s, t = points[first], points[first + count]
             h = float(t) - float(s)
             asked = points[first : first + count]
-            if count > 1 and t == points[-1] and not all(process.evaluable(q, kind) for q in asked[1:]):
+            if t == points[-1] and not all(process.evaluable(q, kind) for q in asked[1:]):
                 stages.append(Stage(s, t, "flow", 1.0, h))
                 continue
             for j, row in enumerate(rows):

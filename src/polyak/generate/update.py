@@ -78,6 +78,11 @@ def advance(
         value: ``(a, b)``: also make ``a x + b output``, a tensor of its own even where it is one of them.
         noise: ``(std, z)``: add ``std z``, and give the mean, too.
     """
+    if not x.is_cuda and not rest and value is None and noise is None and output.dtype == x.dtype:
+        # The whole of a one-step method: no more than the arithmetic.
+        if of_x == 1.0:
+            return Update(torch.add(x, output, alpha=of_output))
+        return Update(torch.mul(x, of_x).add_(output, alpha=of_output))
     rest = [(c, r) for c, r in rest if c]
     tensors = [x, output, *(r for _, r in rest), *(() if noise is None else (noise[1],))]
     if x.is_cuda and _suits(tensors):
