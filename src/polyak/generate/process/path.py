@@ -64,7 +64,9 @@ class Moments(Sequence[Moment]):
     def __getattr__(self, name: str) -> list[float]:
         if name.startswith("_"):
             raise AttributeError(name)
-        schedule = getattr(self.path, name)
+        schedule = getattr(self.path, name, None)
+        if schedule is None:
+            raise AttributeError(f"{self.path!r} has no {name}, which Gaussian processes have and this solver needs")
         values = schedule(torch.tensor(self.times, dtype=torch.float64)).tolist()
         self.__dict__[name] = values
         return values
