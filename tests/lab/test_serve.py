@@ -85,7 +85,7 @@ def test_pages_of_a_complete_run(full, serving):
     _, runs = ask(server, "/runs.html")
     assert 'href="parabola.html?scale=small&amp;device=cpu"' in runs
     assert "the present code" in plain(runs)
-    assert re.search(r"Parabola small cpu 16 0 ", plain(runs))
+    assert re.search(r"Parabola small cpu 40 0 ", plain(runs))
     _, named = ask(server, "/parabola.html?scale=small&device=cpu")
     assert "✓ Holds" in plain(named)
     _, other = ask(server, "/parabola.html?scale=paper")
@@ -270,7 +270,7 @@ def test_a_run_in_another_process_is_seen_from_its_first_trial_to_its_verdict(tm
         other.kill()
         other.communicate()
     assert progress()["runs"] == []
-    assert "? Undecided at scale small, on 3 seeds" in plain(ask(server, "/slow.html")[1])  # too few to be sure
+    assert "✓ Holds at scale small, on 3 seeds" in plain(ask(server, "/slow.html")[1])
 
 
 def test_a_killed_run_is_in_flight_no_more(tmp_path, serving):

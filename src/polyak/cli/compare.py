@@ -57,8 +57,8 @@ def compare(
             help="A time for all trials together (5m), for each (20s/trial), or a count for each (500steps, 20nfe)."
         ),
     ] = "5m",
-    seeds: Annotated[int, typer.Option(help="How many are reported; 5 or more can decide something.")] = 5,
-    trials: Annotated[int, typer.Option(help="Tuning trials of every arm.")] = 10,
+    seeds: Annotated[int, typer.Option(help="How many are reported; 3 or more can decide something.")] = 5,
+    trials: Annotated[int, typer.Option(help="Tuning trials of every arm, for each seed anew.")] = 6,
     baseline: Annotated[
         str | None, typer.Option(help="The arm to compare with (default: the first).", show_default=False)
     ] = None,

@@ -45,9 +45,9 @@ class Paper:
 class Arm:
     """One competitor.
 
-    ``options`` are fixed and handed to the trial. ``grid`` is tuned: every point of the product of its values is one tuning
-    trial per task, on seeds that are never reported, and the best point is used for the reported seeds. Within a claim
-    every arm that is tuned on a task must have a grid of the same size.
+    ``options`` are fixed and handed to the trial. ``grid`` is tuned: for every reported seed each point of the product of its
+    values is one tuning trial per task, on seeds that are never reported, and the best point is used for that seed. Within a
+    claim every arm that is tuned on a task must have a grid of the same size.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Scale:
     name: str
     says: str
     seeds: int
-    tuning_seeds: int = 1
+    tuning_seeds: int = 1  # for each reported seed
     options: Mapping[str, Value] = field(default_factory=dict)
     task_options: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)  # per task, over the task's own
     tasks: tuple[str, ...] = ()  # the tasks that exist at this scale; empty: all
@@ -127,8 +127,8 @@ class Criterion:
         (or several arms) the best of them, seed by seed, is compared with.
     op, bound: the statistic must be ``<=``, ``<``, ``>=`` or ``>`` than the bound.
     rule: "every" seed must satisfy it (exact and deterministic claims, "n of n seeds"); or the "mean" over seeds must,
-        with a paired-bootstrap interval and an exact sign-flip test both on one side of the bound, else it is undecided.
-        Ratios are averaged as logarithms.
+        where Student's t over seeds puts it on one side of the bound, at 5 % for all gating criteria together (Holm); else it
+        is undecided. Ratios are averaged as logarithms.
     control: an arm that lacks the method's key ingredient; put in ``arm``'s place it must not pass, else the criterion says
         nothing and is ``undecided``.
     gating: whether the claim's verdict depends on it; a criterion that is not gating is only reported.

@@ -17,9 +17,10 @@ from polyak.lab.compare import arms as specs
 from polyak.lab.compare import budget as budgets
 from polyak.lab.compare.arms import ArmSpec
 from polyak.lab.compare.budget import Budget
+from polyak.lab.compare.comparison import Comparison
 from polyak.lab.compare.examine import examine, try_arms
 from polyak.lab.compare.record import AskedTask, Record
-from polyak.lab.compare.result import Comparison, Setup
+from polyak.lab.compare.rows import Setup
 from polyak.lab.compare.sampling import PARTS
 from polyak.lab.compare.search import ComparisonPlan
 from polyak.lab.compare.task import Facts, NoTaskError, TaskError, add_folder
@@ -43,7 +44,7 @@ def compare(
     *,
     budget: str = "5m",
     seeds: int = 5,
-    trials: int = 10,
+    trials: int = 6,
     baseline: str | None = None,
     target: float | None = None,
     points: int = 20,
@@ -66,8 +67,8 @@ def compare(
         arms: what is compared, e.g. ``"adamw,adan,lion"`` (see :mod:`polyak.lab.compare.arms`); in a sequence also classes.
         budget: a time for the whole comparison ("5m"), which all trials share equally; a time for each trial ("20s/trial"); or a
             count for each trial ("500steps", for samplers "20nfe").
-        seeds: how many are reported, the same for all arms; 5 or more can decide something.
-        trials: tuning trials of every arm, on a seed that is not reported.
+        seeds: how many are reported, the same for all arms; 3 or more can decide something.
+        trials: tuning trials of every arm for each of these seeds, on a seed that is not reported.
         baseline: the arm that the others are compared with. Default: the first.
         target: a value of the main metric; the report then says what it costs to reach it. Default: the baseline's final value.
         points: how often a reported trial is measured on the way (a tuning trial: half as often).
@@ -128,7 +129,7 @@ def compare(
     tuned = sum(bool(arm.space) for arm in competitors)
     # A reported trial of samplers draws with parts of its budget, too.
     weight = sum(PARTS) if kind_of_task == "sampling" else 1
-    limit = budgets.parse(budget, len(files) * (tuned * trials + len(competitors) * seeds * weight))
+    limit = budgets.parse(budget, len(files) * seeds * (tuned * trials + len(competitors) * weight))
     _check_unit(limit, facts)
     if limit.unit == "seconds" and processes > 1:
         # Each process has a clock of its own: one would go on to a step that the others do not take.
