@@ -317,10 +317,10 @@ CLAIM = Claim(
     metrics=(
         Metric(name="gap", label="Gap to the minimum"),
         Metric(name="norm", label="Norm of the weight"),
-        Metric(name="steps", label="Steps to a gap of 1e-6", unit="steps"),
+        Metric(name="steps", label="Steps to a gap of 1e-6", unit="steps", exact=True),
         Metric(name="growth_ratio", label="Growth of ||w||^2 by squared steps (median)"),
-        Metric(name="off_1", label="Largest distance of that growth to 1"),
-        Metric(name="off_19", label="Largest distance of that growth to 19"),
+        Metric(name="off_1", label="Largest distance of that growth to 1", exact=True),
+        Metric(name="off_19", label="Largest distance of that growth to 19", exact=True),
         Metric(name="train_loss", label="Training loss"),
         Metric(name="validation_loss", label="Loss on the tuning images"),
         Metric(name="test_loss", label="Test loss"),

@@ -259,9 +259,15 @@ CLAIM = Claim(
     ),
     metrics=(
         *(Metric(name=f"gap_{n}", label=f"Mean sub-optimality, beta {b}") for n, b in WORDS.items()),
-        *(Metric(name=f"rounds_{n}", label=f"Rounds to 1%, beta {b}", unit="rounds") for n, b in WORDS.items()),
-        *(Metric(name=f"allowed_{n}", label=f"0.65 T + 1, beta {b}", unit="rounds") for n, b in WORDS.items()),
-        Metric(name="error", label="Largest distance to the closed form"),
+        *(
+            Metric(name=f"rounds_{n}", label=f"Rounds to 1%, beta {b}", unit="rounds", exact=True)
+            for n, b in WORDS.items()
+        ),
+        *(
+            Metric(name=f"allowed_{n}", label=f"0.65 T + 1, beta {b}", unit="rounds", exact=True)
+            for n, b in WORDS.items()
+        ),
+        Metric(name="error", label="Largest distance to the closed form", exact=True),
         Metric(name="matches", label="Problems where two rounds match DPO's three", better="higher"),
         Metric(name="expected", label="Expected reward", better="higher"),
         Metric(name="expected_two", label="Expected reward after two rounds", better="higher"),

@@ -328,17 +328,17 @@ CLAIM = Claim(
     ),
     metrics=(
         *(
-            Metric(name=f"gap_{name}", label=f"Gap to the minimum, {name.replace('_', ' ')}")
+            Metric(name=f"gap_{name}", label=f"Gap to the minimum, {name.replace('_', ' ')}", exact=True)
             for name in (*VECTOR, *MATRIX)
         ),
-        Metric(name="infeasibility", label="Distance to the domain"),
-        Metric(name="contraction", label="Contraction above 1 - lr wd"),
-        Metric(name="rises", label="Steps that raise H", unit="steps"),
+        Metric(name="infeasibility", label="Distance to the domain", exact=True),
+        Metric(name="contraction", label="Contraction above 1 - lr wd", exact=True),
+        Metric(name="rises", label="Steps that raise H", unit="steps", exact=True),
         Metric(name="train_loss", label="Training loss"),
         Metric(name="test_loss", label="Test loss"),
         Metric(name="accuracy", label="Test accuracy", better="higher", worst=0.0),
         Metric(name="largest_weight", label="Largest weight"),
-        Metric(name="use_of_bound", label="Largest weight times wd"),
+        Metric(name="use_of_bound", label="Largest weight times wd", exact=True),
     ),
     criteria=(*(c for task in CONVEX for c in _criteria(task)), *NETWORK),
     trial=trial,

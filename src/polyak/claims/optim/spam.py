@@ -292,7 +292,7 @@ CLAIM = Claim(
         Metric(name="train_loss", label="Training loss", unit="nats"),
         Metric(name="test_loss", label="Test loss", unit="nats"),
         Metric(name="clipped", label="Entries clipped in the run"),
-        Metric(name="state_bytes", label="State for an entry of the linear layers", unit="bytes"),
+        Metric(name="state_bytes", label="State for an entry of the linear layers", unit="bytes", exact=True),
         Metric(name="perplexity", label="Perplexity"),
     ),
     criteria=CRITERIA,
