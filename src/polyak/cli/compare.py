@@ -30,6 +30,7 @@ from polyak.cli.shared import (
     stop,
     trackers,
     trial_error,
+    wrong,
 )
 
 EXAMPLES = Path(__file__).parents[1] / "lab" / "templates"
@@ -144,13 +145,13 @@ def compare(
     except KeyboardInterrupt:
         stop(INTERRUPTED, 130)
     except NoTaskError as error:
-        raise typer.BadParameter(f"{error}{_space(tasks, arms)}", param_hint="TASK") from None
+        wrong(f"{error}{_space(tasks, arms)}", "TASK")
     except TaskError as error:
         stop(str(error))
     except ArmError as error:
-        raise typer.BadParameter(str(error), param_hint="--arms") from None
+        wrong(error, "--arms")
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        wrong(error)
     at = out or _page([t.name for t in found.tasks], budget)
     replaced = at.exists()
     path = found.save(at)

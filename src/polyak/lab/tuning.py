@@ -13,14 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from polyak.core import checks
-from polyak.lab import statistics, words
+from polyak.lab import limits, statistics, words
 from polyak.lab import versions as facts
 from polyak.lab.claim import Arm, Claim, Metric
 from polyak.lab.result import ClaimResult, TrialResult
 from polyak.lab.store import Planned, Store, Stored
 
 FIRST_TUNING_SEED = 10_000
-MOST_SEEDS = 1000  # reported
 _MOST_TUNING_SEEDS = 9  # for each reported one: with them all, what lies beyond twice the first is no trial's
 _NODES_NAMED = 8  # of a cluster, in a note
 Key = tuple[str, str, int]  # task, arm, reported seed
@@ -41,7 +40,7 @@ class Plan:
         self, claim: Claim, *, scale: str, seeds: int | None, device: str, versions: Mapping[str, str]
     ) -> None:
         at = claim.scale(scale)
-        count = checks.integer("seeds", at.seeds if seeds is None else seeds, least=1, most=MOST_SEEDS)
+        count = limits.count("seeds", at.seeds if seeds is None else seeds)
         what = f"tuning_seeds of scale {scale!r}"
         self._extra = checks.integer(what, at.tuning_seeds, least=1, most=_MOST_TUNING_SEEDS)
         self.claim, self.scale, self.device, self.versions = claim, scale, device, dict(versions)

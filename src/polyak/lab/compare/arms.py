@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from polyak.core import checks
-from polyak.lab import words
+from polyak.lab import limits, words
 
 Kind = Literal["training", "sampling"]
 LR, WEIGHT_DECAY = 1e-3, 1e-2  # AdamW's usual values: the centre of all ranges
@@ -98,14 +98,13 @@ def parse(text: str | Sequence[str | type], kind: Kind) -> tuple[ArmSpec, ...]:
     Raises:
         ArmError: a name or option is unknown (with a suggestion), a value cannot be read, arms are equal, or there is one only.
     """
-    words = _split(text, ",") if isinstance(text, str) else [_word(given) for given in text]
-    grouped: list[str] = []
-    for word in (w.strip() for w in words):
-        # "adan:eps=1e-6,weight_decay=0.02": a piece that is an option only belongs to the arm before it.
-        if grouped and re.match(r"[\w.]+=", word):
-            grouped[-1] += f":{word}"
-        elif word:
-            grouped.append(word)
+    if isinstance(text, str) and len(text) > limits.ARMS * limits.WORDS:
+        raise ArmError(f"arms must be at most {limits.ARMS * limits.WORDS:,} characters, got {limits.short(text)!r}")
+    grouped = words_of(text)
+    if len(grouped) > limits.ARMS:
+        raise ArmError(f"there must be at most {limits.ARMS} arms to compare, got {len(grouped):,}")
+    if long := [word for word in grouped if len(word) > limits.WORDS]:
+        raise ArmError(f"an arm must be at most {limits.WORDS:,} characters, got {limits.short(long[0])!r}")
     arms = tuple(_arm(word, kind) for word in grouped)
     if len(arms) < 2:
         raise ArmError(f"there must be two arms or more to compare, got {', '.join(a.text for a in arms) or 'none'}")
@@ -113,6 +112,24 @@ def parse(text: str | Sequence[str | type], kind: Kind) -> tuple[ArmSpec, ...]:
     if twice := sorted({text for text in texts if texts.count(text) > 1}):
         raise ArmError(f"arms must differ, {twice[0]!r} is given twice")
     return arms
+
+
+def words_of(text: str | Sequence[str | type]) -> list[str]:
+    """Each arm's words."""
+    grouped: list[str] = []
+    for word in (w.strip() for w in (_split(text, ",") if isinstance(text, str) else map(_word, text))):
+        # "adan:eps=1e-6,weight_decay=0.02": a piece that is an option only belongs to the arm before it.
+        if grouped and re.match(r"[\w.]+=", word):
+            grouped[-1] += f":{word}"
+        elif word:
+            grouped.append(word)
+    return grouped
+
+
+def nearly(word: str, kind: Kind) -> bool:
+    """Whether an arm's words begin with what is, or nearly is, a name of this kind."""
+    name, known = word.partition(":")[0].lower(), names(kind)
+    return name in known or bool(checks.suggestion(name, known))
 
 
 def _word(given: Any) -> str:
@@ -156,21 +173,25 @@ def _arm(text: str, kind: Kind) -> ArmSpec:
     return _sampler(text, target, cls, values)
 
 
+_UNREADABLE = (ValueError, SyntaxError, RecursionError, MemoryError)  # what Python raises at what is no literal
+
+
 def _value(text: str, what: str) -> Any:
     """A literal, a range, or the word itself."""
     if match := re.fullmatch(r"([^.]\S*?)\.\.(\S+)", text):
         try:
             low, high = (ast.literal_eval(part) for part in match.groups())
-        except (ValueError, SyntaxError):
-            raise ArmError(f"{what} must be low..high, two numbers, got {text!r}") from None
-        checks.real(f"{what}'s low end", low)
-        checks.real(f"{what}'s high end", high)
+            for end, value in (("low", low), ("high", high)):
+                checks.real(f"{what}'s {end} end", value)
+        except (*_UNREADABLE, TypeError) as error:
+            why = f" ({error})" if "end must be" in str(error) else ""
+            raise ArmError(f"{what} must be low..high, two numbers, got {text!r}{why}") from None
         if not low < high:
             raise ArmError(f"{what}: the low end must be below the high end, got {text!r}")
         return Range(low, high, whole=isinstance(low, int) and isinstance(high, int))
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except _UNREADABLE:
         return text
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from polyak.core import checks
-from polyak.lab import versions
+from polyak.lab import limits, versions
 from polyak.lab.compare import arms as specs
 from polyak.lab.compare import budget as budgets
-from polyak.lab.compare.arms import ArmSpec
+from polyak.lab.compare.arms import ArmError, ArmSpec
 from polyak.lab.compare.budget import Budget
 from polyak.lab.compare.comparison import Comparison
 from polyak.lab.compare.examine import examine, try_arms
@@ -105,35 +105,43 @@ def compare(
 
     What it is at before the first trial it says to the logger "polyak.lab.compare".
     """
-    checks.integer("seeds", seeds, least=1)
-    checks.integer("trials", trials, least=1)
-    checks.integer("points", points, least=2)
+    for name, value, least in (
+        ("seeds", seeds, 1),
+        ("trials", trials, 1),
+        ("points", points, 2),
+        ("processes", processes, 1),
+    ):
+        limits.count(name, value, least=least)
+    if jobs is not None:
+        limits.count("jobs", jobs)
     if target is not None:
         checks.real("target", target)
     if deadline is not None:
-        checks.positive("deadline", deadline)
+        limits.seconds("deadline", deadline)
     files = task_files(tasks)
     if not isinstance(budget, str):
         raise ValueError(f"budget must be {budgets.FORMS}, in words, got {budget!r}")
     for file in files:
         add_folder(file)  # arms may be beside the tasks
+    # What is asked for is understood before any task is imported, which may take minutes.
+    spend = budgets.parse(budget, 1)
+    asked = _asked(arms, baseline, spend)
+    if spend.unit == "seconds" and processes > 1:
+        # Each process has a clock of its own: one would go on to a step that the others do not take.
+        raise ValueError(f"budget for trials of several processes is a count like 500steps, got {budget!r}")
     kind = device_kind(device, processes, executor)
     call = call_apart if executor is None else executor.call
     facts = {file: _examine(file, device, processes, deadline or EXAMINATION_S, call) for file in files}
     kind_of_task = next(iter(facts.values())).kind
     if any(f.kind != kind_of_task for f in facts.values()):
         raise TaskError("tasks must be alike: some are of training and some of sampling")
-    competitors = specs.parse(arms, kind_of_task)
-    first = _baseline(baseline, competitors)
-    competitors = (first, *(arm for arm in competitors if arm is not first))
+    competitors = asked.get(kind_of_task) or _first(baseline, specs.parse(arms, kind_of_task))
     tuned = sum(bool(arm.space) for arm in competitors)
     # A reported trial of samplers draws with parts of its budget, too.
     weight = sum(PARTS) if kind_of_task == "sampling" else 1
     limit = budgets.parse(budget, len(files) * seeds * (tuned * trials + len(competitors) * weight))
-    _check_unit(limit, facts)
-    if limit.unit == "seconds" and processes > 1:
-        # Each process has a clock of its own: one would go on to a step that the others do not take.
-        raise ValueError(f"budget for trials of several processes is a count like 500steps, got {budget!r}")
+    _check_unit(limit, kind_of_task)
+    _check_amount(limit, facts)
     if limit.unit == "seconds" and executor is not None and jobs is None:
         executor.apart()
     at_once = jobs if jobs is not None else 1 if limit.unit == "seconds" else None
@@ -149,10 +157,10 @@ def compare(
         device=kind,
         versions=versions.versions(),
     )
-    asked = [
+    given = [
         AskedTask(file=file, facts=f, fingerprints=_fingerprints(file, f, competitors)) for file, f in facts.items()
     ]
-    record = Record(setup=setup, tasks=tuple(asked))
+    record = Record(setup=setup, tasks=tuple(given))
     plans = record.plans()
     for plan, f in zip(plans, facts.values(), strict=True):
         plan.deadline = _deadline(limit, f, points) if deadline is None else deadline
@@ -287,23 +295,55 @@ def _say_what_is_not_used(plan: ComparisonPlan, limit: Budget, store: Store) -> 
             return
 
 
-def _baseline(name: str | None, arms: Sequence[ArmSpec]) -> ArmSpec:
+def _asked(
+    arms: str | Sequence[str | type], baseline: str | None, spend: Budget
+) -> dict[specs.Kind, tuple[ArmSpec, ...]]:
+    """The arms, the baseline first, as competitors of each kind that they can be: which one it is, the task will say.
+
+    Raises:
+        ArmError, ValueError: they are of no kind.
+    """
+    found: dict[specs.Kind, tuple[ArmSpec, ...]] = {}
+    wrong: dict[specs.Kind, ArmError] = {}
+    for kind in ("training", "sampling"):
+        try:
+            found[kind] = specs.parse(arms, kind)
+        except ArmError as error:
+            wrong[kind] = error
+    if not found:
+        # What is nearly the name of a sampler was meant to be one.
+        raise wrong["sampling" if spend.unit == "evaluations" or _nearer_to_samplers(arms) else "training"]
+    if len(found) == 1:
+        _check_unit(spend, next(iter(found)))
+    return {kind: _first(baseline, competitors) for kind, competitors in found.items()}
+
+
+def _nearer_to_samplers(arms: str | Sequence[str | type]) -> bool:
+    words = specs.words_of(arms)
+    near = {kind: sum(specs.nearly(word, kind) for word in words) for kind in ("training", "sampling")}
+    return near["sampling"] > near["training"]
+
+
+def _first(name: str | None, arms: Sequence[ArmSpec]) -> tuple[ArmSpec, ...]:
+    """The arms with the baseline first."""
     if name is None:
-        return arms[0]
+        return tuple(arms)
     found = [arm for arm in arms if name.lower() in (arm.text.lower(), arm.label.lower())]
     if not found:
         texts = [arm.text for arm in arms]
         raise ValueError(
-            f"baseline must be one of the arms {', '.join(texts)}, got {name!r}{checks.suggestion(name, texts)}"
+            f"baseline must be one of the arms {', '.join(texts)}, got {limits.short(name)!r}{checks.suggestion(name, texts)}"
         )
-    return found[0]
+    return (found[0], *(arm for arm in arms if arm is not found[0]))
 
 
-def _check_unit(limit: Budget, facts: Mapping[Path, Facts]) -> None:
-    kind = next(iter(facts.values())).kind
+def _check_unit(spend: Budget, kind: specs.Kind) -> None:
     wrong, right = ("evaluations", "500steps") if kind == "training" else ("steps", "20nfe")
-    if limit.unit == wrong:
-        raise ValueError(f"budget for {kind} is a time or a count like {right}, got {limit.label}")
+    if spend.unit == wrong:
+        raise ValueError(f"budget for {kind} is a time or a count like {right}, got {spend.label}")
+
+
+def _check_amount(limit: Budget, facts: Mapping[Path, Facts]) -> None:
     slowest = max(f.seconds for f in facts.values())
     if limit.unit == "seconds" and limit.amount < 2 * slowest:
         raise ValueError(
