@@ -11,7 +11,7 @@ import torch
 from polyak.generate import DPMSolver
 from polyak.lab.claim import Diverged, Trial
 from polyak.lab.compare.arms import ArmError, find, parse
-from polyak.lab.compare.examine import try_arms
+from polyak.lab.compare.rehearsal import try_arms
 from polyak.lab.compare.sampling import Draw, sampler
 from polyak.lab.compare.task import SamplingTask, load
 

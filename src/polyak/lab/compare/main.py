@@ -18,8 +18,9 @@ from polyak.lab.compare import budget as budgets
 from polyak.lab.compare.arms import ArmError, ArmSpec
 from polyak.lab.compare.budget import Budget
 from polyak.lab.compare.comparison import Comparison
-from polyak.lab.compare.examine import examine, try_arms
+from polyak.lab.compare.examine import examine
 from polyak.lab.compare.record import AskedTask, Record
+from polyak.lab.compare.rehearsal import Again, rehearse_all
 from polyak.lab.compare.rows import Setup
 from polyak.lab.compare.sampling import PARTS
 from polyak.lab.compare.search import ComparisonPlan
@@ -34,6 +35,7 @@ EXAMINATION_S = 300.0  # a task that has not been built and looked at by then is
 _OWN_CODE = ("trial", "sampling", "task", "generators")
 _GUARD = '; a script that calls compare must do so under `if __name__ == "__main__":`'
 _REDRAW_S = 2.0
+_FEW = 8  # steps, or evaluations, that all arms but the baseline are looked at for
 _COSTLY = 10.0  # times as long as a plain one a step may take
 _log = logging.getLogger("polyak.lab.compare")
 
@@ -173,7 +175,10 @@ def compare(
             if not there:
                 _say_what_is_not_used(plan, limit, opened)
             if len(there) < len(known):
-                _try(file, plan, limit, device, processes, deadline or EXAMINATION_S, call)
+                patience = deadline or EXAMINATION_S
+                again = [] if there or processes > 1 or device != "cpu" else _again(plan, facts[file])
+                patience += 2 * len(again) * (plan.deadline or 0.0)
+                _try(file, plan, limit, device, processes, patience, call, again)
         opened.note(record.slug, record.to_json())
         carry_out(
             plans,
@@ -240,17 +245,38 @@ def _try(
     processes: int,
     patience: float,
     call: Callable[..., Any],
+    again: Sequence[Again],
 ) -> None:
-    """Build every arm on the task, and take two steps (or draw once), before the first trial has run its time."""
+    """Build every arm on the task, and take two steps (or draw once); and run trials twice in one process."""
     _log.info("trying each arm on %s", file.name)
     arms = []
     for name, arm in plan.specs.items():
         centre = {option: r.centre for option, r in arm.space.items()}
         shared = {"class": arm.target, "fixed": dict(arm.fixed), "budget": {limit.unit: limit.amount}}
         arms.append((name, {**shared, "tuned": sorted(centre), **centre}))
-    wrong = _apart(file, call, try_arms, str(file), device, arms, processes, timeout=patience)
+    wrong = _apart(file, call, rehearse_all, str(file), device, arms, processes, again, timeout=patience)
     if wrong is not None:
         raise wrong
+
+
+def _again(plan: ComparisonPlan, facts: Facts) -> list[Again]:
+    """The baseline's whole trial, and a few steps of each other arm's, in the middle of their ranges.
+
+    By a count: of a time, about as many steps as will fit.
+    """
+    worst = {metric.name: metric.worst_value for metric in plan.claim.metrics}
+    found = []
+    for arm, spec in plan.specs.items():
+        point = {name: r.centre for name, r in spec.space.items()}
+        options = {**plan.options(arm, "report"), "tuned": sorted(point), **point}
+        [(unit, amount)] = options["budget"].items()
+        if unit == "seconds":
+            fit = max(1, int(amount / facts.seconds))
+            unit, amount = ("steps", fit) if facts.kind == "training" else ("evaluations", _FEW)
+        if found and facts.kind == "training":
+            amount = min(amount, _FEW)
+        found.append(Again(plan.claim.trial, arm, {**options, "budget": {unit: amount}}, worst))
+    return found
 
 
 def _apart(file: Path, call: Callable[..., Any], function: Callable[..., Any], *arguments: Any, timeout: float) -> Any:

@@ -220,7 +220,7 @@ class ComparisonPlan(Plan):
         fingerprints: Mapping[str, str],
         identity: str,
     ) -> None:
-        self._options, self._fingerprints, self.specs = options, fingerprints, specs
+        self.options, self._fingerprints, self.specs = options, fingerprints, specs
         super().__init__(claim, scale=claim.scales[0].name, seeds=seeds, device=device, versions=versions)
         self.trials = trials
         better = claim.metric(MEASURE).better
@@ -243,7 +243,7 @@ class ComparisonPlan(Plan):
         _, arm, _ = key
         return replace(
             trial,
-            options={**self._options(arm, purpose), "tuned": sorted(point), **point},
+            options={**self.options(arm, purpose), "tuned": sorted(point), **point},
             versions={**self.versions, "fingerprint": self._fingerprints[arm]},
         )
 

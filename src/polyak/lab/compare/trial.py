@@ -238,19 +238,19 @@ def rehearse(task: TrainingTask, model: nn.Module, optimizer: torch.optim.Optimi
     def closure() -> Any:
         nonlocal calls
         calls += 1
-        return _gradient(task, model, optimizer, _copy(batch))
+        return _gradient(task, model, optimizer, copied(batch))
 
     takes_one = _takes_closure(optimizer)
     for group in optimizer.param_groups:
         if "lr" in group:
             group["lr"] = group["lr"] * _GENTLY
     for _ in range(2):
-        _gradient(task, model, optimizer, _copy(batch))
+        _gradient(task, model, optimizer, copied(batch))
         optimizer.step(closure) if takes_one else optimizer.step()
     return calls > 0
 
 
-def _copy(batch: Any) -> Any:
+def copied(batch: Any) -> Any:
     """A batch for a loss that changes it; one that cannot be copied is given as it is."""
     try:
         return copy.deepcopy(batch)
