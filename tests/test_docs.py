@@ -265,7 +265,7 @@ def commands(code: str) -> list[str]:
     return [line.strip() for line in prompted or lines if line.strip() and not line.startswith("#")]
 
 
-class Checked(Exception):
+class Checked(BaseException):
     """A command's arguments are right: it would run now."""
 
 

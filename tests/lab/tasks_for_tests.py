@@ -142,7 +142,7 @@ def made_up(
             way = curves[arm.text][seed] if curves else [final] * 4
             curve = tuple(
                 (
-                    {"used": (i + 1) / len(way), "step": i + 1.0, "seconds": 0.1 * (i + 1)},
+                    {"used": (i + 1) / len(way), "step": i + 1.0, "seconds": 0.1 * (i + 1), "gradients": i + 1.0},
                     {metric: v, "train_loss": abs(v)},
                 )
                 for i, v in enumerate(way)

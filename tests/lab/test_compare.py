@@ -383,9 +383,8 @@ def test_an_optimizer_that_cannot_train_the_task(tmp_path: Path) -> None:
         with pytest.raises(ArmError, match=says):
             compare(here, f"adamw,{arm}", store=tmp_path / "home", **SMALL)
 
-    refused(
-        "torch.optim:Muon", "arm 'torch.optim:Muon': Muon cannot be made: ValueError: Muon only supports 2D parameters"
-    )
+    only = "MatricesOnly cannot be made: ValueError: 2D parameters only; if it is for matrices alone, name one for the rest: "
+    refused("odd:MatricesOnly", f"arm 'odd:MatricesOnly': {only}odd:MatricesOnly:rest=adamw")
     refused("sgd:momentum=-1", "arm 'sgd:momentum=-1': SGD cannot be made: ValueError: Invalid momentum value: -1")
     refused("odd:Breaks", "arm 'odd:Breaks': a step of Breaks raised ZeroDivisionError: division by zero")
     refused(
@@ -413,6 +412,14 @@ def test_samplers_with_a_budget_in_time(tmp_path: Path) -> None:
 
 ODD = """
 import torch
+
+
+class MatricesOnly(torch.optim.SGD):
+    def __init__(self, params, lr=0.1):
+        params = list(params)
+        if any(p.ndim != 2 for p in params):
+            raise ValueError("2D parameters only")
+        super().__init__(params, lr)
 
 
 class Breaks(torch.optim.SGD):

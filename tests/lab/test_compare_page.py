@@ -166,7 +166,7 @@ def test_every_trial_says_what_became_of_it() -> None:
     # Neither the task, nor evaluations that are as many as the steps, nor two times.
     assert heads == ["Arm", "Seed", "Purpose", "Tuned point", "loss", "loss in tuning", "training loss", *heads[7:]]
     assert [h.lower() for h in heads].count("seconds") == 1
-    assert "evaluations" not in heads
+    assert "gradients" not in heads
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr.*?</tr>", table)[1:]]
     [lost] = [row for row in rows if row[0] == "Adan" and row[1] == "1"]
     assert lost[4] == "∞"  # the main metric alone: nothing else was measured
@@ -175,7 +175,7 @@ def test_every_trial_says_what_became_of_it() -> None:
     purposes = [(row[2], row[3]) for row in rows if row[2].startswith("tuning")]
     assert purposes == [("tuning", "lr = 0.1"), ("tuning, stopped early", "lr = 0.2"), ("tuning", "lr = 9")] * 2
     often = [replace(trial, values={**trial.values, "evaluations": 9.0}) for trial in t.result.trials]
-    assert ">evaluations<" in trials_of(replace(t, result=replace(t.result, trials=tuple(often))))
+    assert ">gradients<" in trials_of(replace(t, result=replace(t.result, trials=tuple(often))))
 
 
 def test_an_undecided_difference_is_explained_in_plain_words() -> None:

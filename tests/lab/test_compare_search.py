@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from polyak.lab.compare.arms import Range
 from polyak.lab.compare.search import Search
+from polyak.lab.compare.spec import Range
 
 SPACE = {"lr": Range(1e-4, 1e-1, open=True), "weight_decay": Range(1e-3, 1e-1, open=True)}
 

@@ -101,9 +101,9 @@ def compare(
 
     Exit status: 0 if it could be compared, 2 if the command is wrong, 3 if something could not run, 130 if interrupted.
     """
-    from polyak.lab.compare.arms import ArmError
     from polyak.lab.compare.budget import seconds
     from polyak.lab.compare.main import compare as carry_out
+    from polyak.lab.compare.spec import ArmError
     from polyak.lab.compare.task import NoTaskError, TaskError
     from polyak.lab.run import TrialError
     from polyak.lab.store import Store

@@ -149,7 +149,7 @@ def _table(t: TaskComparison, optional: Sequence[str], *, broken: bool) -> Table
     for head in (t.main.label.replace(" ", "\n"), "difference", f"95 %{gap}interval"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    unit, goal = "steps" if t.facts.kind == "training" else "evaluations", t.goal.replace(" ", "\n")
+    unit, goal = t.unit, t.goal.replace(" ", "\n")
     costs = {f"{unit}\nto {goal}": _spent, f"time\nto {goal}": _time}
     first, other = reversed(costs) if t.setup.budget.unit == "seconds" else costs
     heads = {"cost": first, "other cost": other, "chance": "chance\nto win", "diverged": "diverged"}

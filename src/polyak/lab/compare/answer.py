@@ -114,7 +114,13 @@ class TaskComparison(TaskRows):
             who = row.label if d.verdict == "fails" else base
             return f"{row.label} {verb} {base} ({lost} of {row.seeds} trials of {who} diverged)"
         near, far = sorted((abs(d.low), abs(d.high)))
-        return f"{row.label} {verb} {base} by {self._amounts(near, far)}{self._of}"
+        return f"{row.label} {verb} {base} by {self._amounts(near, far)}{self._of}{self._work(row)}"
+
+    def _work(self, row: Row) -> str:
+        """How many times the gradients an arm took, where steps are what is equal."""
+        times = self.gradients(row) / self.gradients(self.rows[0])
+        uneven = self.unit == "steps" and self.setup.budget.unit == "steps" and abs(times - 1) > 0.005
+        return f" with {words.number(times, 2)} times the gradients" if uneven else ""
 
     def _undecided(self, row: Row, *, named: bool = False) -> str:
         d = row.difference

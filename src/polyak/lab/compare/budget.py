@@ -8,18 +8,27 @@ from typing import Literal
 
 from polyak.lab import limits, words
 
-Unit = Literal["steps", "evaluations", "seconds"]
+Unit = Literal["steps", "gradients", "evaluations", "seconds"]
 _NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]+)\s*(/\s*trial)?")
 _SECONDS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
 _COUNTS: dict[str, Unit] = {
     "step": "steps",
     "steps": "steps",
+    "grad": "gradients",
+    "grads": "gradients",
+    "gradient": "gradients",
+    "gradients": "gradients",
     "nfe": "evaluations",
     "evaluation": "evaluations",
     "evaluations": "evaluations",
 }
-LEAST_DEADLINE_S: dict[Unit, float] = {"seconds": 60.0, "steps": 1800.0, "evaluations": 1800.0}  # of a trial
-FORMS = "a time for all (90s, 5m, 1h), a time for each trial (20s/trial), or a count for each trial (500steps, 20nfe)"
+LEAST_DEADLINE_S: dict[Unit, float] = {
+    "seconds": 60.0,
+    "steps": 1800.0,
+    "gradients": 1800.0,
+    "evaluations": 1800.0,
+}  # of a trial
+FORMS = "a time for all (90s, 5m, 1h), a time for each trial (20s/trial), or a count for each trial (500steps, 500grads, 20nfe)"
 
 
 @dataclass(frozen=True)

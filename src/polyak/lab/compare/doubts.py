@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Iterable
 
 from polyak.lab import words
-from polyak.lab.compare.arms import ArmSpec
 from polyak.lab.compare.rows import Row, TaskRows
+from polyak.lab.compare.spec import ArmSpec
 
 _BUSY = 0.8  # of the time: a trial that had a processor for less was held up
 _EDGE = 0.02  # of a range's length: a best point this near to its end may have a better one beyond
@@ -18,7 +18,7 @@ _MANY_TIMES = 10.0  # better than the baseline: rarely real
 
 def doubts(t: TaskRows) -> Iterable[str]:
     """All there are, the gravest first."""
-    for look in (_lost, _too_good, _unmoved, _badly_tuned, _too_short, _too_busy):
+    for look in (_lost, _more_gradients, _too_good, _unmoved, _badly_tuned, _too_short, _too_busy):
         yield from look(t)
 
 
@@ -30,6 +30,19 @@ def _lost(t: TaskRows) -> Iterable[str]:
         said = [trial.message.partition("\n")[0] for trial in t.trials(row.arm)]
         first = "" if len(set(said)) == 1 else " (the first)"
         yield f"{row.label}: every trial diverged{f': {said[0]}{first}' if said[0] else ''}"
+
+
+def _more_gradients(t: TaskRows) -> Iterable[str]:
+    """Steps are no equal work where some take more gradients than others."""
+    if t.facts.kind != "training" or t.setup.budget.unit != "steps":
+        return
+    taken = {row.label: t.gradients(row) for row in t.rows}
+    least = min(taken.values())
+    if more := [f"{label} {words.number(n)}" for label, n in taken.items() if n > 1.005 * least]:
+        yield (
+            f"gradients for each step: {', '.join(more)}; all others {words.number(least)}: at equal steps that is so many times "
+            f"the work. With --budget {t.setup.budget.amount:g}grads gradients are what is equal"
+        )
 
 
 def _unmoved(t: TaskRows) -> Iterable[str]:

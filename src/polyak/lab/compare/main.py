@@ -15,15 +15,17 @@ from polyak.core import checks
 from polyak.lab import limits, versions
 from polyak.lab.compare import arms as specs
 from polyak.lab.compare import budget as budgets
-from polyak.lab.compare.arms import ArmError, ArmSpec
 from polyak.lab.compare.budget import Budget
 from polyak.lab.compare.comparison import Comparison
 from polyak.lab.compare.examine import examine
+from polyak.lab.compare.optimizers import BASE
+from polyak.lab.compare.recipe import REST
 from polyak.lab.compare.record import AskedTask, Record
 from polyak.lab.compare.rehearsal import Again, rehearse_all
 from polyak.lab.compare.rows import Setup
 from polyak.lab.compare.sampling import PARTS
 from polyak.lab.compare.search import ComparisonPlan
+from polyak.lab.compare.spec import ArmError, ArmSpec, Kind
 from polyak.lab.compare.task import Facts, NoTaskError, TaskError, add_folder
 from polyak.lab.run import Listener, Progress, carry_out, device_kind
 from polyak.lab.store import Store
@@ -32,7 +34,7 @@ from polyak.lab.workers import Executor, call_apart
 
 EXAMINATION_S = 300.0  # a task that has not been built and looked at by then is taken to hang
 # The files that decide what a trial yields, beside the task's and the arm's.
-_OWN_CODE = ("trial", "sampling", "task", "generators")
+_OWN_CODE = ("trial", "sampling", "task", "generators", "recipe")
 _GUARD = '; a script that calls compare must do so under `if __name__ == "__main__":`'
 _REDRAW_S = 2.0
 _FEW = 8  # steps, or evaluations, that all arms but the baseline are looked at for
@@ -321,16 +323,14 @@ def _say_what_is_not_used(plan: ComparisonPlan, limit: Budget, store: Store) -> 
             return
 
 
-def _asked(
-    arms: str | Sequence[str | type], baseline: str | None, spend: Budget
-) -> dict[specs.Kind, tuple[ArmSpec, ...]]:
+def _asked(arms: str | Sequence[str | type], baseline: str | None, spend: Budget) -> dict[Kind, tuple[ArmSpec, ...]]:
     """The arms, the baseline first, as competitors of each kind that they can be: which one it is, the task will say.
 
     Raises:
         ArmError, ValueError: they are of no kind.
     """
-    found: dict[specs.Kind, tuple[ArmSpec, ...]] = {}
-    wrong: dict[specs.Kind, ArmError] = {}
+    found: dict[Kind, tuple[ArmSpec, ...]] = {}
+    wrong: dict[Kind, ArmError] = {}
     for kind in ("training", "sampling"):
         try:
             found[kind] = specs.parse(arms, kind)
@@ -363,9 +363,9 @@ def _first(name: str | None, arms: Sequence[ArmSpec]) -> tuple[ArmSpec, ...]:
     return (found[0], *(arm for arm in arms if arm is not found[0]))
 
 
-def _check_unit(spend: Budget, kind: specs.Kind) -> None:
-    wrong, right = ("evaluations", "500steps") if kind == "training" else ("steps", "20nfe")
-    if spend.unit == wrong:
+def _check_unit(spend: Budget, kind: Kind) -> None:
+    wrong, right = (("evaluations",), "500steps") if kind == "training" else (("steps", "gradients"), "20nfe")
+    if spend.unit in wrong:
         raise ValueError(f"budget for {kind} is a time or a count like {right}, got {spend.label}")
 
 
@@ -395,7 +395,7 @@ def _deadline(budget: Budget, facts: Facts, points: int) -> float:
 
 
 def _codes(arm: ArmSpec) -> list[str]:
-    parts = [value for name, value in arm.fixed.items() if name in ("guidance", "steering", specs.BASE)]
+    parts = [value for name, value in arm.fixed.items() if name in ("guidance", "steering", BASE, REST)]
     return [versions.code_of(target) for target in (arm.target, *parts)]
 
 

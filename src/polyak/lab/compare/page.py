@@ -12,10 +12,10 @@ from markupsafe import Markup, escape
 from polyak.lab import plots, report, strips, words
 from polyak.lab.compare import figures
 from polyak.lab.compare.answer import Said, TaskComparison
-from polyak.lab.compare.arms import ArmSpec
 from polyak.lab.compare.result import Found
 from polyak.lab.compare.rows import Row
 from polyak.lab.compare.search import MEASURE, stopped
+from polyak.lab.compare.spec import ArmSpec
 from polyak.lab.report import Live
 from polyak.lab.statistics import LEAST_SEEDS, LEVEL
 
@@ -109,6 +109,11 @@ def _task(t: TaskComparison) -> dict[str, Any]:
         ],
         "curves": [(title, Markup(svg)) for title, svg in figures.curves(t)],
         "sensitivity": Markup(svg),
+        "gradients": [
+            f"{row.label}: {words.number(t.gradients(row))} a step" for row in t.rows if t.gradients(row) > 1.005
+        ]
+        if t.facts.kind == "training"
+        else [],
         "lost": any(row.diverged for row in t.rows),
         "memory": any(row.memory for row in t.rows),
         # Of a count a solver may leave some over.
@@ -169,7 +174,7 @@ def _row(t: TaskComparison, row: Row) -> dict[str, Any]:
 
 def _reach(t: TaskComparison, row: Row) -> tuple[str, ...]:
     """What it costs to reach the target, how many seeds do where not all, and how the costs compare with the baseline's."""
-    some, unit = t.reached(row), "steps" if t.facts.kind == "training" else "evaluations"
+    some, unit = t.reached(row), t.unit
     if math.isinf(row.seconds_to_target):
         said = [f"reached by {some}" if row.reached else "not reached"]
     else:
@@ -211,7 +216,7 @@ def fair(comparison: Found) -> list[tuple[str, str]]:
     if not sampled:
         same = (
             "initial weights, and batches in the same order, of one seed; the learning rate's schedule "
-            f"({first.facts.schedule})."
+            f"({first.facts.schedule}), where an arm does not say its own."
         )
     said.append(("Same for all arms", same))
     others = (len(setup.arms) - 1) * len(comparison.tasks)

@@ -17,19 +17,24 @@ from typing import Any
 
 from polyak.lab import versions, words
 from polyak.lab.compare.answer import TaskComparison
-from polyak.lab.compare.arms import ArmSpec, Range
 from polyak.lab.compare.budget import Budget
 from polyak.lab.compare.comparison import Comparison
 from polyak.lab.compare.experiment import experiment
 from polyak.lab.compare.rows import Setup
 from polyak.lab.compare.search import ComparisonPlan
+from polyak.lab.compare.spec import ArmSpec, Range
 from polyak.lab.compare.task import Facts
 from polyak.lab.result import ClaimResult
 from polyak.lab.statistics import corrected
 from polyak.lab.store import COMPARISON
 
 VERSION = 2  # of the form that records are stored in
-_UNITS = {"seconds": "s/trial", "steps": "steps", "evaluations": "nfe"}  # as the command takes them
+_UNITS = {
+    "seconds": "s/trial",
+    "steps": "steps",
+    "gradients": "grads",
+    "evaluations": "nfe",
+}  # as the command takes them
 
 
 @dataclass(frozen=True, kw_only=True)

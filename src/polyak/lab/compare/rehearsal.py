@@ -14,13 +14,13 @@ from typing import Any
 
 from polyak.lab import group
 from polyak.lab.claim import Trial, TrialFunction
-from polyak.lab.compare.arms import ArmError
 from polyak.lab.compare.examine import fresh
 from polyak.lab.compare.leaks import changed, held
 from polyak.lab.compare.ranks import SEED
 from polyak.lab.compare.sampling import UnsuitedError, sampler
+from polyak.lab.compare.spec import ArmError
 from polyak.lab.compare.task import SamplingTask, TaskError, endless
-from polyak.lab.compare.trial import build, rehearse
+from polyak.lab.compare.trial import build, recipe_of, rehearse
 from polyak.lab.workers import Job, Outcome, carry_out
 
 _EVALUATIONS = 8  # of a sampler that is tried
@@ -75,11 +75,16 @@ def _try_arms(file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any
                 return ArmError(f"arm {text!r}: {error}")
             except Exception as error:
                 what = "draw on this task" if isinstance(task, SamplingTask) else "be made"
-                return ArmError(f"arm {text!r}: {name} cannot {what}: {type(error).__name__}: {error}")
+                hint = (
+                    f"; if it is for matrices alone, name one for the rest: {text}:rest=adamw"
+                    if "2D" in str(error)
+                    else ""
+                )
+                return ArmError(f"arm {text!r}: {name} cannot {what}: {type(error).__name__}: {error}{hint}")
             if missing := [part for part in ("step", "zero_grad", "param_groups") if not hasattr(optimizer, part)]:
                 return ArmError(f"arm {text!r}: {name} is no optimizer: it has no {' and no '.join(missing)}")
             try:
-                rehearse(task, task.model, optimizer, next(endless(task.batches, Path(file).name)))
+                rehearse(task, task.model, optimizer, next(endless(task.batches, Path(file).name)), recipe_of(options))
             except TaskError:
                 raise
             except Exception as error:

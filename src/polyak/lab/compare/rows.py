@@ -11,8 +11,8 @@ from typing import Any
 
 from polyak.lab import intervals, words
 from polyak.lab.claim import Claim, Metric
-from polyak.lab.compare.arms import ArmSpec
 from polyak.lab.compare.budget import Budget
+from polyak.lab.compare.spec import ArmSpec
 from polyak.lab.compare.task import Facts
 from polyak.lab.result import ClaimResult, CriterionResult, TrialResult
 from polyak.lab.tuning import FIRST_TUNING_SEED
@@ -103,6 +103,19 @@ class TaskRows:
         return next((c for c in self.result.criteria if c.name == arm), None)
 
     @property
+    def unit(self) -> str:
+        """What costs are counted in, beside time."""
+        if self.facts.kind == "sampling":
+            return "evaluations"
+        return "gradients" if self.setup.budget.unit == "gradients" else "steps"
+
+    def gradients(self, row: Row) -> float:
+        """For how many gradients an optimizer asked at a step, in the mean over its trials."""
+        trials = [t for t in self.trials(row.arm) if not t.diverged and t.values.get("steps")]
+        taken = sum(t.values["steps"] for t in trials)
+        return sum(t.values["evaluations"] for t in trials) / taken if taken else 1.0
+
+    @property
     def goal(self) -> str:
         """What arms are timed to, in words: "0.9", or "AdamW's end"."""
         if self.setup.target is not None:
@@ -128,7 +141,7 @@ class TaskRows:
     def _row(self, arm: str, label: str) -> Row:
         trials = self.trials(arm)
         name, sound = self.main.name, [t for t in trials if not t.diverged]
-        spent = "steps" if self.facts.kind == "training" else "evaluations"
+        spent = "steps" if self.unit == "steps" else "evaluations"
         reached = [self.reach(t, self.targets[t.seed]) for t in trials if t.seed in self.targets]
         reached, d = reached or [(math.inf, math.inf)], self.criterion(arm)
         return Row(
@@ -178,7 +191,8 @@ class TaskRows:
 
     def reach(self, trial: TrialResult, target: float) -> tuple[float, float]:
         """(steps or evaluations, seconds) of the first measurement that is as good as this; infinite where none is."""
-        x = "step" if self.facts.kind == "training" else "evaluations"
+        x = {"gradients": "gradients"}.get(self.setup.budget.unit, "step")
+        x = "evaluations" if self.facts.kind == "sampling" else x
         for at, values in trial.curve:
             value = values[self.main.name]
             if value <= target if self.main.better == "lower" else value >= target:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from polyak.lab.claim import Claim
 from polyak.lab.compare import generators
-from polyak.lab.compare.arms import ArmSpec, Range
+from polyak.lab.compare.spec import ArmSpec, Range
 from polyak.lab.result import TrialResult
 from polyak.lab.store import Planned, Stored
 from polyak.lab.tuning import Key, Plan
