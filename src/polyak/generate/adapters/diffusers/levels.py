@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from polyak.core import checks
-from polyak.generate.process import EDM, Discrete, TrigFlow
-from polyak.generate.process.base import RHO
+from polyak.generate.process import EDM, RHO, Discrete, TrigFlow
 
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "exp")
 SPACINGS = ("linspace", "leading", "trailing")

@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 from typing import Any
 
-from polyak.generate.process import Discrete, Process
+from polyak.generate.process import Discrete, ProbabilityPath
 from polyak.generate.solver import Solver
 
 ROOM = "polyak.generate."
@@ -25,13 +25,13 @@ def dump(part: Any) -> dict[str, Any]:
     return {"part": f"{module.removeprefix(ROOM).split('.')[0]}:{kind.__name__}", **fields}
 
 
-def load(given: Any, kind: type[Solver] | type[Process]) -> Any:
+def load(given: Any, kind: type[Solver] | type[ProbabilityPath]) -> Any:
     """A solver or process from itself, or from what :func:`dump` made of it; nothing outside this room is ever loaded.
 
     Raises:
         ValueError: neither; or a class from elsewhere, which has to be passed.
     """
-    name = kind.__name__.lower()
+    name = "solver" if kind is Solver else "process"
     if isinstance(given, kind):
         return given
     if isinstance(given, dict) and "class" in given:
@@ -42,7 +42,8 @@ def load(given: Any, kind: type[Solver] | type[Process]) -> Any:
     if not isinstance(given, dict) or "part" not in given:
         raise ValueError(f"{name} must be a {kind.__name__}, got {given!r}")
     module, _, found_name = given["part"].partition(":")
-    found = getattr(importlib.import_module(ROOM + module), found_name, None) if module.isidentifier() else None
+    homes = [f"{ROOM}{module}", ROOM.rstrip(".")] if module.isidentifier() else []  # parts of older versions have moved
+    found = next((f for f in (getattr(importlib.import_module(h), found_name, None) for h in homes) if f), None)
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise ValueError(f"no {kind.__name__} is called {given['part']!r}")
     return found(**{k: v for k, v in given.items() if k != "part"})

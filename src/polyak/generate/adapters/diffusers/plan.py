@@ -35,9 +35,9 @@ from polyak.generate.adapters.diffusers.options import (
     Origin,
     Refused,
 )
+from polyak.generate.evaluate import Corrector, DynamicThresholding
 from polyak.generate.prediction import check_kind
-from polyak.generate.process import EDM, Discrete, Flow, Process
-from polyak.generate.sampling import Corrector, DynamicThresholding
+from polyak.generate.process import EDM, Discrete, Flow, ProbabilityPath
 
 PARTS = ("solver", "process", "origin", "grid")  # of the configuration: our own
 WORDS = {"flow": "flow_prediction", "eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # ours to diffusers'
@@ -104,7 +104,7 @@ class Plan:
     origin: str | None
     facts: Origin
     config: Mapping[str, Any]
-    process: Process
+    process: Any
     kind: str
     gain: float = 1.0
     sigma_data: float = 0.5
@@ -237,7 +237,7 @@ def read(
     config: Mapping[str, Any],
     origin: str | None = None,
     *,
-    process: Process | None = None,
+    process: ProbabilityPath | None = None,
     grid: str | None = None,
 ) -> Plan:
     """The plan of a configuration.
@@ -285,7 +285,7 @@ def _word(config: Mapping[str, Any], allowed: tuple[str, ...]) -> str:
     return checks.one_of("prediction_type", "sample" if given == "original_sample" else given, allowed)
 
 
-def _given(config: Mapping[str, Any], facts: Origin, process: Process) -> dict[str, Any]:
+def _given(config: Mapping[str, Any], facts: Origin, process: ProbabilityPath) -> dict[str, Any]:
     kind = check_kind("prediction_type", config["prediction_type"])
     data = config.get("sigma_data", 0.5)
     made = {"process": process, "kind": kind, "sigma_data": data, "given": True}

@@ -23,7 +23,7 @@ from polyak.generate.adapters.diffusers.levels import (
 )
 from polyak.generate.adapters.diffusers.plan import Plan
 from polyak.generate.prediction import edm_label
-from polyak.generate.process import EDM, Discrete, Flow, Process
+from polyak.generate.process import EDM, Discrete, Flow
 
 Array = np.ndarray[Any, Any]
 
@@ -52,7 +52,7 @@ class Schedule:
 
     times: list[float]
     labels: list[float]
-    process: Process
+    process: Any
 
 
 def make(plan: Plan, request: Request, *, zero: bool) -> Schedule:
@@ -71,21 +71,21 @@ def make(plan: Plan, request: Request, *, zero: bool) -> Schedule:
     return {"levels": _levels, "edm": _edm, "flow": _flow, "trig": _trig}[family](plan, request)
 
 
-def label(plan: Plan, process: Process, t: float) -> float:
+def label(plan: Plan, process: Any, t: float) -> float:
     """What the network is told at a time that is not on the schedule."""
     if _told_log_sigma(plan, process):
         return edm_label(process.sigma_hat(t))  # type: ignore[return-value]
     return (1 - t) * plan.train_steps if _inverted(plan) else process.label(t)
 
 
-def times_of(plan: Plan, process: Process, labels: torch.Tensor) -> torch.Tensor:
+def times_of(plan: Plan, process: Any, labels: torch.Tensor) -> torch.Tensor:
     """The inverse of :func:`label`."""
     if _told_log_sigma(plan, process):
         return process.t_of_lam(-4 * labels)
     return 1 - labels / plan.train_steps if _inverted(plan) else process.t_of_label(labels)
 
 
-def _told_log_sigma(plan: Plan, process: Process) -> bool:
+def _told_log_sigma(plan: Plan, process: Any) -> bool:
     """Whether the network is told ``ln(sigma) / 4``."""
     if isinstance(process, ChainLevels | Arctan):
         return _continuous(plan)
@@ -184,7 +184,7 @@ def _of_process(plan: Plan, request: Request, zero: bool) -> Schedule:
     return Schedule(times, [label(plan, process, t) for t in times[:-1]], process)
 
 
-def _snapped(process: Process, t: float) -> float:
+def _snapped(process: Any, t: float) -> float:
     """An end of the range, or a point of the chain, which single precision has missed by a little."""
     points = [process.t_min, process.t_max]
     if isinstance(process, Discrete):
@@ -202,7 +202,7 @@ def _ends_at_zero(plan: Plan, zero: bool) -> bool:
     return final == "zero" or (final == "alpha" and bool(plan.config.get("set_alpha_to_one")))
 
 
-def _ended(plan: Plan, process: Process, times: list[float], zero: bool) -> list[float]:
+def _ended(plan: Plan, process: Any, times: list[float], zero: bool) -> list[float]:
     if process.sigma(times[-1]) == 0:
         return times
     if _ends_at_zero(plan, zero):

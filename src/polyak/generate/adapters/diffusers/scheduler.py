@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,12 +29,13 @@ from polyak.generate.adapters.diffusers.plan import (
     names_of,
     read,
 )
-from polyak.generate.adapters.diffusers.runs import Driven, Leg, begin_at, compose, evaluations_per_step
+from polyak.generate.adapters.diffusers.runs import Driven, Ground, Leg, begin_at, compose, evaluations_per_step
 from polyak.generate.adapters.diffusers.schedule import Request, Schedule
+from polyak.generate.ddim import DDIM
+from polyak.generate.evaluate import HALF
 from polyak.generate.prediction import Prediction, edm_input_scaling
-from polyak.generate.process import Discrete, Flow, Process, expand
-from polyak.generate.sampling import HALF
-from polyak.generate.solver import DDIM, Solver
+from polyak.generate.process import Discrete, Flow, ProbabilityPath, Process, expand, wide
+from polyak.generate.solver import Solver
 
 
 @dataclass
@@ -42,6 +44,14 @@ class PolyakSchedulerOutput(BaseOutput):
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
+
+
+class Negated(Prediction):
+    """Of a network that answers the opposite: what it says is minus its dialect."""
+
+    def weights(self, view: str) -> tuple[Any, Any]:
+        a, b = super().weights(view)
+        return a, -b
 
 
 class PolyakScheduler(SchedulerMixin, ConfigMixin):
@@ -81,7 +91,7 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         self,
         *,
         solver: Solver | dict[str, Any] | None = None,
-        process: Process | dict[str, Any] | None = None,
+        process: ProbabilityPath | dict[str, Any] | None = None,
         origin: str | None = None,
         grid: str | None = None,
         **options: Any,
@@ -93,7 +103,7 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"diffusers needs the timesteps beforehand; an adaptive solver has none: {self.solver!r}")
         if origin is None and "shift" in options and "beta_start" not in options:
             origin = "FlowMatchEulerDiscreteScheduler"
-        given = None if process is None else load(process, Process)
+        given = None if process is None else load(process, ProbabilityPath)
         if options.get("prediction_type") in WORDS:
             options["prediction_type"] = WORDS[options["prediction_type"]]
         saved: dict[str, Any] = {"solver": dump(self.solver), "process": None, "origin": origin, "grid": grid}
@@ -123,13 +133,15 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
     def _read(self, options: Mapping[str, Any], origin: str | None, grid: str | None) -> None:
         """Make the plan, and refuse what does not go together."""
         self._plan: Plan = read(options, origin, process=self._given, grid=grid)
-        self.process: Process = self._plan.process
+        self.process: Any = self._plan.process
         self.corrector = self._plan.corrector
         if self.solver.needs_gaussian and not self.process.is_gaussian:
             raise ValueError(f"{self.solver!r} needs Gaussian noise, which {self.process!r} has not")
         if options.get("thresholding") and self.corrector is not None and self.solver.no_corrector:
             raise ValueError(f"thresholding cannot be used: {self.solver.no_corrector}")
-        self.order = evaluations_per_step(self.solver, self.process)
+        # What is corrected is the predicted data, whatever the network says.
+        self._kind = self._plan.kind if self.corrector is None else "sample"
+        self.order = evaluations_per_step(self.solver, Ground(self.process, self._kind))
 
     def _refresh(self) -> None:
         """Read the configuration again if somebody changed it, as pipelines do with old ones."""
@@ -223,7 +235,8 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         self.process = made.process
         self._times = made.times
         self._told = dict(zip(made.times[:-1], made.labels, strict=True))
-        self._legs = compose(self.solver, made.times, self.process)
+        self._ground = Ground(self.process, self._kind)
+        self._legs = compose(self.solver, made.times, self._ground)
         self._asked = [t for leg in self._legs for t in leg.asked]
         self._starts = [first for leg in self._legs for first in leg.first]
         self.num_inference_steps = len(made.times) - 1
@@ -243,9 +256,8 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
             times = self.solver.times(process, steps=n, grid=plan.grid).tolist()
             return Schedule(times, [schedule.label(plan, plan.process, t) for t in times[:-1]], plan.process)
         made = schedule.make(plan, request, zero=self.solver.reaches_zero)
-        for i, t in enumerate(made.times):
-            made.process.check_time(f"times[{i}]", t)
-        return made
+        times = [made.process.check_time(f"times[{i}]", t) for i, t in enumerate(made.times)]
+        return dataclasses.replace(made, times=times)
 
     def _label(self, t: float) -> float:
         told = self._told.get(t)
@@ -254,7 +266,7 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
     def _level(self, t: float) -> float:
         if isinstance(self.process, Flow):
             return 1 - t if self._plan.config.get("invert_sigmas") else t
-        return self.process.sigma_hat(t)
+        return self.process.sigma_hat(t) if isinstance(self.process, Process) else t
 
     def _table_of(self, labels: list[float], device: str | torch.device | None) -> Tensor:
         table = np.array(labels)
@@ -271,7 +283,7 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         """The standard deviation of the noise that a run starts from, as the origin has it."""
         family = self._plan.facts.family
         if family == "chain" or self._plan.given:
-            return self.process.prior_std
+            return getattr(self.process, "prior_std", 1.0)
         if family == "levels":
             top = float(self.sigmas.max())
             return top if self._plan.config["timestep_spacing"] in ("linspace", "trailing") else math.hypot(top, 1.0)
@@ -326,7 +338,7 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
 
     def _begin(self, timestep: Any) -> None:
         index = self._start_index(timestep)
-        self._driven = Driven(begin_at(self._legs, index, self.process) if index else self._legs, self.process)
+        self._driven = Driven(begin_at(self._legs, index, self._ground) if index else self._legs, self._ground)
         self._step_index = index
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
@@ -374,37 +386,37 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         if self._driven.done:
             raise ValueError("the run is complete; call set_timesteps before the next one")
         exact = self._unrounded(sample)
-        prediction = self._predicted(model_output, exact, self._asked[self._step_index], bool(use_clipped_model_output))
+        prediction = self._predicted(model_output, exact, self._driven.t, bool(use_clipped_model_output))
         self._exact = self._driven.send(prediction, generator)
         self._step_index += 1
         returned = self._exact.to(sample.dtype)
-        if return_dict:
-            return PolyakSchedulerOutput(returned, prediction.x0.to(sample.dtype))
-        return (returned, prediction.x0.to(sample.dtype)) if self._plan.facts.gives_x0 else (returned,)
+        if not (return_dict or self._plan.facts.gives_x0) or not isinstance(self.process, Process):
+            return PolyakSchedulerOutput(returned) if return_dict else (returned,)
+        x0 = prediction.x0.to(sample.dtype)
+        return PolyakSchedulerOutput(returned, x0) if return_dict else (returned, x0)
 
     def _unrounded(self, sample: Tensor) -> Tensor:
         """The state in at least single precision: of a sample in half precision what it was before it was rounded."""
         if sample.dtype not in HALF:
             return sample
-        wide = sample.float()
-        if self._exact is None or self._exact.shape != sample.shape or self._exact.dtype != wide.dtype:
-            return wide
-        return torch.where(self._exact.to(sample.dtype) == sample, self._exact, wide)
+        given = sample.float()
+        if self._exact is None or self._exact.shape != sample.shape or self._exact.dtype != given.dtype:
+            return given
+        return torch.where(self._exact.to(sample.dtype) == sample, self._exact, given)
 
     def _predicted(self, output: Tensor, x: Tensor, t: float, clipped_eps: bool) -> Prediction:
         plan = self._plan
         if plan.learned and output.shape[1] == 2 * x.shape[1]:
             output = output.chunk(2, dim=1)[0]
-        output = output.to(x.dtype)
-        if plan.gain != 1:
-            output = output * plan.gain
-        made = Prediction(output, x, t, self.process, plan.kind, sigma_data=plan.sigma_data)
-        if plan.corrector is None:
+        kind = Prediction if plan.gain > 0 else Negated
+        made = kind(output, x, t, self.process, plan.kind, sigma_data=plan.sigma_data)
+        if self.corrector is None:
             return made
-        corrected = made.replace(plan.corrector(made.x0, t), "sample")
-        if plan.facts.keeps_eps and not clipped_eps and type(self.solver) is DDIM:
-            corrected.__dict__["eps"] = made.eps
-        return corrected
+        x0 = self.corrector(made.x0, t)
+        if plan.facts.keeps_eps and not clipped_eps and isinstance(self.solver, DDIM):
+            # DDIM's own step keeps the network's eps: the state is moved along, so that x = alpha x0 + sigma eps holds.
+            made = made.rebase(torch.add(x, x0 - made.x0, alpha=self.process.alpha(t)))
+        return Prediction(x0, made.x, t, self.process, "sample")
 
     # --- noise
 
@@ -427,13 +439,13 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
 
     def _moments(self, timesteps: Tensor, x: Tensor) -> tuple[Any, Any]:
         """alpha and sigma of timesteps: of those that are planned exactly, of others by the process."""
-        wide = torch.float64 if timesteps.device.type in ("cpu", "cuda") else torch.float32
-        labels = timesteps.to(wide)
+        kind = wide(timesteps.device)
+        labels = timesteps.to(kind)
         t = schedule.times_of(self._plan, self.process, labels)
         if self._times:
             planned = self.timesteps.to(device=labels.device, dtype=torch.float32)
             same = labels.to(torch.float32).reshape(-1, 1) == planned
-            times = torch.tensor(self._asked, dtype=wide, device=labels.device)
+            times = torch.tensor(self._asked, dtype=kind, device=labels.device)
             t = torch.where(same.any(1), times[same.int().argmax(1)], t.reshape(-1)).reshape(t.shape)
         t = t.to(x.device)
         if t.ndim and len(t) != len(x):
