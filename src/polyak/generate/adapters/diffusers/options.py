@@ -377,5 +377,17 @@ OLD: dict[str, tuple[Any, ...]] = {
     "predict_epsilon": (True, None),
     "set_alpha_to_zero": (None,),
 }
+# What some schedulers' step takes besides, with the values that ask for nothing; ... is any.
+STEPS: dict[str, tuple[Any, ...]] = {
+    "s_churn": (0, 0.0),
+    "s_tmin": (...,),
+    "s_tmax": (...,),
+    "s_noise": (...,),
+    "order": (...,),  # of LMSDiscreteScheduler
+    "variance_noise": (None,),
+    "per_token_timesteps": (None,),
+    "pred_original_sample": (None,),
+    "prev_timestep": (None,),
+}
 # Every option of any scheduler: what one class does not have is kept for the others, as diffusers keeps it.
 KNOWN = {name for origin in TABLE.values() for name in origin.options} | set(OWN.options)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import torch
+from diffusers import schedulers as theirs
 from torch import Tensor
 
 from polyak.core import checks
@@ -31,7 +31,7 @@ from polyak.generate.adapters.diffusers.options import (
     OWN,
     OWN_DEFAULTS,
     TABLE,
-    Idle,
+    Acts,
     Origin,
     Refused,
 )
@@ -59,7 +59,7 @@ class Thresholding:
     """
 
     def __init__(self, ratio: float, ceiling: float) -> None:
-        self.ratio = checks.between("dynamic_thresholding_ratio", ratio, 0.0, 1.0, ends="(]")
+        self.ratio = checks.between("dynamic_thresholding_ratio", ratio, 0.0, 1.0, ends="[]")
         self.ceiling = checks.positive("sample_max_value", ceiling)
 
     def __call__(self, x0: Tensor, t: float) -> Tensor:
@@ -137,7 +137,7 @@ def defaults_of(origin: str | None) -> dict[str, Any]:
         return dict(OWN_DEFAULTS)
     if origin in DEFAULTS:
         return dict(DEFAULTS[origin])
-    found = getattr(diffusers, origin, None)
+    found = getattr(theirs, origin, None)
     if found is None:
         raise ValueError(f"the installed diffusers has no {origin}")
     empty = inspect.Parameter.empty
@@ -161,7 +161,7 @@ def identify(config: Mapping[str, Any]) -> str | None:
     for name in sorted(TABLE, key=lambda n: -len(keys & set(TABLE[n].options))):
         if len(keys & set(TABLE[name].options)) < best[0]:
             break
-        if name not in DEFAULTS and not hasattr(diffusers, name):
+        if name not in DEFAULTS and not hasattr(theirs, name):
             continue
         defaults = defaults_of(name)
         names = set(defaults) or set(TABLE[name].options)
@@ -175,8 +175,14 @@ def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
     return any(value is a or (type(value) is type(a) and value == a) for a in allowed)
 
 
-def _known_elsewhere(name: str) -> bool:
-    return name in KNOWN or any(name in defaults_of(c) for c in TABLE if hasattr(diffusers, c) and c not in DEFAULTS)
+def _passes(name: str, value: Any, origin: str | None) -> bool:
+    """Whether an option that the scheduler is not known to have may be there: it means nothing, or belongs to another one."""
+    if name in OLD:
+        return _is_one_of(value, OLD[name])
+    if name in (own := defaults_of(origin)):  # of a newer diffusers
+        return _is_one_of(value, (own[name],))
+    known = name in KNOWN or any(name in defaults_of(c) for c in TABLE if c not in DEFAULTS and hasattr(theirs, c))
+    return known and (origin is not None or value is None or value is False)
 
 
 def check_options(config: Mapping[str, Any], origin: str | None) -> None:
@@ -189,19 +195,10 @@ def check_options(config: Mapping[str, Any], origin: str | None) -> None:
         rule = facts.options.get(name)
         if isinstance(rule, Refused) and not _is_one_of(value, rule.unless):
             raise ValueError(f"{name}={value!r} of {whose} cannot be taken: {rule.why}")
-        if rule is not None:
-            continue
-        if name in OLD and _is_one_of(value, OLD[name]):
-            continue
-        if origin is not None and (_known_elsewhere(name) or defaults_of(origin).get(name, ...) == value):
-            continue
-        if value is None or value is False:
-            continue
-        owners = [n for n, o in TABLE.items() if name in o.options and not isinstance(o.options[name], Idle)]
-        hint = (
-            f"it belongs to {', '.join(owners)}; say whose configuration this is with origin=" if owners else "unknown"
-        )
-        raise ValueError(f"{name}={value!r} is not an option of {whose}: {hint}")
+        if rule is None and not _passes(name, value, origin):
+            owners = [n for n, o in TABLE.items() if isinstance(o.options.get(name), Acts)]
+            belongs = f"it belongs to {', '.join(owners)}; say whose configuration this is with origin="
+            raise ValueError(f"{name}={value!r} is not an option of {whose}: {belongs if owners else 'unknown'}")
     active = [name for name in SHAPES if config.get(name) and name in facts.options]
     if len(active) > 1:
         raise ValueError(f"only one of {', '.join(active)} can be used")

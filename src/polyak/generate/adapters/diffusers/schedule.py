@@ -347,7 +347,7 @@ def _dynamic(plan: Plan, request: Request) -> float:
 def _stretched(plan: Plan, t: Array) -> Array:
     """``shift_terminal``: the last time is moved there, all others in proportion."""
     terminal = plan.config.get("shift_terminal")
-    return 1 - (1 - t) * (1 - terminal) / (1 - t[-1]) if terminal and t[-1] < 1 else t
+    return 1 - (1 - t) / ((1 - t[-1]) / (1 - terminal)) if terminal and t[-1] < 1 else t
 
 
 # --- levels of a chain

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from polyak.core import checks
 from polyak.generate.adapters.diffusers import schedule
-from polyak.generate.adapters.diffusers.options import TABLE
+from polyak.generate.adapters.diffusers.options import STEPS, TABLE
 from polyak.generate.adapters.diffusers.parts import dump, load
 from polyak.generate.adapters.diffusers.plan import (
     PARTS,
@@ -36,6 +36,7 @@ from polyak.generate.evaluate import HALF
 from polyak.generate.prediction import Prediction, edm_input_scaling
 from polyak.generate.process import Discrete, Flow, ProbabilityPath, Process, expand, wide
 from polyak.generate.solver import Solver
+from polyak.generate.update import combine
 
 
 @dataclass
@@ -147,8 +148,10 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         """Read the configuration again if somebody changed it, as pipelines do with old ones."""
         if self._internal_dict is self._seen:
             return
-        config = {k: v for k, v in self._internal_dict.items() if not k.startswith("_")}
-        self._read(config, config.get("origin"), config.get("grid"))
+        origin = self._internal_dict.get("origin")
+        known = {*names_of(origin), *PARTS}
+        config = {k: v for k, v in self._internal_dict.items() if k in known or k in self._seen}
+        self._read(config, origin, config.get("grid"))
         self._seen = self._internal_dict
 
     # --- configurations
@@ -181,6 +184,9 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
             ours = {"origin": identify(config)}
         else:
             ours = {}
+        used = [k for k in config.get("_use_default_values", ()) if k in options]
+        if kwargs.get("origin") not in (None, ours.get("origin")):  # as diffusers does from one class to another
+            options = {k: v for k, v in options.items() if k not in used}
         kwargs = {**ours, **{k: v for k, v in kwargs.items() if k not in PARTS or v is not None}}
         unused: dict[str, Any] = {}
         if return_unused_kwargs:
@@ -189,8 +195,8 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         if name is not None:
             options["_class_name"] = cls.__name__
         defaults = defaults_of(facts_of(kwargs.get("origin")) and kwargs.get("origin"))
-        same = [k for k in config.get("_use_default_values", ()) if k in options and options[k] == defaults.get(k, ...)]
-        made = cls(**{**options, **kwargs}, _use_default_values=[k for k in same if k not in kwargs])
+        same = [k for k in used if k in options and k not in kwargs and options[k] == defaults.get(k, ...)]
+        made = cls(**{**options, **kwargs}, _use_default_values=same)
         return (made, unused) if return_unused_kwargs else made
 
     def __len__(self) -> int:
@@ -242,7 +248,8 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(made.times) - 1
         labels = [self._label(t) for t in self._asked]
         self.timesteps = self._table_of(labels, device)
-        self.sigmas = torch.tensor([self._level(t) for t in [*self._asked, made.times[-1]]], dtype=torch.float32)
+        levels, self._scales = self._levels([*self._asked, made.times[-1]])
+        self.sigmas = levels.to(torch.float32)
         self._reset()
 
     def _scheduled(self, request: Request) -> Schedule:
@@ -263,10 +270,13 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         told = self._told.get(t)
         return schedule.label(self._plan, self.process, t) if told is None else told
 
-    def _level(self, t: float) -> float:
-        if isinstance(self.process, Flow):
-            return 1 - t if self._plan.config.get("invert_sigmas") else t
-        return self.process.sigma_hat(t) if isinstance(self.process, Process) else t
+    def _levels(self, times: list[float]) -> tuple[Tensor, list[float] | None]:
+        """The noise levels at times, and what a sample is multiplied by before the network sees it."""
+        t, data = torch.tensor(times, dtype=torch.float64), self._plan.input_data
+        if isinstance(self.process, Flow) or not isinstance(self.process, Process):
+            return (1 - t if self._plan.config.get("invert_sigmas") else t), None
+        sigma = self.process.sigma_hat(t)
+        return sigma, None if data is None else (edm_input_scaling(sigma, data) / self.process.alpha(t)).tolist()
 
     def _table_of(self, labels: list[float], device: str | torch.device | None) -> Tensor:
         table = np.array(labels)
@@ -343,12 +353,14 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample as the model wants it: scaled where the origin's samples are, and for preconditioned networks."""
-        data = self._plan.input_data
-        if data is None:
+        if self._plan.input_data is None:
             return sample
+        if not self._times:  # nothing is planned, and all timesteps are known
+            at = torch.tensor([float(timestep)], dtype=torch.float64)
+            _, scales = self._levels(schedule.times_of(self._plan, self.process, at).tolist())
+            return sample * scales[0]  # type: ignore[index]
         index = self._start_index(timestep) if self._step_index is None else self._step_index
-        t = self._asked[index]
-        return sample * (edm_input_scaling(self.process.sigma_hat(t), data) / self.process.alpha(t))
+        return sample * self._scales[index]  # type: ignore[index]
 
     def step(
         self,
@@ -360,6 +372,7 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         *,
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
+        **others: Any,
     ) -> PolyakSchedulerOutput | tuple[Tensor, ...]:
         """Take the model's output at the point that the last step returned; give the next point, or the result.
 
@@ -373,12 +386,21 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
                 data where the origin's step gives them.
             eta: what DDIM's pipelines pass; only 0, since noise is the solver's own.
             use_clipped_model_output: what DDIM's pipelines pass: the noise, too, is that of the clipped data.
+            others: what else diffusers' steps take; only values that ask for nothing (``s_churn=0``).
 
         Raises:
-            ValueError: before ``set_timesteps``, after the last step, or for another ``eta``.
+            ValueError: before ``set_timesteps``, after the last step, or for what else is asked for.
         """
+        if isinstance(generator, int | float):  # DDIM's fourth argument is eta
+            generator, eta = None, generator
         if eta:
             raise ValueError(f"eta must be 0, got {eta}: noise is the solver's own, as in DDIM(eta=...)")
+        for name, value in others.items():
+            allowed = STEPS.get(name, ())
+            if ... not in allowed and not any(value is a or (isinstance(a, float) and value == a) for a in allowed):
+                raise ValueError(
+                    f"{name}={value!r} cannot be taken by step: {'leave it out' if allowed else 'unknown'}"
+                )
         if self._driven is None:
             self._begin(timestep)
         assert self._driven is not None
@@ -392,7 +414,8 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         returned = self._exact.to(sample.dtype)
         if not (return_dict or self._plan.facts.gives_x0) or not isinstance(self.process, Process):
             return PolyakSchedulerOutput(returned) if return_dict else (returned,)
-        x0 = prediction.x0.to(sample.dtype)
+        of_x, of_output = prediction.weights("x0")
+        x0 = combine((of_x, prediction.x), (of_output, prediction.output)).to(sample.dtype)
         return PolyakSchedulerOutput(returned, x0) if return_dict else (returned, x0)
 
     def _unrounded(self, sample: Tensor) -> Tensor:
