@@ -39,7 +39,7 @@ def run_table(
     moments = stages[0].t.of if isinstance(stages[0].t, Moment) else process.moments([s.t for s in stages])
     told = denoiser.labels(moments, x)
     labels = [told[t.index] if isinstance(t := stage.t, Moment) else told[i] for i, stage in enumerate(stages)]
-    casts, scales, wanted = x.dtype != dtype, kind == "edm", x.dtype
+    casts, scales = x.dtype != dtype, kind == "edm"
     values, start, shape = (), x, x.shape
     for i, (stage, step, label) in enumerate(zip(stages, steps, labels, strict=True)):
         fed = x.to(dtype) if casts else x
@@ -48,8 +48,6 @@ def run_table(
             Prediction(output, x, stage.t, process, kind)  # refuses it
         if check is not None:
             check(output, i + 1, stage.t)
-        if output.dtype != wanted:
-            output = output.to(wanted)
         if stage.first:
             start = x
         made, values = apply(step, start, x, output, values, generator)

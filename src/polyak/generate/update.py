@@ -25,6 +25,7 @@ BLOCK = 1024
 _WARPS = 4
 _FEW = 2**20  # elements, which a GPU of today moves in less time than a launch takes the host
 _STORED = {torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16"}
+_LOW = (torch.float16, torch.bfloat16)
 _launch = Launcher()
 
 
@@ -79,7 +80,8 @@ def advance(
         value: ``(a, b)``: also make ``a x + b output``, a tensor of its own even where it is one of them.
         noise: ``(std, z)``: add ``std z``, and give the mean, too.
     """
-    if not rest and value is None and noise is None and output.dtype == x.dtype and _small(x, of_x):
+    alone = not rest and value is None and noise is None
+    if alone and (output.dtype == x.dtype or output.dtype in _LOW) and _small(x, of_x):
         # The whole of a one-step method: no more than the arithmetic.
         if of_x == 1.0:
             return Update(torch.add(x, output, alpha=of_output))
