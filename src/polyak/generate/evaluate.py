@@ -80,7 +80,7 @@ class Evaluator:
         self.denoiser, self.guidance, self.corrector = denoiser, guidance, corrector
         self.dtype, self.check_finite = dtype, check_finite
         self.nfe = self.evaluations = 0
-        self.queries: list[float] = []
+        self.queries: list[float | Tensor] = []
         self.cond: Any = None
         self.uncond: Any = None
         self.guided: Any = None
@@ -139,12 +139,13 @@ class Evaluator:
         return type(self.denoiser) is Denoiser and self.guidance is None and self.corrector is None
 
 
-def look(output: Tensor, evaluation: int, t: float) -> None:
+def look(output: Tensor, evaluation: int, t: float | Tensor) -> None:
     """ValueError where an output is not finite."""
     # A sum is not finite where a term is not; only then is each one looked at.
     if not math.isfinite(output.sum().item()) and not bool(output.isfinite().all()):
         what = "NaN" if bool(output.isnan().any()) else "infinity"
-        raise ValueError(f"{what} in the prediction of evaluation {evaluation} at t={t:.6g}")
+        when = t.tolist() if isinstance(t, Tensor) else f"{t:.6g}"
+        raise ValueError(f"{what} in the prediction of evaluation {evaluation} at t={when}")
 
 
 def start_guidance(guidance: Guidance, steps: int | None) -> Any:

@@ -34,14 +34,14 @@ class SamplingInfo:
     Attributes:
         nfe: points at which the denoiser was asked; what papers count.
         evaluations: network calls (a guided pair is two).
-        queries: the times of those points, in order.
+        queries: the times of those points, in order; tensors of shape (B,) of solvers whose rows have times of their own.
         steps: ``(s, t)`` of the completed steps.
         steering: the final steering state, with its weights and evidence; None without steering.
     """
 
     nfe: int = 0
     evaluations: int = 0
-    queries: list[float] = field(default_factory=list)
+    queries: list[Any] = field(default_factory=list)
     steps: list[tuple[float, float]] = field(default_factory=list)
     steering: Any = None
 
@@ -306,7 +306,7 @@ class _Loop:
             x = drive(run, self.evaluator, self.done)
             self._look_at_the_end(x)
         self.info.nfe, self.info.evaluations = self.evaluator.nfe, self.evaluator.evaluations
-        self.info.queries = list(map(float, self.evaluator.queries))
+        self.info.queries = [t if isinstance(t, Tensor) else float(t) for t in self.evaluator.queries]
         x = x.to(dtype)
         if self.steering is None:
             return x

@@ -182,7 +182,9 @@ class ProbabilityPath:
 
     def check_times(self, times: Any) -> list[float]:
         """A strictly decreasing sequence of at least two times as floats, each as :meth:`check_time` returns it."""
-        values = times.tolist() if isinstance(times, Tensor) else list(times)
+        values = (
+            times.tolist() if isinstance(times, Tensor) else [t.item() if isinstance(t, Tensor) else t for t in times]
+        )
         if len(values) < 2:
             raise ValueError(f"times must hold at least 2 times, got {values}")
         inside = all(type(t) is float for t in values) and self.t_max >= values[0] and values[-1] >= self.t_min
