@@ -746,3 +746,49 @@ def test_a_stage_table_is_all_a_linear_solver_needs() -> None:
     assert torch.equal(
         sample(exact(), noise(), solver=Mine(), steps=6), sample(exact(), noise(), solver=Euler(), steps=6)
     )
+
+
+def test_a_solver_whose_rows_have_times_of_their_own() -> None:
+    """Heun from a noise level of each row's own; every row is what it is alone."""
+    process = EDM(sigma_min=0.01, sigma_max=40.0)
+    starts = torch.tensor([1.0, 5.0, 40.0], dtype=torch.float64)
+
+    class PerRow(Solver):
+        def __init__(self, starts: Tensor) -> None:
+            self.starts = starts
+
+        def run(self, x, times, process, *, generator=None):  # type: ignore[no-untyped-def, override]
+            shares = torch.linspace(1, 0, len(times), dtype=torch.float64)
+            rows = self.starts[None] ** shares[:, None] * 0.01 ** (1 - shares[:, None])
+            for i, (s, t) in enumerate(itertools.pairwise(rows)):
+                p = yield Query(x, s)
+                slope = p.flow
+                q = yield Query(p.x + (t - s)[:, None] * slope, t, first=False)
+                x = p.x + (t - s)[:, None] * (slope + q.flow) / 2
+                yield Step(x, float(s.max()), float(t.max()), i, i == len(rows) - 2)
+            return x
+
+    grid = process.grid(6, "karras")
+    denoiser = Denoiser(lambda x, label: 0.3 * x / (1 + label[:, None] ** 2), process, "sample")
+    x = noise(3, 2) * starts[:, None]
+    together, info = sample(denoiser, x, solver=PerRow(starts), grid=grid, return_info=True)
+    assert info.queries[0].tolist() == starts.tolist()
+    for i in range(3):
+        alone = sample(denoiser, x[i : i + 1], solver=PerRow(starts[i : i + 1]), grid=grid)
+        assert torch.allclose(together[i : i + 1], alone, rtol=1e-13)
+    with pytest.raises(ValueError, match=r"NaN in the prediction of evaluation 1 at t=\[1.0, 5.0, 40.0\]"):
+        sample(Denoiser(lambda x, t: x * math.nan, process, "sample"), x, solver=PerRow(starts), grid=grid)
+
+
+def test_times_may_be_of_any_kind_of_number() -> None:
+    import numpy as np
+
+    want = sample(exact(), noise(2), solver=DDIM(), grid=[1.0, 0.5, 0.25])
+    for grid in (
+        torch.tensor([1.0, 0.5, 0.25]),
+        np.array([1.0, 0.5, 0.25]),
+        np.array([1.0, 0.5, 0.25], dtype=np.float32),
+        [torch.tensor(1.0), torch.tensor(0.5), torch.tensor(0.25)],
+        (1, 0.5, 0.25),
+    ):
+        assert torch.equal(sample(exact(), noise(2), solver=DDIM(), grid=grid), want)

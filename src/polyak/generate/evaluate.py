@@ -80,7 +80,7 @@ class Evaluator:
         self.denoiser, self.guidance, self.corrector = denoiser, guidance, corrector
         self.dtype, self.check_finite = dtype, check_finite
         self.nfe = self.evaluations = 0
-        self.queries: list[float] = []
+        self.queries: list[float | Tensor] = []
         self.cond: Any = None
         self.uncond: Any = None
         self.guided: Any = None
@@ -125,12 +125,27 @@ class Evaluator:
                 f"denoiser must return a Prediction, got {type(prediction).__name__}; wrap it in Denoiser(...)"
             )
         output = prediction.output
-        look = output.device.type == "cpu" if self.check_finite is None else self.check_finite
-        # A sum is not finite where a term is not; only then is each one looked at.
-        if look and not math.isfinite(output.sum().item()) and not bool(output.isfinite().all()):
-            what = "NaN" if bool(output.isnan().any()) else "infinity"
-            raise ValueError(f"{what} in the prediction of evaluation {self.nfe} at t={query.t:.6g}")
+        if self.looks(output):
+            look(output, self.nfe, query.t)
         return prediction if output.dtype == query.x.dtype else prediction.rebase(query.x)
+
+    def looks(self, x: Tensor) -> bool:
+        """Whether predictions on x's device are looked at."""
+        return x.device.type == "cpu" if self.check_finite is None else self.check_finite
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a network and nothing else."""
+        return type(self.denoiser) is Denoiser and self.guidance is None and self.corrector is None
+
+
+def look(output: Tensor, evaluation: int, t: float | Tensor) -> None:
+    """ValueError where an output is not finite."""
+    # A sum is not finite where a term is not; only then is each one looked at.
+    if not math.isfinite(output.sum().item()) and not bool(output.isfinite().all()):
+        what = "NaN" if bool(output.isnan().any()) else "infinity"
+        when = t.tolist() if isinstance(t, Tensor) else f"{t:.6g}"
+        raise ValueError(f"{what} in the prediction of evaluation {evaluation} at t={when}")
 
 
 def start_guidance(guidance: Guidance, steps: int | None) -> Any:

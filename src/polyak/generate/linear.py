@@ -6,7 +6,7 @@ The weights follow from the times alone. A :class:`LinearSolver` writes them dow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
@@ -147,6 +147,59 @@ def replanned(
     return stages if len(again) == len(stages) else again
 
 
+class Folded(NamedTuple):
+    """A stage, with the dialect of the output folded into its weights."""
+
+    of_x: float  # of the point of the evaluation; at a step's first stage also of its start
+    of_output: float
+    base: float  # of the step's start, after the first stage
+    past: tuple[float, ...]
+    value: tuple[float, float] | None  # (a, b) of the value that is remembered
+    std: float
+    keep: tuple[int, ...]
+
+
+def folded(stage: Stage, weights: Callable[[str], tuple[float, float]]) -> Folded:
+    """A stage for a prediction whose views are ``a x + b output`` with ``(a, b) = weights(view)``."""
+    # Where the prediction is not read its view need not be determined.
+    a, b = weights(stage.view) if stage.value or 0 in stage.keep else (0.0, 0.0)
+    of_x, base = stage.value * a, stage.base
+    if stage.first:
+        of_x, base = of_x + base, 0.0
+    value = (a, b) if 0 in stage.keep else None
+    return Folded(of_x, stage.value * b, base, stage.past, value, stage.std, stage.keep)
+
+
+def apply(
+    stage: Folded,
+    start: Tensor,
+    x: Tensor,
+    output: Tensor,
+    values: tuple[Tensor, ...],
+    generator: Generators | None = None,
+) -> tuple[Update, tuple[Tensor, ...]]:
+    """What a stage makes of an output at x, and what is remembered after it.
+
+    Args:
+        start: the state at the step's start; not looked at in its first stage.
+        values: what is remembered.
+        generator: of the noise, where the stage draws some.
+    """
+    if not (stage.past or stage.base or stage.std or stage.keep):
+        return advance(x, output, stage.of_x, stage.of_output), ()
+    rest: list[tuple[float, Tensor]] = list(zip(stage.past, values, strict=False)) if stage.past else []
+    if stage.base:
+        rest.append((stage.base, start))
+    noise = None
+    if stage.std:
+        noise = stage.std, standard_normal(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    made = advance(x, output, stage.of_x, stage.of_output, rest, value=stage.value, noise=noise)
+    if not stage.keep:
+        return made, ()
+    known = (made.value, *values)
+    return made, tuple(known[i] for i in stage.keep if i < len(known))  # type: ignore[misc]
+
+
 def take_stage(
     stage: Stage,
     start: Tensor,
@@ -154,33 +207,17 @@ def take_stage(
     values: tuple[Tensor, ...],
     generator: Generators | None = None,
 ) -> tuple[Update, tuple[Tensor, ...]]:
-    """What a stage makes of a prediction, and what is remembered after it.
-
-    Args:
-        start: the state at the step's start; at its first stage, the prediction's own x.
-        values: what is remembered.
-        generator: of the noise, where ``stage.std`` is not 0.
-    """
-    x, output, weighed = prediction.x, prediction.output, getattr(prediction, "weights", None)
+    """:func:`apply` for a prediction; a stage's first is taken to be of the step's start, whatever that was before."""
+    weighed = getattr(prediction, "weights", None)
     if weighed is None or isinstance(prediction.t, Tensor):
-        output, a, b = getattr(prediction, stage.view), 0.0, 1.0
+        output, weighed = getattr(prediction, stage.view), _as_it_is
     else:
-        a, b = weighed(stage.view) if stage.value or 0 in stage.keep else (0.0, 0.0)
-    of_x, of_output = stage.value * a, stage.value * b
-    rest = list(zip(stage.past, values, strict=False))
-    if start is x:
-        of_x += stage.base
-    else:
-        rest.append((stage.base, start))
-    noise = None
-    if stage.std:
-        noise = stage.std, standard_normal(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    kept = 0 in stage.keep
-    made = advance(x, output, of_x, of_output, rest, value=(a, b) if kept else None, noise=noise)
-    if stage.keep == (0,):
-        return made, (made.value,)  # type: ignore[return-value]
-    known = (made.value, *values)
-    return made, tuple(known[i] for i in stage.keep if i < len(known))  # type: ignore[misc]
+        output = prediction.output
+    return apply(folded(stage, weighed), start, prediction.x, output, values, generator)
+
+
+def _as_it_is(view: str) -> tuple[float, float]:
+    return 0.0, 1.0
 
 
 def tabled(solver: Solver) -> TypeGuard[LinearSolver]:

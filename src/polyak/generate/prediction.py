@@ -19,7 +19,7 @@ A solver folds them into its step, which is then one linear combination of tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -56,25 +56,35 @@ class PredictionLike(Protocol):
 
 
 class _At:
-    """The schedules of a process at one time, each looked up when it is needed."""
+    """The schedules of a process at one of the moments of a run."""
 
-    __slots__ = ("get",)
+    __slots__ = ("index", "moments")
 
-    def __init__(self, get: Callable[[str], Any]) -> None:
-        self.get = get
+    def __init__(self, moments: Moments, index: int) -> None:
+        self.moments, self.index = moments, index
+
+    def __getattr__(self, name: str) -> float:
+        return getattr(self.moments, name)[self.index]
+
+
+class _Of:
+    """The schedules of a process at any other time."""
+
+    __slots__ = ("process", "t")
+
+    def __init__(self, process: ProbabilityPath, t: float | Tensor) -> None:
+        self.process, self.t = process, t
 
     def __getattr__(self, name: str) -> Any:
-        return self.get(name)
+        return getattr(self.process, name)(self.t)
 
 
-def _schedules(process: ProbabilityPath, t: float | Tensor) -> _At:
+def _schedules(process: ProbabilityPath, t: float | Tensor) -> Any:
     if isinstance(t, Tensor):
-        exact = t.to(wide(t.device))
-        return _At(lambda name: getattr(process, name)(exact))
+        return _Of(process, t.to(wide(t.device)))
     if isinstance(t, Moment) and (t.of.path is process or t.of.path == process):
-        moments, index = t.of, t.index
-        return _At(lambda name: getattr(moments, name)[index])
-    return _At(lambda name: getattr(process, name)(t))
+        return _At(t.of, t.index)
+    return _Of(process, t)
 
 
 class Undetermined(ValueError):
@@ -99,15 +109,15 @@ def weights(kind: str, view: str, at: Any, sigma_data: float = 0.5) -> tuple[Any
     Raises:
         Undetermined: numbers at which the view is not determined.
     """
-    if _OWN.get(view) == kind:
-        return 0.0, 1.0
     if view == "x0":
         return _x0_weights(kind, at, sigma_data)
     if view == "eps":
         return _eps_weights(kind, at, sigma_data)
-    if view == "score":
+    if view == "score" != kind:
         (a, b), over = _eps_weights(kind, at, sigma_data), _over(at.sigma, "the score is infinite")
         return -a * over, -b * over
+    if _OWN.get(view) == kind:
+        return 0.0, 1.0
     # v = alpha eps - sigma x0; dx/dt = alpha' x0 + sigma' eps
     of_x0, of_eps = (-at.sigma, at.alpha) if view == "v" else (at.dalpha, at.dsigma)
     (a0, b0), (a1, b1) = _x0_weights(kind, at, sigma_data), _eps_weights(kind, at, sigma_data)
@@ -151,6 +161,18 @@ def _eps_weights(kind: str, at: Any, sigma_data: float) -> tuple[Any, Any]:
         skip, out = edm_output_scaling(at.sigma_hat, sigma_data)
         return (1 - skip) * over, -alpha * out * over
     return over, -alpha * over
+
+
+def weights_at(
+    kind: str, view: str, process: ProbabilityPath, t: float | Tensor, sigma_data: float = 0.5
+) -> tuple[Any, Any]:
+    """:func:`weights` at a time of a process; ValueError where the view is not determined."""
+    if _OWN.get(view) == kind:
+        return 0.0, 1.0
+    try:
+        return weights(kind, view, _schedules(process, t), sigma_data)
+    except Undetermined as error:
+        raise ValueError(f"{error} from the {kind!r} output at t={t}") from None
 
 
 class Prediction:
@@ -201,10 +223,7 @@ class Prediction:
         """
         if view == "score":
             self._need_gaussian()
-        try:
-            return weights(self.kind, view, _schedules(self.process, self.t), self.sigma_data)
-        except Undetermined as error:
-            raise ValueError(f"{error} from the {self.kind!r} output at t={self.t}") from None
+        return weights_at(self.kind, view, self.process, self.t, self.sigma_data)
 
     def view(self, name: str) -> Tensor:
         """x0, eps, score, v or flow, by name; x's shape."""
@@ -315,7 +334,7 @@ class Denoiser:
         self.prediction = check_kind("prediction", prediction)
         self.sigma_data = checks.positive("sigma_data", sigma_data)
         self._label = label
-        self._told: tuple[Moments, Any, tuple[Tensor, ...]] | None = None
+        self._told: tuple[Moments, Any, Sequence[Tensor]] | None = None
         self.nfe = self.evaluations = 0
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Prediction:
@@ -337,11 +356,14 @@ class Denoiser:
         return Prediction(output, x, t, self.process, self.prediction, sigma_data=self.sigma_data)
 
     def _run(self, model: Network, x: Tensor, t: float | Tensor) -> Tensor:
-        fed = x
-        if self.prediction == "edm":
-            at = _schedules(self.process, t)
-            fed = x * expand(edm_input_scaling(at.sigma_hat, self.sigma_data) / at.alpha, x)
-        return model(fed, self._labels(x, t))
+        return model(self.scaled(x, t), self._labels(x, t))
+
+    def scaled(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """x as the network is given it: scaled for "edm", else x itself."""
+        if self.prediction != "edm":
+            return x
+        at = _schedules(self.process, t)
+        return x * expand(edm_input_scaling(at.sigma_hat, self.sigma_data) / at.alpha, x)
 
     def label(self, t: float | Tensor) -> float | Tensor:
         """What the network is told at t."""
@@ -351,27 +373,34 @@ class Denoiser:
 
     def _labels(self, x: Tensor, t: float | Tensor) -> Tensor:
         """(B,), in float32 where x's own precision would round the label."""
-        dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-        if isinstance(t, Tensor):
-            label = self.label(t.to(wide(t.device)))
-        elif isinstance(t, Moment) and not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return self._table(t.of, len(x), dtype, x.device)[t.index]
-        else:
-            label = self.label(float(t))
+        if isinstance(t, Moment):
+            return self.labels(t.of, x)[t.index]
+        dtype = _label_dtype(x)
+        label = self.label(t.to(wide(t.device)) if isinstance(t, Tensor) else t)
         if isinstance(label, Tensor):
             return label.to(device=x.device, dtype=dtype).expand(x.shape[0])
         return torch.full((x.shape[0],), label, dtype=dtype, device=x.device)
 
-    def _table(self, moments: Moments, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        """The labels at all times of a run, made and moved to the device together."""
+    def labels(self, moments: Moments, x: Tensor) -> Sequence[Tensor]:
+        """What the network is told for x at all times of a run, each of shape (B,); made and moved to the device together."""
+        key = (len(x), _label_dtype(x), x.device)
         known = self._told
-        if known is None or known[0] is not moments or known[1] != (rows, dtype, device):
+        if known is None or known[0] is not moments or known[1] != key:
+            rows, dtype, device = key
             low, high = self.process.t_min, self.process.t_max
             # Clean data below the range has no label: no network is asked there.
-            labels = [float(self.label(float(t))) if low <= t <= high else math.nan for t in moments.times]
-            table = torch.tensor(labels, dtype=dtype).to(device)
-            known = self._told = (moments, (rows, dtype, device), table[:, None].repeat(1, rows).unbind())
+            told = [float(self.label(float(t))) if low <= t <= high else math.nan for t in moments.times]
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                # A captured graph may read no memory that is not its own.
+                made = [torch.full((rows,), label, dtype=dtype, device=device) for label in told]
+                return made
+            made = torch.tensor(told, dtype=dtype).to(device)[:, None].repeat(1, rows).unbind()
+            known = self._told = (moments, key, made)
         return known[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_told": None}
+
+
+def _label_dtype(x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32

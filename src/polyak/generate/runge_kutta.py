@@ -30,37 +30,28 @@ class RungeKutta(LinearSolver):
     by_kind = True
 
     def table(self, times: Sequence[float], process: ProbabilityPath, kind: str = "flow") -> list[Stage]:
+        if len(self.nodes) == 1:
+            at = process.moments(times)
+            return [Stage(s, t, "flow", 1.0, (t - s) * self.weights[0]) for s, t in itertools.pairwise(at)]
         inner: list[float] = []
         for s, t in itertools.pairwise(times):
             # A node at the step's end is the next time itself, to the last bit.
             inner += [s, *(t if c == 1.0 else s + c * (t - s) for c in self.nodes[1:])]
         points = process.moments([*inner, times[-1]])
         count = len(self.nodes)
-        rows = [*self.matrix, self.weights]
+        rows = [tuple(reversed(row)) for row in (*self.matrix, self.weights)]  # newest first, as values are remembered
+        keeps = [*(tuple(range(j + 1)) for j in range(count - 1)), ()]
         stages = []
         for first in range(0, len(points) - 1, count):
             s, t = points[first], points[first + count]
-            h = float(t) - float(s)
+            h = t - s
             asked = points[first : first + count]
-            if count > 1 and t == points[-1] and not all(process.evaluable(q, kind) for q in asked[1:]):
+            if t == points[-1] and not all(process.evaluable(q, kind) for q in asked[1:]):
                 stages.append(Stage(s, t, "flow", 1.0, h))
                 continue
-            for j, row in enumerate(rows):
-                last = j == count - 1
-                weights = tuple(h * w for w in reversed(row))
-                stages.append(
-                    Stage(
-                        asked[j],
-                        t if last else asked[j + 1],
-                        "flow",
-                        1.0,
-                        weights[0],
-                        weights[1:],
-                        keep=() if last else tuple(range(j + 1)),
-                        first=j == 0,
-                        last=last,
-                    )
-                )
+            for j, (at, to, row, keep) in enumerate(zip(asked, (*asked[1:], t), rows, keeps, strict=True)):
+                past = tuple([h * w for w in row[1:]])
+                stages.append(Stage(at, to, "flow", 1.0, h * row[0], past, 0.0, keep, j == 0, j == count - 1))
         return stages
 
 

@@ -29,10 +29,13 @@ from polyak.generate.process import Generators, ProbabilityPath
 
 @dataclass(slots=True, eq=False)
 class Query:
-    """A solver wants the prediction at (x, t). ``first``: the first evaluation of a step."""
+    """A solver wants the prediction at (x, t). ``first``: the first evaluation of a step.
+
+    t is a number, or a tensor of shape (B,) where every row has a time of its own.
+    """
 
     x: Tensor
-    t: float
+    t: Any
     first: bool = True
 
 

@@ -23,7 +23,9 @@ from polyak.core.launch import Launcher, available, build, function
 
 BLOCK = 1024
 _WARPS = 4
+_FEW = 2**20  # elements, which a GPU of today moves in less time than a launch takes the host
 _STORED = {torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16"}
+_LOW = (torch.float16, torch.bfloat16)
 _launch = Launcher()
 
 
@@ -78,6 +80,12 @@ def advance(
         value: ``(a, b)``: also make ``a x + b output``, a tensor of its own even where it is one of them.
         noise: ``(std, z)``: add ``std z``, and give the mean, too.
     """
+    alone = not rest and value is None and noise is None
+    if alone and (output.dtype == x.dtype or output.dtype in _LOW) and _small(x, of_x):
+        # The whole of a one-step method: no more than the arithmetic.
+        if of_x == 1.0:
+            return Update(torch.add(x, output, alpha=of_output))
+        return Update(torch.mul(x, of_x).add_(output, alpha=of_output))
     rest = [(c, r) for c, r in rest if c]
     tensors = [x, output, *(r for _, r in rest), *(() if noise is None else (noise[1],))]
     if x.is_cuda and _suits(tensors):
@@ -90,28 +98,28 @@ def advance(
     return Update(torch.add(mean, z, alpha=std), made, mean)
 
 
+def _small(x: Tensor, of_x: float) -> bool:
+    """Whether two terms are sooner added up by PyTorch: one call, or two that cost the host less than a kernel's launch."""
+    return not x.is_cuda or of_x == 1.0 or x.numel() <= _FEW
+
+
 def _suits(tensors: Sequence[Tensor]) -> bool:
     """Whether the kernel may take these: plain tensors of one device, shape and layout that autograd need not see."""
     x = tensors[0]
-    if torch.compiler.is_compiling() or not available(x.device):
+    if torch.compiler.is_compiling() or not available(x.device) or _watched():
         return False
-    shape, device, keep = x.shape, x.device, torch.is_grad_enabled()
-    last = not x.is_contiguous()
-    if last and not (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
+    shape, stride, device, keep = x.shape, x.stride(), x.device, torch.is_grad_enabled()
+    packed = x.is_contiguous()
+    if not packed and not (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
         return False
     for t in tensors:
-        if (
-            type(t) not in (Tensor, torch.nn.Parameter)
-            or t.dtype not in _STORED
-            or t.shape != shape
-            or t.device != device
-        ):
+        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return False
-        if (keep and t.requires_grad) or t.is_neg():
+        if t.dtype not in _STORED or t.shape != shape or t.device != device or t.is_neg():
             return False
-        if t.stride() != x.stride() and (last or not t.is_contiguous()):
+        if (keep and t.requires_grad) or (t.stride() != stride and not (packed and t.is_contiguous())):
             return False
-    return x.numel() > 0 and not _watched()
+    return x.numel() > 0
 
 
 def _watched() -> bool:
@@ -140,9 +148,12 @@ def _kernel(inputs: int, value: bool, noise: bool) -> Any:
     return build(function("advance", [*names, *outputs, *numbers, "size"], lines))["advance"]
 
 
+_devices = cache(torch.cuda.device_count)
+
+
 def _fused(tensors: list[Tensor], numbers: list[float], value: tuple[float, float] | None, std: float | None) -> Update:
     x = tensors[0]
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
+    if x.is_cuda and _devices() > 1 and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):  # Triton launches on the current device, whatever its arguments are on
             return _fused(tensors, numbers, value, std)
     kernel = _kernel(len(numbers), value is not None, std is not None)

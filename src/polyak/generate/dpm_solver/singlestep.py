@@ -100,9 +100,13 @@ class _Singlestep(DPMSolver, LinearSolver):
             raise ValueError(f"{what} must be at least order={self.order}, got {steps if nfe is None else nfe}")
         if kind != "logsnr":
             return process.grid(sum(orders), kind)
-        outer = process.grid(len(orders), kind).tolist()
-        inner = [process.grid(k, kind, start=s, end=t)[:-1] for k, s, t in zip(orders, outer, outer[1:], strict=False)]
-        return torch.cat([*inner, torch.tensor(outer[-1:], dtype=torch.float64)])
+        # Inner points are uniform in lam between the outer ones, all found together.
+        outer = process.grid(len(orders), kind)
+        lam = process.lam(outer).tolist()  # type: ignore[attr-defined]
+        inner = [a + (b - a) * j / k for a, b, k in zip(lam, lam[1:], orders, strict=False) for j in range(k)]
+        times = process.t_of_lam(torch.tensor([*inner, lam[-1]], dtype=torch.float64))  # type: ignore[attr-defined]
+        times[[*itertools.accumulate(orders, initial=0)]] = outer
+        return times
 
     def plan(self, nfe: int, process: ProbabilityPath, grid: str | None = None) -> list[tuple[int, float, float]]:
         times = self.times(process, nfe=nfe, grid=grid).tolist()

@@ -19,13 +19,24 @@ VIEW = {"eps": "eps", "data": "x0"}  # what a form reads of a prediction
 
 def _z_phi(z: float, count: int) -> list[float]:
     """``[z phi_1(z), ..., z phi_count(z)]``, each to full relative precision; z may be infinite for count 1."""
-    if abs(z) >= 1:
+    if count == 1 or abs(z) >= 1:
         values = [math.expm1(z)]
         for k in range(1, count):
             values.append(values[-1] / z - 1 / math.factorial(k))
         return values
-    # The differences above lose all digits for small z: sum the series.
-    return [math.fsum(z ** (j + 1) / math.factorial(j + k) for j in range(20)) for k in range(1, count + 1)]
+    # These differences lose all digits for small z: the series of the last, and phi_k = z phi_(k+1) + 1 / k! downwards.
+    phi = 0.0
+    for coefficient in _SERIES[count]:
+        phi = phi * z + coefficient
+    values = [z * phi]
+    for k in range(count - 1, 0, -1):
+        phi = z * phi + 1 / math.factorial(k)
+        values.insert(0, z * phi)
+    return values
+
+
+# 1 / (j + k)! from j = 19 down to 0: the terms of phi_k.
+_SERIES = {k: [1 / math.factorial(j + k) for j in range(19, -1, -1)] for k in (2, 3)}
 
 
 def _node_weights(z: float, r: Sequence[float], kind: Kind, parity: str | None) -> list[float]:

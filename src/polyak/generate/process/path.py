@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -63,7 +64,9 @@ class Moments(Sequence[Moment]):
     def __getattr__(self, name: str) -> list[float]:
         if name.startswith("_"):
             raise AttributeError(name)
-        schedule = getattr(self.path, name)
+        schedule = getattr(self.path, name, None)
+        if schedule is None:
+            raise AttributeError(f"{self.path!r} has no {name}, which Gaussian processes have and this solver needs")
         values = schedule(torch.tensor(self.times, dtype=torch.float64)).tolist()
         self.__dict__[name] = values
         return values
@@ -179,9 +182,14 @@ class ProbabilityPath:
 
     def check_times(self, times: Any) -> list[float]:
         """A strictly decreasing sequence of at least two times as floats, each as :meth:`check_time` returns it."""
-        values = times.tolist() if isinstance(times, Tensor) else list(times)
+        values = (
+            times.tolist() if isinstance(times, Tensor) else [t.item() if isinstance(t, Tensor) else t for t in times]
+        )
         if len(values) < 2:
             raise ValueError(f"times must hold at least 2 times, got {values}")
+        inside = all(type(t) is float for t in values) and self.t_max >= values[0] and values[-1] >= self.t_min
+        if inside and all(map(operator.gt, values, values[1:])):
+            return values
         values = [self.check_time(f"times[{i}]", t) for i, t in enumerate(values)]
         for i, (s, t) in enumerate(itertools.pairwise(values)):
             if t >= s:
