@@ -126,7 +126,10 @@ def begin_at(legs: Sequence[Leg], index: int, ground: Ground) -> list[Leg]:
             if list(found.asked) == rest[done:]:
                 before = [ground.leg(FIRST_ORDER, rest[: done + 1])] if done else []
                 return [*before, found, *after]
-    return [ground.leg(FIRST_ORDER, [*rest, leg.times[-1]]), *after]
+    end = leg.times[-1]
+    if getattr(leg.solver, "denoise_to_zero", False) and ground.process.ends_clean(0.0):
+        end = 0.0
+    return [ground.leg(FIRST_ORDER, [*rest, end]), *after]
 
 
 def evaluations_per_step(solver: Solver, ground: Ground) -> int:
