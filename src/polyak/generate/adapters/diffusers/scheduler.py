@@ -79,7 +79,8 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
     Attributes:
         timesteps: what the network is told, one for each evaluation.
         sigmas: the noise levels at these, and at the end: sigma / alpha, of a flow its t.
-        order: evaluations of a full step, for solvers that ask at points that are not on their grid (Runge-Kutta); else 1.
+        order: evaluations of a full step, for solvers that ask at points that are not on their grid (Runge-Kutta); else 1, also
+            after ``set_timesteps`` with timesteps or sigmas, whose pipelines count evaluations.
 
     Raises:
         ValueError: no solver, an adaptive one; options that are refused or unknown.
@@ -142,7 +143,7 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"thresholding cannot be used: {self.solver.no_corrector}")
         # What is corrected is the predicted data, whatever the network says.
         self._kind = self._plan.kind if self.corrector is None else "sample"
-        self.order = evaluations_per_step(self.solver, Ground(self.process, self._kind))
+        self._per_step = self.order = evaluations_per_step(self.solver, Ground(self.process, self._kind))
 
     def _refresh(self) -> None:
         """Read the configuration again if somebody changed it, as pipelines do with old ones."""
@@ -246,6 +247,8 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         self._asked = [t for leg in self._legs for t in leg.asked]
         self._starts = [first for leg in self._legs for first in leg.first]
         self.num_inference_steps = len(made.times) - 1
+        # With timesteps or levels of their own, pipelines take the number of timesteps for the number of steps.
+        self.order = 1 if request.steps is None else self._per_step
         labels = [self._label(t) for t in self._asked]
         self.timesteps = self._table_of(labels, device)
         levels, self._scales = self._levels([*self._asked, made.times[-1]])
