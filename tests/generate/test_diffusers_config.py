@@ -137,6 +137,59 @@ def test_a_pipeline_that_corrects_an_old_configuration_is_heard() -> None:
     assert pipe.scheduler.corrector is None
 
 
+def test_a_changed_configuration_is_read_again() -> None:
+    # diffusers reads attributes when it plans; register_to_config, entries and attributes are all in use.
+    def karras(config: Any) -> None:
+        config["use_karras_sigmas"] = True
+
+    def attribute(config: Any) -> None:
+        config.use_karras_sigmas = True
+
+    want = PolyakScheduler(solver=TWO_M, use_karras_sigmas=True)
+    want.set_timesteps(5)
+    for change in (karras, attribute):
+        scheduler = PolyakScheduler.from_config(diffusers.DPMSolverMultistepScheduler().config, solver=TWO_M)
+        scheduler.set_timesteps(5)
+        assert not torch.equal(scheduler.timesteps, want.timesteps)
+        change(scheduler.config)
+        scheduler.set_timesteps(5)
+        assert torch.equal(scheduler.timesteps, want.timesteps)
+    scheduler = PolyakScheduler(solver=TWO_M)
+    scheduler.register_to_config(use_karras_sigmas=True)
+    scheduler.set_timesteps(5)
+    assert torch.equal(scheduler.timesteps, want.timesteps)
+    scheduler.register_to_config(timestep_spacing="even")
+    with pytest.raises(ValueError, match="timestep_spacing must be one of"):
+        scheduler.set_timesteps(5)
+
+
+def test_options_that_do_nothing_are_refused_where_they_are_written_by_hand() -> None:
+    with pytest.raises(ValueError, match="solver_order=3 has no meaning here: it is of the solver that ours replaces"):
+        PolyakScheduler(solver=TWO_M, solver_order=3)
+    for name, value in (("rescale_betas_zero_snr", True), ("use_flow_sigmas", True), ("use_beta_sigmas", True)):
+        with pytest.raises(ValueError, match=f"{name}=True has no meaning for a process that is given"):
+            as_diffusers(TWO_M, VP(), **{name: value})
+    with pytest.raises(ValueError, match="grid='karras' and use_beta_sigmas exclude each other"):
+        PolyakScheduler(solver=TWO_M, grid="karras", use_beta_sigmas=True)
+    for option, grid in (
+        ("use_karras_sigmas", "karras"),
+        ("use_exponential_sigmas", "logsnr"),
+        ("use_lu_lambdas", "logsnr"),
+    ):
+        asked, direct = as_diffusers(TWO_M, VP(), **{option: True}), as_diffusers(TWO_M, VP(), grid=grid)
+        for s in (asked, direct):
+            s.set_timesteps(5)
+        assert torch.equal(asked.timesteps, direct.timesteps)
+
+
+def test_saved_defaults_are_values_that_diffusers_knows(tmp_path: Any) -> None:
+    PolyakScheduler(solver=DDIM()).save_pretrained(tmp_path)
+    for name in ("DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "DDIMScheduler", "UniPCMultistepScheduler"):
+        theirs = getattr(diffusers, name).from_pretrained(tmp_path)
+        theirs.set_timesteps(5)
+        assert theirs.config.prediction_type == "epsilon"
+
+
 # --- saving and loading
 
 

@@ -338,5 +338,5 @@ def test_consistency_models_keep_the_timesteps_they_were_distilled_at() -> None:
     assert torch.equal(ours.timesteps, theirs.timesteps)
     with pytest.raises(ValueError, match="at most 50, the number of distilled ones"):
         ours.set_timesteps(51)
-    with pytest.raises(ValueError, match="original_inference_steps is for configurations of LCMScheduler"):
+    with pytest.raises(ValueError, match="original_inference_steps and strength are for configurations of LCM"):
         PolyakScheduler(solver=DDIM()).set_timesteps(4, original_inference_steps=40)

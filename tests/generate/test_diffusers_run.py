@@ -14,7 +14,20 @@ from diffusers_cases import TWO_M, diffusers, network, push, rng, saved
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from polyak.generate import DDIM, RK4, VP, Denoiser, DPMSolver, Euler, Heun, Query, Solver, Step, sample
+from polyak.generate import (
+    DDIM,
+    RK4,
+    VP,
+    Denoiser,
+    DPMSolver,
+    Euler,
+    Heun,
+    ProbabilityPath,
+    Query,
+    Solver,
+    Step,
+    sample,
+)
 from polyak.generate.adapters.diffusers import PolyakScheduler, as_diffusers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
@@ -186,6 +199,25 @@ def test_a_copy_of_a_copy_within_a_run() -> None:
     x = steps(copied, x, range(2, 4))
     x = steps(copy.deepcopy(copied), x, range(4, 6))
     assert torch.equal(x, want)
+
+
+def test_a_shallow_copy_goes_its_own_way() -> None:
+    for solver in (TWO_M, AdamsBashforth()):
+        scheduler = scheduler_of(solver)
+        scheduler.set_timesteps(6)
+        x = steps(scheduler, start(), range(3))
+        again = copy.copy(scheduler)
+        assert torch.equal(steps(scheduler, x, range(3, 6)), steps(again, x, range(3, 6)))
+
+
+def test_a_copy_has_the_generator_that_was_given_last() -> None:
+    for solver in (DDIM(1.0), Noisy()):
+        for generator in (rng(5), [rng(5), rng(6)] if solver == DDIM(1.0) else rng(7)):
+            scheduler = scheduler_of(solver)
+            scheduler.set_timesteps(6)
+            x = steps(scheduler, start(), range(1), generator=generator)
+            again = copy.deepcopy(scheduler)
+            assert torch.equal(steps(scheduler, x, range(1, 6)), steps(again, x, range(1, 6)))
 
 
 def test_two_threads_on_copies() -> None:
@@ -367,6 +399,30 @@ def test_attributes_are_there_where_the_origin_has_them() -> None:
     theirs.set_shift(3.0)
     theirs.set_timesteps(4)
     assert float(flow.timesteps[1]) == pytest.approx(float(theirs.timesteps[1]), rel=1e-3)
+
+
+class Bridge(ProbabilityPath):
+    """Two-sided: no alpha, no sigma; a network that gives the field."""
+
+    t_min, t_max = 0.0, 1.0
+
+    def label(self, t: Any) -> Any:
+        return 100 * t
+
+
+def test_a_path_that_is_no_gaussian_process() -> None:
+    scheduler = as_diffusers(Heun(), Bridge(), "flow")
+    scheduler.set_timesteps(40)
+    assert scheduler.timesteps[:2].tolist() == [100.0, 97.5]
+    x = torch.ones(1, 1, dtype=torch.float64)
+    for t in scheduler.timesteps:
+        out = scheduler.step(x * float(torch.cos(0.03 * t)), t, x)
+        x, x0 = out.prev_sample, out.pred_original_sample
+    assert x0 is None
+    # dx/dt = x cos(3t), from 1 to 0
+    assert x.item() == pytest.approx(float(torch.exp(-torch.sin(torch.tensor(3.0)) / 3)), rel=1e-4)
+    copied = copy.deepcopy(scheduler)
+    copied.set_timesteps(3)
 
 
 # --- devices

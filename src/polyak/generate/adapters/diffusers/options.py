@@ -334,7 +334,6 @@ OWN_DEFAULTS: dict[str, Any] = {
     "timestep_spacing": "linspace",
     "steps_offset": 0,
     "rescale_betas_zero_snr": False,
-    "final_sigmas_type": None,
     "sigma_data": 0.5,
 }
 

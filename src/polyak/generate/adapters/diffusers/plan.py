@@ -212,8 +212,10 @@ def check_options(config: Mapping[str, Any], origin: str | None) -> None:
         raise ValueError(f"shift_terminal={config['shift_terminal']!r} needs use_flow_sigmas")
     if origin is None and not active:
         for name in ("sigma_min", "sigma_max"):
-            if config.get(name) is not None and config.get("process") is None:
+            if config.get(name) is not None:
                 raise ValueError(f"{name}={config[name]!r} has no meaning without one of {', '.join(SHAPES)}")
+    if active and config.get("grid") is not None:
+        raise ValueError(f"grid={config['grid']!r} and {active[0]} exclude each other")
 
 
 def facts_of(origin: str | None) -> Origin:
@@ -254,7 +256,10 @@ def read(
     for name, allowed in VALUES.items():
         if name in facts.options and config.get(name) is not None:
             checks.one_of(name, config[name], allowed)
-    made = _given(config, facts, process) if process is not None else MAKERS[facts.family](config, origin)
+    if process is not None:
+        made, grid = _given(config, facts, process), grid or _grid_of(config, facts)
+    else:
+        made = MAKERS[facts.family](config, origin)
     learned = config.get("variance_type") in ("learned", "learned_range") and "variance_type" in facts.options
     return Plan(
         origin,
@@ -280,6 +285,19 @@ def _word(config: Mapping[str, Any], allowed: tuple[str, ...]) -> str:
     """The dialect; "original_sample" is an old word of EulerDiscreteScheduler."""
     given = config["prediction_type"]
     return checks.one_of("prediction_type", "sample" if given == "original_sample" else given, allowed)
+
+
+# What makes a process, or spaces its levels by those of a chain.
+_MAKES = ("rescale_betas_zero_snr", "snr_shift_scale", "use_flow_sigmas", "use_beta_sigmas", "sigma_min", "sigma_max")
+_GRIDS = {"use_karras_sigmas": "karras", "use_lu_lambdas": "logsnr", "use_exponential_sigmas": "logsnr"}
+
+
+def _grid_of(config: Mapping[str, Any], facts: Origin) -> str | None:
+    """The grid of a process that was given, where the options ask for one; ValueError for options that such a one has not."""
+    for name in _MAKES:
+        if config.get(name) and name in facts.options:
+            raise ValueError(f"{name}={config[name]!r} has no meaning for a process that is given")
+    return next((grid for name, grid in _GRIDS.items() if config.get(name) and name in facts.options), None)
 
 
 def _given(config: Mapping[str, Any], facts: Origin, process: ProbabilityPath) -> dict[str, Any]:

@@ -200,11 +200,29 @@ class Driven:
     def __getstate__(self) -> dict[str, Any]:
         # Stages are planned again: their times know each other, which a copy would not keep.
         legs = [leg if leg.stages is None else dataclasses.replace(leg, stages=[]) for leg in self.legs]
-        return {**self.__dict__, "legs": legs, "generator": None}
+        return {**self.__dict__, "legs": legs, "generator": _frozen(self.generator)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.legs = [leg if leg.stages is None else self.ground.leg(leg.solver, leg.times) for leg in self.legs]
+        self.generator = _thawed(self.generator)
+
+
+def _frozen(generator: Any) -> Any:
+    """A generator as its device and its state; of each, for several."""
+    if isinstance(generator, list | tuple):
+        return [_frozen(one) for one in generator]
+    return None if generator is None else {"device": str(generator.device), "state": generator.get_state()}
+
+
+def _thawed(frozen: Any) -> Any:
+    if isinstance(frozen, list):
+        return [_thawed(one) for one in frozen]
+    if frozen is None:
+        return None
+    generator = torch.Generator(frozen["device"])
+    generator.set_state(frozen["state"])
+    return generator
 
 
 class _Coroutine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -10,31 +11,31 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from polyak.core import checks
 from polyak.generate.adapters.diffusers import schedule
-from polyak.generate.adapters.diffusers.options import STEPS, TABLE
+from polyak.generate.adapters.diffusers.noise import Noising
+from polyak.generate.adapters.diffusers.options import STEPS
 from polyak.generate.adapters.diffusers.parts import dump, load
 from polyak.generate.adapters.diffusers.plan import (
     PARTS,
     WORDS,
     Plan,
     defaults_of,
-    facts_of,
-    identify,
     names_of,
     read,
 )
+from polyak.generate.adapters.diffusers.resolve import entries, refuse_idle, resolve, same
 from polyak.generate.adapters.diffusers.runs import Driven, Ground, Leg, begin_at, compose, evaluations_per_step
 from polyak.generate.adapters.diffusers.schedule import Request, Schedule
 from polyak.generate.ddim import DDIM
 from polyak.generate.evaluate import HALF
 from polyak.generate.prediction import Prediction, edm_input_scaling
-from polyak.generate.process import Discrete, Flow, ProbabilityPath, Process, expand, wide
+from polyak.generate.process import Discrete, Flow, ProbabilityPath, Process
 from polyak.generate.solver import Solver
 from polyak.generate.update import combine
 
@@ -55,7 +56,7 @@ class Negated(Prediction):
         return a, -b
 
 
-class PolyakScheduler(SchedulerMixin, ConfigMixin):
+class PolyakScheduler(Noising, SchedulerMixin, ConfigMixin):
     """A solver of this room, or of yours, in the place of a diffusers scheduler.
 
     Options have the meaning that they have in the diffusers scheduler whose configuration this is (``origin``): its timesteps,
@@ -116,13 +117,15 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
             options = {**options, "trained_betas": betas, "num_train_timesteps": len(betas)}
         self._given = given
         hidden = {k: options.pop(k) for k in list(options) if k.startswith("_")}
-        self._read({**options, "process": saved["process"]}, origin, grid)
+        if origin is None and "_use_default_values" not in hidden:
+            refuse_idle(options)
+        self._read({**options, "grid": grid}, origin, grid)
         filled = {k: v for k, v in defaults_of(origin).items() if k not in options}
         if self._plan.facts.family == "flow" and "prediction_type" not in options:
             options["prediction_type"] = "flow_prediction"  # what one goes to next is told
         unused = [*hidden.pop("_use_default_values", ()), *filled, *saved]
         self.register_to_config(**filled, **options, **saved, **hidden, _use_default_values=list(dict.fromkeys(unused)))
-        self._seen = self._internal_dict
+        self._seen = dict(self._internal_dict)
         self.num_inference_steps: int | None = None
         labels, levels = schedule.training(self._plan)
         self._times: list[float] = []
@@ -146,14 +149,21 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         self._per_step = self.order = evaluations_per_step(self.solver, Ground(self.process, self._kind))
 
     def _refresh(self) -> None:
-        """Read the configuration again if somebody changed it, as pipelines do with old ones."""
-        if self._internal_dict is self._seen:
+        """Read the configuration again if somebody changed it: its entries, as pipelines do, or its attributes."""
+        now = entries(self._internal_dict, self._seen)
+        if all(name in self._seen and same(value, self._seen[name]) for name, value in now.items()):
             return
-        origin = self._internal_dict.get("origin")
-        known = {*names_of(origin), *PARTS}
-        config = {k: v for k, v in self._internal_dict.items() if k in known or k in self._seen}
-        self._read(config, origin, config.get("grid"))
-        self._seen = self._internal_dict
+        known = {*names_of(now.get("origin")), "grid"}
+        config = {k: v for k, v in now.items() if k in known or (k in self._seen and k not in PARTS and k[0] != "_")}
+        self._read(config, now.get("origin"), now.get("grid"))
+        self._seen = now
+
+    def __copy__(self) -> PolyakScheduler:
+        """A copy whose run goes on by itself."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        made._driven = copy.deepcopy(self._driven)
+        return made
 
     # --- configurations
 
@@ -175,29 +185,14 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("config is needed: that of a scheduler, as pipe.scheduler.config")
         if not isinstance(config, Mapping):
             config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
-        options = {k: v for k, v in config.items() if k not in ("_use_default_values", *PARTS)}
-        name = options.get("_class_name")
-        if "solver" in config and name not in TABLE:  # one of ours
-            ours = {k: config[k] for k in PARTS if config.get(k) is not None}
-        elif isinstance(name, str):
-            ours = {"origin": name}
-        elif isinstance(config, FrozenDict) or "_use_default_values" in config:
-            ours = {"origin": identify(config)}
-        else:
-            ours = {}
-        used = [k for k in config.get("_use_default_values", ()) if k in options]
-        if kwargs.get("origin") not in (None, ours.get("origin")):  # as diffusers does from one class to another
-            options = {k: v for k, v in options.items() if k not in used}
-        kwargs = {**ours, **{k: v for k, v in kwargs.items() if k not in PARTS or v is not None}}
+        options, given, used = resolve(config, kwargs)
         unused: dict[str, Any] = {}
         if return_unused_kwargs:
-            known = {*PARTS, *names_of(kwargs.get("origin"))}
-            unused = {k: kwargs.pop(k) for k in list(kwargs) if k not in known}
-        if name is not None:
+            known = {*PARTS, *names_of(given.get("origin"))}
+            unused = {k: given.pop(k) for k in list(given) if k not in known}
+        if "_class_name" in options:
             options["_class_name"] = cls.__name__
-        defaults = defaults_of(facts_of(kwargs.get("origin")) and kwargs.get("origin"))
-        same = [k for k in used if k in options and k not in kwargs and options[k] == defaults.get(k, ...)]
-        made = cls(**{**options, **kwargs}, _use_default_values=same)
+        made = cls(**{**options, **given}, _use_default_values=used)
         return (made, unused) if return_unused_kwargs else made
 
     def __len__(self) -> int:
@@ -235,8 +230,10 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
         both = timesteps is not None and sigmas is not None and self._plan.facts.family == "flow"
         if sum(v is not None for v in (count, timesteps, sigmas)) != 1 + both or (both and count is not None):
             raise ValueError("give one of num_inference_steps, timesteps and sigmas")
-        if original_inference_steps is not None and self._plan.facts.spacing != "lcm":
-            raise ValueError("original_inference_steps is for configurations of LCMScheduler and TCDScheduler")
+        if (original_inference_steps is not None or strength != 1) and self._plan.facts.spacing != "lcm":
+            raise ValueError(
+                "original_inference_steps and strength are for configurations of LCMScheduler and TCDScheduler"
+            )
         request = Request(count, timesteps, sigmas, mu, original_inference_steps, strength)
         made = self._scheduled(request)
         self.process = made.process
@@ -443,67 +440,6 @@ class PolyakScheduler(SchedulerMixin, ConfigMixin):
             # DDIM's own step keeps the network's eps: the state is moved along, so that x = alpha x0 + sigma eps holds.
             made = made.rebase(torch.add(x, x0 - made.x0, alpha=self.process.alpha(t)))
         return Prediction(x0, made.x, t, self.process, "sample")
-
-    # --- noise
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """``alpha x0 + sigma noise`` at the given timesteps, shape (B,) or one for all."""
-        alpha, sigma = self._moments(timesteps, original_samples)
-        return alpha * original_samples + sigma * noise
-
-    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
-        """The same, in the order of arguments of diffusers' flow schedulers."""
-        if noise is None:
-            raise ValueError("noise is needed")
-        return self.add_noise(sample, noise, torch.as_tensor(timestep))
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """``alpha noise - sigma sample``, the target of a v-predicting network, for a chain's scaled samples."""
-        alpha, sigma = self._moments(timesteps, sample)
-        scale = (alpha**2 + sigma**2) ** -0.5
-        return scale * (alpha * noise - sigma * sample)
-
-    def _moments(self, timesteps: Tensor, x: Tensor) -> tuple[Any, Any]:
-        """alpha and sigma of timesteps: of those that are planned exactly, of others by the process."""
-        kind = wide(timesteps.device)
-        labels = timesteps.to(kind)
-        t = schedule.times_of(self._plan, self.process, labels)
-        if self._times:
-            planned = self.timesteps.to(device=labels.device, dtype=torch.float32)
-            same = labels.to(torch.float32).reshape(-1, 1) == planned
-            times = torch.tensor(self._asked, dtype=kind, device=labels.device)
-            t = torch.where(same.any(1), times[same.int().argmax(1)], t.reshape(-1)).reshape(t.shape)
-        t = t.to(x.device)
-        if t.ndim and len(t) != len(x):
-            t = t.expand(len(x))
-        return expand(self.process.alpha(t), x), expand(self.process.sigma(t), x)
-
-    @property
-    def betas(self) -> Tensor:
-        """The chain's betas, where there is a chain."""
-        return self._chain().betas
-
-    @property
-    def alphas(self) -> Tensor:
-        """``1 - beta``, where there is a chain."""
-        return 1 - self._chain().betas
-
-    @property
-    def alphas_cumprod(self) -> Tensor:
-        """The products of ``alphas``, where there is a chain."""
-        return self._chain().alphas_cumprod
-
-    @property
-    def final_alpha_cumprod(self) -> Tensor:
-        """What the last step ends on, where there is a chain."""
-        one = self._plan.config.get("set_alpha_to_one", True)
-        return self._chain().alphas_cumprod.new_tensor(1.0) if one else self._chain().alphas_cumprod[0]
-
-    def _chain(self) -> Any:
-        table = self._plan.table
-        if table is None:
-            raise AttributeError(f"{self._plan.process!r} has no betas")
-        return table
 
 
 def as_diffusers(solver: Solver, process: Process, prediction_type: str = "epsilon", **options: Any) -> PolyakScheduler:
