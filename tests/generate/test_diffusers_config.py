@@ -212,6 +212,14 @@ def test_a_saved_configuration_keeps_its_origin(name: str, tmp_path: Any) -> Non
     assert (repr(third.solver), third.config["origin"]) == ("Heun()", name)
 
 
+def test_what_another_scheduler_was_loaded_from_is_that_schedulers(tmp_path: Any) -> None:
+    PolyakScheduler.from_config(diffusers.DDIMScheduler().config, solver=DPMSolver()).save_pretrained(tmp_path)
+    theirs = diffusers.EulerDiscreteScheduler.from_pretrained(tmp_path)
+    assert theirs.config["origin"] == "DDIMScheduler"  # diffusers keeps what it does not know
+    ours = PolyakScheduler.from_config(theirs.config, solver=Euler())
+    assert ours.config["origin"] == "EulerDiscreteScheduler"
+
+
 def test_a_pipeline_is_saved_and_loaded_with_its_scheduler(tmp_path: Any) -> None:
     pipe = diffusers.DDPMPipeline(unet(), PolyakScheduler.from_config(diffusers.DDPMScheduler().config, solver=TWO_M))
     pipe.save_pretrained(tmp_path)

@@ -21,6 +21,7 @@ from polyak.generate import (
     Denoiser,
     DPMSolver,
     Euler,
+    Flow,
     Heun,
     ProbabilityPath,
     Query,
@@ -60,6 +61,24 @@ class Noisy(Solver):
         return x
 
 
+class Remembering(Solver):
+    """The same, which puts what it remembers into its steps."""
+
+    history = 1
+
+    def run(self, x: Any, times: Any, process: Any, *, generator: Any = None, memory: Any = None) -> Any:
+        first, before = (0, None) if memory is None else memory
+        for i, (s, t) in enumerate(pairwise(times)):
+            if i < first:
+                continue
+            p = yield Query(x, s)
+            slope = p.flow
+            x = p.x + (t - s) * (slope if before is None else 1.5 * slope - 0.5 * before)
+            before = slope
+            yield Step(x, s, t, i, i == len(times) - 2, memory=(i + 1, before))
+        return x
+
+
 SOLVERS: list[Solver] = [
     DDIM(),
     DDIM(1.0),
@@ -74,6 +93,7 @@ SOLVERS: list[Solver] = [
     DPMSolver(order=2, form="data", method="multistep", denoise_to_zero=True),
     DPMSolver(order=2, form="data", method="multistep", sde=True),
     AdamsBashforth(),
+    Remembering(),
     Noisy(),
 ]
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=repr)
@@ -125,7 +145,7 @@ def test_image_to_image_at_every_strength(solver: Solver, origin: str) -> None:
 def test_a_run_may_begin_at_any_timestep(solver: Solver) -> None:
     # x0 = 0 is said everywhere: then the result is the noise that remains, whatever the plan.
     scheduler = scheduler_of(solver, prediction_type="sample", final_sigmas_type="sigma_min")
-    if solver.stochastic or isinstance(solver, RK4 | Heun | Euler | AdamsBashforth):
+    if solver.stochastic or isinstance(solver, RK4 | Heun | Euler | AdamsBashforth | Remembering):
         return  # exact for x0 = 0 are the exponential integrators
     scheduler.set_timesteps(8)
     for index in range(len(scheduler.timesteps)):
@@ -154,6 +174,17 @@ def test_a_run_from_the_middle_is_the_solvers_own_from_there() -> None:
         denoiser = Denoiser(network, scheduler.process)
         want = sample(denoiser, start(), solver=solver, grid=scheduler._times[4:])
         assert torch.allclose(x, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_singlestep_start_is_left_out_where_the_run_begins_later() -> None:
+    scheduler = scheduler_of(DPMSolver(order=3, form="data", method="multistep", start="singlestep"))
+    scheduler.set_timesteps(8)
+    scheduler.set_begin_index(6)
+    x = steps(scheduler, start(), range(6, len(scheduler.timesteps)))
+    denoiser = Denoiser(network, scheduler.process)
+    times = [*scheduler._asked[6:], 0.0]
+    want = sample(denoiser, start(), solver=DPMSolver(order=3, form="data", method="multistep"), grid=times)
+    assert torch.allclose(x, want, rtol=1e-5, atol=1e-5)
 
 
 def test_the_order_of_solvers() -> None:
@@ -220,6 +251,18 @@ def test_a_copy_has_the_generator_that_was_given_last() -> None:
             assert torch.equal(steps(scheduler, x, range(1, 6)), steps(again, x, range(1, 6)))
 
 
+def test_of_a_solver_with_a_memory_nothing_else_is_kept() -> None:
+    scheduler = scheduler_of(Remembering())
+    scheduler.set_timesteps(6)
+    x = steps(scheduler, start(), range(4))
+    assert scheduler._driven is not None
+    coroutine = scheduler._driven._coroutine
+    assert coroutine is not None
+    assert coroutine.told == []
+    again = pickle.loads(pickle.dumps(scheduler))
+    assert torch.equal(steps(scheduler, x, range(4, 6)), steps(again, x, range(4, 6)))
+
+
 def test_two_threads_on_copies() -> None:
     scheduler = scheduler_of(TWO_M)
     scheduler.set_timesteps(20)
@@ -241,44 +284,29 @@ def test_two_threads_on_copies() -> None:
 
 
 @pytest.mark.parametrize("solver", [TWO_M, DDIM(), Heun(), DPMSolver(form="data"), AdamsBashforth()], ids=repr)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_an_edit_counts_whether_it_is_in_place_or_not(solver: Solver, dtype: torch.dtype) -> None:
-    results = []
-    for in_place in (True, False):
-        scheduler = scheduler_of(solver)
+def test_an_edit_counts_in_every_precision_in_place_or_not(solver: Solver) -> None:
+    # The network says the same whatever it sees, so that only the state can carry the edit to the end.
+    def run(dtype: torch.dtype, edit: str) -> torch.Tensor:
+        scheduler = scheduler_of(solver, prediction_type="sample", final_sigmas_type="sigma_min")
         scheduler.set_timesteps(6)
-        x = torch.randn(2, 4, 8, 8, generator=rng()).to(dtype)
+        x = torch.randn(2, 4, 8, 8, generator=rng()).bfloat16().to(dtype)
         for i, t in enumerate(scheduler.timesteps):
-            x = scheduler.step(torch.tanh(x) * 0.5, t, x).prev_sample
-            if i == 2 and in_place:
-                x[:, :2] = 0
-            elif i == 2:
-                x = torch.cat([torch.zeros_like(x[:, :2]), x[:, 2:]], 1)
-        results.append(x.float())
-    assert torch.equal(*results)
-    unedited = scheduler_of(solver)
-    unedited.set_timesteps(6)
-    x = torch.randn(2, 4, 8, 8, generator=rng()).to(dtype)
-    for t in unedited.timesteps:
-        x = unedited.step(torch.tanh(x) * 0.5, t, x).prev_sample
-    assert not torch.equal(x.float(), results[0])
+            x = scheduler.step(torch.randn(2, 4, 8, 8, generator=rng(i)), t, x).prev_sample
+            if edit == "in place" and i == 2:
+                x[:, :2] += 100
+            elif edit == "anew" and i == 2:
+                x = torch.cat([x[:, :2] + 100, x[:, 2:]], 1)
+        return x.float()
 
-
-def test_what_is_not_edited_keeps_its_precision() -> None:
-    # Half of the state is overwritten; the other half goes on from what it was before it was rounded.
-    outputs = [0.5 * torch.randn(1, 2, 64, generator=rng(i)) for i in range(8)]
-    results = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        scheduler = scheduler_of(DDIM(), prediction_type="sample")
-        scheduler.set_timesteps(8)
-        x = torch.randn(1, 2, 64, generator=rng(9)).to(torch.bfloat16).to(dtype)
-        for t, output in zip(scheduler.timesteps, outputs, strict=True):
-            x = scheduler.step(output, t, x).prev_sample.clone()
-            x[:, 0] = 0
-        results[dtype] = x[:, 1].float()
-    # one rounding at the end, not one for each step: bfloat16 has 8 bits
-    error = (results[torch.bfloat16] - results[torch.float32]).abs() / results[torch.float32].abs()
-    assert float(error.max()) <= 2.0**-8
+    want, without = run(torch.float32, "anew"), run(torch.float32, "none")
+    assert (want - without).abs().max() > 0.2
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        got = run(dtype, "in place")
+        assert torch.equal(got, run(dtype, "anew"))
+        # what is not edited keeps its precision, and is rounded once
+        assert torch.equal(got[:, 2:], without[:, 2:].to(dtype).float())
+        # the edited values were rounded once more, where they were large
+        assert (got - want).abs().max() < torch.finfo(dtype).eps * (100 + want.abs().max()) + 1e-4
 
 
 # --- noise
@@ -376,6 +404,23 @@ def test_noise_is_added_as_the_origin_adds_it(name: str) -> None:
         assert torch.allclose(ours.get_velocity(x, z, t), theirs.get_velocity(x, z, t), rtol=1e-4, atol=1e-5)
 
 
+def test_noise_at_planned_timesteps_has_their_own_levels() -> None:
+    # A timestep that was truncated, or that says something else than its level, is looked up.
+    x, z = torch.randn(2, 2, 3, 8, 8, generator=rng())
+    for name, options, request in (
+        ("DPMSolverMultistepScheduler", {"use_exponential_sigmas": True}, {"num_inference_steps": 9}),
+        ("EulerDiscreteScheduler", {"interpolation_type": "log_linear"}, {"num_inference_steps": 9}),
+        ("FlowMatchEulerDiscreteScheduler", {}, {"timesteps": [900.0, 500.0, 100.0], "sigmas": [0.7, 0.6, 0.2]}),
+    ):
+        theirs = getattr(diffusers, name)(**options)
+        ours = PolyakScheduler.from_config(saved(theirs), solver=DDIM())
+        for s in (theirs, ours):
+            s.set_timesteps(**request)
+        t = ours.timesteps[[1, 2]]
+        want = theirs.scale_noise(x, t, z) if name.startswith("Flow") else theirs.add_noise(x, z, t)
+        assert torch.allclose(ours.add_noise(x, z, t), want, rtol=1e-5, atol=1e-5)
+
+
 def test_attributes_are_there_where_the_origin_has_them() -> None:
     chain = scheduler_of(DDIM(), "DDIMScheduler")
     flow = scheduler_of(Euler(), "FlowMatchEulerDiscreteScheduler")
@@ -399,6 +444,15 @@ def test_attributes_are_there_where_the_origin_has_them() -> None:
     theirs.set_shift(3.0)
     theirs.set_timesteps(4)
     assert float(flow.timesteps[1]) == pytest.approx(float(theirs.timesteps[1]), rel=1e-3)
+
+
+def test_a_corrected_prediction_is_one_of_data() -> None:
+    # x0 that was clipped says no velocity at sigma = 0, though the network's own output does: the last step is Euler's.
+    plain, clipped = (as_diffusers(Heun(), Flow(label_scale=1000.0), "flow", clip_sample=c) for c in (False, True))
+    for s, evaluations in ((plain, 8), (clipped, 7)):
+        s.set_timesteps(4)
+        assert len(s.timesteps) == evaluations
+        assert bool(push(s, start(), lambda x, t: torch.tanh(x))[0].isfinite().all())
 
 
 class Bridge(ProbabilityPath):
