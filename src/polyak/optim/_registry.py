@@ -108,9 +108,9 @@ def info(name: str) -> Info:
     Raises:
         ValueError: there is none of this name.
     """
-    if name not in _FACTS:
+    if not isinstance(name, str) or name not in _FACTS:
         raise ValueError(
-            f"there is no optimizer {name!r}{checks.suggestion(name, _FACTS)} (polyak.optim.names() lists all)"
+            f"there is no optimizer {checks.shown(name)}{checks.suggestion(name, _FACTS)} (polyak.optim.names() lists all)"
         )
     return _FACTS[name]
 

@@ -131,7 +131,7 @@ class Adan(RuleOptimizer):
         if group["restart_radius"] != (radius := self.param_groups[0]["restart_radius"]):
             raise ValueError(
                 f"restart_radius must be the same in all groups (the condition is over all parameters), "
-                f"got {group['restart_radius']!r} and {radius!r}"
+                f"got {checks.shown(group['restart_radius'])} and {checks.shown(radius)}"
             )
 
     def _extra(self, group: dict[str, Any]) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ class Rule:
         decay = checks.between("decay", decay, 0.0, 1.0, ends="()")
         checks.one_of("update", update, ["package", "ema"])
         if not isinstance(stabilize, (tuple, list)) or len(stabilize) != 2:
-            raise ValueError(f"stabilize must be (threshold, blend), got {stabilize!r}")
+            raise ValueError(f"stabilize must be (threshold, blend), got {checks.shown(stabilize)}")
         threshold = checks.positive("stabilize[0]", stabilize[0])
         # A factor grows by 1 / decay at most from one look at it to the next, and float32 has to square what it gives.
         if threshold > (most := min(torch.finfo(dtype).max, 1e15) * decay):

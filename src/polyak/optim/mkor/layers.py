@@ -109,22 +109,22 @@ def _roots(model: Any) -> list[tuple[str, nn.Module]]:
             model = getattr(model, "_orig_mod", None) or model.module
         return [("", model)]
     if not isinstance(model, Iterable):
-        raise TypeError(f"MKOR needs a module, or an iterable of modules, got {model!r}")
+        raise TypeError(f"MKOR needs a module, or an iterable of modules, got {checks.shown(model)}")
     roots = [item if isinstance(item, tuple) else (str(i), item) for i, item in enumerate(model)]
     for item in roots:
         if len(item) != 2 or not isinstance(item[0], str) or not isinstance(item[1], nn.Module):
-            raise TypeError(f"MKOR needs modules, or pairs of names and modules, got {item!r}")
+            raise TypeError(f"MKOR needs modules, or pairs of names and modules, got {checks.shown(item)}")
     return roots
 
 
 def _skipped(modules: dict[str, nn.Module], skip: Iterable[str | nn.Module]) -> set[nn.Module]:
     if isinstance(skip, (str, nn.Module)):
-        raise TypeError(f"skip must be a list of names or modules, got {skip!r}")
+        raise TypeError(f"skip must be a list of names or modules, got {checks.shown(skip)}")
     inside: set[nn.Module] = set()
     for entry in skip:
         found = modules.get(entry) if isinstance(entry, str) else entry
         if found is None:
-            raise ValueError(f"skip: there is no module {entry!r}{checks.suggestion(entry, modules)}")
+            raise ValueError(f"skip: there is no module {checks.shown(entry)}{checks.suggestion(entry, modules)}")
         if found not in modules.values():
             raise ValueError(f"skip: {type(found).__name__} is no module of the model")
         inside |= set(found.modules())

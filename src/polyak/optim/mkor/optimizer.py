@@ -438,7 +438,7 @@ class MKOR(Optimizer):
 
 def _check_base(base: Any) -> None:
     if not isinstance(base, Optimizer):
-        raise TypeError(f"base must be a torch.optim.Optimizer, got {base!r}")
+        raise TypeError(f"base must be a torch.optim.Optimizer, got {checks.shown(base)}")
     if isinstance(base, MKOR):
         raise ValueError("base must not be MKOR itself")
     if isinstance(base, torch.optim.LBFGS):

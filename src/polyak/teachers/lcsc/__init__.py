@@ -147,9 +147,9 @@ class LCSC:
         self.population = checks.integer("population", population, least=2)
         self.finalists = checks.integer("finalists", finalists, least=1)
         if not callable(objective):
-            raise TypeError(f"objective must be a function of the model, got {objective!r}")
+            raise TypeError(f"objective must be a function of the model, got {checks.shown(objective)}")
         if heldout is True or not (heldout is None or heldout is False or callable(heldout)):
-            raise TypeError(f"heldout must be a function of the model, None or False, got {heldout!r}")
+            raise TypeError(f"heldout must be a function of the model, None or False, got {checks.shown(heldout)}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if reestimate is not None and model is None:

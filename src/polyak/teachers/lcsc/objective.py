@@ -262,7 +262,7 @@ class Evaluator:
         if isinstance(given, Tensor) and given.numel() == 1:
             given = given.item()
         if isinstance(given, bool) or not isinstance(given, Real):
-            raise TypeError(f"objective must return a number, got {given!r}")
+            raise TypeError(f"objective must return a number, got {checks.shown(given)}")
         value = float(given)
         return value if math.isfinite(value) else math.inf
 
