@@ -194,7 +194,7 @@ def test_hyperparameters_change(backend, name):
 
 
 def test_learning_rates_of_other_number_types_do_not_pile_up_programs():
-    from polyak.optim._engine.optimizer import _programs
+    from polyak.optim._engine.dispatch import _programs
 
     params = parameters([(3,)])
     optimizer = Adan(params)

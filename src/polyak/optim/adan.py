@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -86,6 +86,9 @@ class Adan(RuleOptimizer):
 
     rule = staticmethod(rule)
     state_names = STATE
+    numbers = ("lr", "eps", "weight_decay")
+    tuples: ClassVar = {"betas": 3}
+    switches = ("no_prox",)
 
     def __init__(
         self,

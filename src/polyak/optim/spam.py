@@ -19,7 +19,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -105,6 +105,9 @@ class SPAM(RuleOptimizer):
 
     rule = staticmethod(rule)
     state_names = ("exp_avg", "exp_avg_sq")
+    numbers = ("lr", "eps", "weight_decay", "threshold")
+    tuples: ClassVar = {"betas": 2}
+    switches = ("reset_bias_correction",)
     other_names = ("mask", "mask_bases")
 
     def __init__(

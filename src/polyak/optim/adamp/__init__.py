@@ -14,7 +14,7 @@ The paper's equation 11 has no absolute value in the test; the code has, and its
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -154,6 +154,9 @@ class AdamP(_Projected):
 
     rule = staticmethod(adamp_rule)
     state_names = ("exp_avg", "exp_avg_sq")
+    numbers = ("lr", "eps", "weight_decay", "delta", "wd_ratio")
+    tuples: ClassVar = {"betas": 2}
+    switches = ("nesterov", "projection")
 
     def __init__(
         self,
@@ -215,6 +218,8 @@ class SGDP(_Projected):
 
     rule = staticmethod(sgdp_rule)
     state_names = ("momentum_buffer",)
+    numbers = ("lr", "momentum", "dampening", "weight_decay", "eps", "delta", "wd_ratio")
+    switches = ("nesterov", "project_buffer", "projection")
     counts_steps = False
 
     def __init__(

@@ -10,7 +10,7 @@ K = ||.||_1 and D = sign, that is f under the constraint ``||x||_inf <= 1 / wd``
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -68,6 +68,9 @@ class LionK(RuleOptimizer):
 
     rule = staticmethod(rule)
     state_names = ("exp_avg",)
+    numbers = ("lr", "weight_decay")
+    tuples: ClassVar = {"betas": 2}
+    switches = ("kappa", "cautious")
     counts_steps = False
 
     def __init__(

@@ -105,6 +105,7 @@ class MoNNA(RuleOptimizer):
 
     rule = staticmethod(rule)
     state_names = ("exp_avg",)
+    numbers = ("lr", "momentum", "weight_decay")
     counts_steps = False
 
     def __init__(
