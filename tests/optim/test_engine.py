@@ -599,7 +599,7 @@ def test_bad_engine_options(make, options, words):
 def test_misspelt_options(make):
     with pytest.raises(TypeError, match="weight_decy"):
         make(parameters([(2,)]), weight_decy=0.1)
-    with pytest.raises(ValueError, match=r"no option 'weight_decy' \(param group\); did you mean 'weight_decay'\?"):
+    with pytest.warns(UserWarning, match=r"no option 'weight_decy' \(param group\); did you mean 'weight_decay'\?"):
         make([{"params": parameters([(2,)]), "weight_decy": 0.1}])
 
 

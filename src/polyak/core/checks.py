@@ -111,4 +111,5 @@ def shown(value: object) -> str:
         comma = "," if isinstance(value, tuple) and len(value) == 1 else ""
         return f"{opened}{', '.join(parts)}{comma}{more}{closed}"
     text = repr(value)
-    return text if len(text) <= LONGEST and "\n" not in text else f"an object of type {type(value).__name__}"
+    plain = len(text) <= LONGEST and "\n" not in text and not hasattr(value, "named_parameters")
+    return text if plain else f"an object of type {type(value).__name__}"

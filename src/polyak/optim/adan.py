@@ -118,8 +118,6 @@ class Adan(RuleOptimizer):
         super().__init__(params, defaults, generator=generator)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        if not isinstance(group["lr"], torch.Tensor):
-            checks.non_negative("lr", group["lr"])
         group["betas"] = checks.betas(group["betas"], 3, "Adan")
         if all(b < 0.5 for b in group["betas"]):
             warnings.warn(
@@ -169,7 +167,7 @@ class Adan(RuleOptimizer):
             ((p.detach() - old).abs().square() * self.state[p]["exp_avg_sq"].abs().sqrt()).sum()
             for group, olds in zip(self.param_groups, before, strict=True)
             for p, old in zip(group["params"], olds, strict=True)
-            if self.state.get(p)
+            if self._has_state(p)
         ]
         if not moved:
             return
@@ -186,7 +184,7 @@ class Adan(RuleOptimizer):
         """Forget all moments and count steps from zero, so that the next step takes its gradient as the previous one."""
         for name in ("travelled", "since_restart"):
             self.param_groups[0].pop(name, None)
-        for state in self.state.values():
+        for state in (self.state[p] for p in list(self.state) if self._has_state(p)):
             for name in ("exp_avg", "exp_avg_diff", "exp_avg_sq", "step"):
                 state[name].zero_()
 

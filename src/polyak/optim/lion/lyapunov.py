@@ -66,8 +66,8 @@ def lyapunov(optimizer: Any, loss: torch.Tensor | float) -> Lyapunov:
             raise ValueError(f"lyapunov works with constraints per tensor, got {checks.shown(kappa)}")
         for p in group["params"]:
             x = p.detach().double()
-            state = optimizer.state.get(p)
-            m = state["exp_avg"].double() if state else torch.zeros_like(x)
+            state = optimizer.state.get(p, {})
+            m = state["exp_avg"].double() if "exp_avg" in state else torch.zeros_like(x)
             conjugate = kappa.conjugate(wd * x)
             penalty += float(conjugate)
             gap += float(conjugate + kappa.value(-m) + wd * (m * x).sum())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak.core import checks
+from polyak.optim._engine.copies import kept
 from polyak.optim.mkor import checkpoint, statistics
 from polyak.optim.mkor.factors import FACTORS, Rule, Stack, stacks
 from polyak.optim.mkor.layers import Layer, Tally, eligible, named_layers
@@ -421,8 +422,7 @@ class MKOR(Optimizer):
         self._load_factors(own["factors"])
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = {"_handles", "_gate", "process_group", "step"}  # a scheduler puts its own step there
-        return {k: v for k, v in self.__dict__.items() if k not in left_out and not k.startswith("_optimizer_")}
+        return {k: v for k, v in kept(self).items() if k not in ("_handles", "_gate", "process_group")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         fresh = "_layers" in state
