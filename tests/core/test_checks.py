@@ -151,3 +151,10 @@ def test_no_check_prints_or_compares_a_tensor():
             call()
         assert len(str(error.value)) < 200
         assert "Tensor of shape (200, 100)" in str(error.value)
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.float32, lambda b: torch.tensor([[b]])])
+def test_betas_of_one_element_are_read(make):
+    assert checks.betas((make(0.5), make(0.25)), 2, "Adam") == (0.5, 0.25)
+    with pytest.raises(ValueError, match=r"betas\[1\] must be in \[0, 1\), got 1.0"):
+        checks.betas((make(0.5), make(1.0)), 2, "Adam")

@@ -75,12 +75,17 @@ def one_of(name: str, value: T, allowed: Iterable[T]) -> T:
 
 
 def betas(value: Any, count: int, owner: str) -> tuple[float, ...]:
-    """``count`` retention factors, each in [0, 1)."""
+    """``count`` retention factors, each in [0, 1); tensors of one element are read."""
     words = {1: "one beta", 2: "two betas", 3: "three betas"}
     if not isinstance(value, Sequence) or len(value) != count:
         got = len(value) if isinstance(value, Sequence) else shown(value)
         raise ValueError(f"{owner} needs {words.get(count, f'{count} betas')}, got {got}")
-    return tuple(between(f"betas[{i}]", b, 0.0, 1.0, ends="[)") for i, b in enumerate(value))
+    numbers = [b.item() if _is_one_element(b) else b for b in value]
+    return tuple(between(f"betas[{i}]", b, 0.0, 1.0, ends="[)") for i, b in enumerate(numbers))
+
+
+def _is_one_element(value: Any) -> bool:
+    return hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1
 
 
 def suggestion(value: object, options: Iterable[object]) -> str:
