@@ -56,6 +56,21 @@ def test_two_graphs_serve_all_steps(make, inputs, backend):
     assert graphs() == 2  # one where the factors are due and one where they are not; no hook breaks either
 
 
+@pytest.mark.slow
+def test_patches_are_seen_as_they_lie_in_memory(monkeypatch):
+    """Inductor lays tensors out anew: what is padded has other strides than it was traced with."""
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+
+    def convolution():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=1)).double()
+
+    compiled, plain = both(convolution, "inductor", inv_freq=1)
+    for _, net, optimizer in (compiled, plain):
+        train(net, optimizer, images(3))
+    assert_alike(compiled, plain)
+
+
 def test_a_deep_model_of_many_shapes_stays_compiled():
     widths = range(3, 12)
     compiled, plain = both(lambda: mlp(*widths))
@@ -63,6 +78,16 @@ def test_a_deep_model_of_many_shapes_stays_compiled():
         train(net, optimizer, batches(4))
     assert_alike(compiled, plain)
     assert graphs() == 2
+
+
+@pytest.mark.parametrize("make", [lambda: mlp(3, 4, 2), conv_net])
+def test_batches_of_other_sizes(make):
+    compiled, plain = both(make, "aot_eager", inv_freq=1)
+    inputs = [data(n, *((3,) if make is not conv_net else (2, 5, 5)), seed=n) for n in (4, 6, 9, 5)]
+    for _, net, optimizer in (compiled, plain):
+        train(net, optimizer, inputs)
+    assert_alike(compiled, plain)
+    assert graphs() == 2  # the second has a size that is not fixed
 
 
 def test_accumulated_passes_and_shared_modules():
