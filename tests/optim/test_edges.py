@@ -282,6 +282,19 @@ def test_a_state_of_foreign_entries_alone_is_loaded_and_is_none(name):
     assert all("slow" in optimizer.state[p] for p in module.parameters())
 
 
+@every
+def test_what_had_no_step_has_no_state_after_loading(name):
+    module = model()
+    optimizer = make(name, module)
+    for p in module[2].parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    assert len(outer(optimizer).state) == 2
+    assert str(optimizer.state_dict()) == str(saved)
+
+
 @plain
 def test_checkpoints_of_other_optimizers_are_still_refused(name):
     module = model()
@@ -304,6 +317,18 @@ def test_checkpoints_of_other_optimizers_are_still_refused(name):
         with pytest.raises(ValueError, match=f"not one of {type(optimizer).__name__}"):
             optimizer.load_state_dict(other.state_dict())
     assert str(optimizer.state_dict()) == before
+
+
+def test_a_restart_leaves_foreign_entries_alone():
+    module = model()
+    optimizer = po.Adan(module.parameters(), lr=0.1, restart_radius=1e-9)
+    optimizer.state[module[0].bias]["slow"] = torch.ones(5)
+    for p in module[2].parameters():
+        p.grad = torch.ones_like(p)
+    for _ in range(3):
+        optimizer.step()
+    assert float(optimizer.state[module[2].bias]["step"]) < 3
+    assert_same([optimizer.state[module[0].bias]["slow"]], [torch.ones(5)])
 
 
 # Checkpoints by name, and hooks.
@@ -425,6 +450,23 @@ def test_hooks_may_change_what_is_saved_loaded_and_done(name):
     optimizer.register_step_pre_hook(lambda o, a, k: ((o, lambda: calls.append(1) or 3.5), {}))
     assert optimizer.step() == 3.5
     assert calls == [1]
+
+
+@pytest.mark.parametrize("name", [name for name in PLAIN if name != "monna"])
+def test_a_hook_after_loading_finds_states_in_their_own_type(name):
+    """torch.optim has cast them to the parameter's by then."""
+    module = model().bfloat16()
+    optimizer, seen = make(name, module, state_dtype=torch.float32), []
+    for p in module.parameters():
+        p.grad = torch.full_like(p, 0.1)
+    optimizer.step()
+    optimizer.register_load_state_dict_post_hook(
+        lambda o: seen.extend(o.state[p][key] for p in module.parameters() for key in o.state_names)
+    )
+    kept = snapshot(optimizer.state[p][key] for p in module.parameters() for key in optimizer.state_names)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert {t.dtype for t in seen} == {torch.float32}
+    assert_same(seen, kept)
 
 
 @plain

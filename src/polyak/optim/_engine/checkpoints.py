@@ -121,11 +121,9 @@ def _copy(optimizer: RuleOptimizer, saved: Mapping[Any, Any], ids: list[Any]) ->
     for group in optimizer.param_groups:
         for p in group["params"]:
             values = saved.get(next(saved_ids), {})
-            for name, value in values.items():
-                if isinstance(
-                    value, (str, bytes)
-                ):  # an entry of somebody else's, which torch.optim takes for a container
-                    optimizer.state[p][name] = value
+            # Texts are entries of somebody else's, which torch.optim takes for containers.
+            if texts := {k: v for k, v in values.items() if isinstance(v, (str, bytes))}:
+                optimizer.state[p].update(texts)
             if not optimizer._has_state(p):
                 continue
             for name in optimizer._stored(group):
