@@ -8,9 +8,11 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from every_for_tests import EXTRA, NAMES, PLAIN, make, model, outer, step
 from references_for_tests import assert_same, snapshot
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 import polyak.optim as po
 from polyak.optim import SPAM, AdamP, MoNNA
@@ -329,6 +331,40 @@ def test_a_restart_leaves_foreign_entries_alone():
         optimizer.step()
     assert float(optimizer.state[module[2].bias]["step"]) < 3
     assert_same([optimizer.state[module[0].bias]["slow"]], [torch.ones(5)])
+
+
+# Distributed checkpoints: what the helpers carry is what stands in states and groups.
+
+THROUGH_HELPERS = {
+    **{name: (name, {}) for name in PLAIN},
+    "adan that restarts": ("adan", {"restart_radius": 0.5}),
+    "adan that has just restarted": ("adan", {"restart_radius": 1e-9}),
+    "adan in float64": ("adan", {"state_dtype": torch.float64}),
+    "sgdp with momentum": ("sgdp", {"momentum": 0.9}),
+    "spam that resets": ("spam", {"reset_interval": 3, "grace": 1, "warmup_steps": 1}),
+}
+
+
+@pytest.mark.parametrize("case", THROUGH_HELPERS)
+@pytest.mark.parametrize("flatten", [False, True])
+def test_the_helpers_of_distributed_checkpoints_carry_all(case, flatten, tmp_path):
+    name, options = THROUGH_HELPERS[case]
+    wanted = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    module, twin = model(), model(1)
+    optimizer, other = make(name, module, **options), make(name, twin, **options)
+    optimizer.param_groups[0]["rho"] = other.param_groups[0]["rho"] = 0.5
+    step(module, optimizer, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(get_optimizer_state_dict(module, optimizer, options=wanted), checkpoint_id=tmp_path, no_dist=True)
+        found = get_optimizer_state_dict(twin, other, options=wanted)
+        dcp.load(found, checkpoint_id=tmp_path, no_dist=True)
+    set_optimizer_state_dict(twin, other, found, options=wanted)
+    twin.load_state_dict(module.state_dict())
+    assert str(other.state_dict()) == str(optimizer.state_dict())
+    step(module, optimizer, 4, 4)
+    step(twin, other, 4, 4)
+    assert_same(twin.parameters(), module.parameters())
 
 
 # Checkpoints by name, and hooks.

@@ -388,15 +388,11 @@ def test_the_default_type_does_not_matter(info):
 
 
 @infos([i for i in RULES if i.impls])
-def test_the_fast_way_is_the_default_and_flags_are_checked(info):
+def test_flags_of_backends_are_left_open_and_checked(info):
     weight, bias, _ = problem()
     optimizer = info.make([weight, bias])
     group = optimizer.param_groups[0]
     assert (group["foreach"], group["fused"], group["differentiable"]) == (None, None, False)
-    gradients((weight, bias), 0)
-    optimizer.step()
-    if info.name != "lionk":  # whose K is not elementwise here
-        assert {plan.mode for plan in optimizer._plans.values()} <= {"compiled", "blocked", "foreach"}
     with pytest.raises((ValueError, RuntimeError), match="`fused` and `foreach` cannot be `True` together"):
         info.make([weight], foreach=True, fused=True)
     with pytest.raises((ValueError, RuntimeError), match="differentiable"):

@@ -182,8 +182,8 @@ class Adan(RuleOptimizer):
     @torch.no_grad()
     def restart(self) -> None:
         """Forget all moments and count steps from zero, so that the next step takes its gradient as the previous one."""
-        for name in ("travelled", "since_restart"):
-            self.param_groups[0].pop(name, None)
+        first = self.param_groups[0]
+        first.update({name: 0 * first[name] for name in ("travelled", "since_restart") if name in first})
         for state in (self.state[p] for p in list(self.state) if self._has_state(p)):
             for name in ("exp_avg", "exp_avg_diff", "exp_avg_sq", "step"):
                 state[name].zero_()

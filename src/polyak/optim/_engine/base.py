@@ -135,7 +135,7 @@ class RuleOptimizer(Optimizer):
 
     def _has_state(self, p: torch.Tensor) -> bool:
         """Whether a parameter's own state is made."""
-        return (self.state_names or ("step",))[0] in self.state.get(p, ())
+        return any(name in self.state.get(p, ()) for name in self.state_names or ("step",))
 
     def _init_group(self, group: dict[str, Any], params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
         """Check the gradients, and make the state of parameters that have none yet."""
