@@ -90,9 +90,7 @@ def _is_one_element(value: Any) -> bool:
 
 def suggestion(value: object, options: Iterable[object]) -> str:
     """ "; did you mean 'adan'?" where one of the options is near, whatever its case, else ""."""
-    if not isinstance(value, str):
-        return ""
-    given, known = value, [str(o) for o in options]
+    given, known = value if isinstance(value, str) else shown(value), [str(o) for o in options]
     near = difflib.get_close_matches(given.lower(), [name.lower() for name in known], n=1)
     if not near:
         return ""
