@@ -16,13 +16,14 @@ from diffusers_cases import (
     Options,
     both,
     diffusers,
+    network,
     push,
     rng,
     saved,
     scheduler_class,
 )
 
-from polyak.generate import DDIM, EDM, Discrete, DPMSolver, Euler, Flow
+from polyak.generate import DDIM, EDM, RK4, Discrete, DPMSolver, Euler, Flow
 from polyak.generate.adapters.diffusers import PolyakScheduler
 from polyak.generate.adapters.diffusers.levels import ChainLevels
 from polyak.generate.adapters.diffusers.options import DEFAULTS, OWN, TABLE, Acts, Idle, Refused
@@ -103,6 +104,21 @@ def test_what_is_refused_is_refused_where_it_is_constructed() -> None:
     for config, message in cases:
         with pytest.raises(ValueError, match=message):
             PolyakScheduler.from_config(config, solver=TWO_M)
+
+
+def test_an_option_of_a_newer_diffusers_is_taken_at_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = list(inspect.signature(diffusers.DDIMScheduler.__init__).parameters.values())
+    added = inspect.Parameter("foo", inspect.Parameter.KEYWORD_ONLY, default=1.0)
+
+    class Newer(diffusers.DDIMScheduler):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**{k: v for k, v in options.items() if k != "foo"})
+
+    Newer.__init__.__signature__ = inspect.Signature([*parameters, added])  # type: ignore[attr-defined]
+    monkeypatch.setattr(diffusers.schedulers, "DDIMScheduler", Newer)
+    PolyakScheduler.from_config({"_class_name": "DDIMScheduler", "foo": 1.0}, solver=DDIM())
+    with pytest.raises(ValueError, match=r"foo=2\.0 is not an option of DDIMScheduler: unknown"):
+        PolyakScheduler.from_config({"_class_name": "DDIMScheduler", "foo": 2.0}, solver=DDIM())
 
 
 def test_what_means_nothing_is_taken() -> None:
@@ -196,6 +212,34 @@ def test_steps_that_diffusers_and_we_take_differently() -> None:
     _, ours = both("EulerDiscreteScheduler", options, Euler())
     ours.set_timesteps(3)
     assert ours.sigmas.tolist()[-2:] == pytest.approx([0.002, 0.002])
+
+
+def test_inner_points_are_told_as_the_grids_are() -> None:
+    for options, label in (({}, lambda t: 1000 * t), ({"invert_sigmas": True}, lambda t: 1000 * (1 - t))):
+        _, ours = both("FlowMatchEulerDiscreteScheduler", {"shift": 2.0, **options}, RK4())
+        ours.set_timesteps(3)
+        assert ours.timesteps.tolist() == pytest.approx([label(t) for t in ours._asked], rel=1e-6)
+    theirs, ours = both("EulerDiscreteScheduler", {"use_karras_sigmas": True}, RK4())
+    ours.set_timesteps(3)
+    logs = np.log(theirs.sigmas[:-1].flip(0).numpy())
+    want = theirs._sigma_to_t(np.array(ours._asked[1:2]), logs)[0]
+    assert float(ours.timesteps[1]) == pytest.approx(want, rel=1e-5)
+
+
+def test_a_level_that_is_there_twice_is_an_evaluation_without_effect() -> None:
+    for name, options in (
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}),
+        ("DEISMultistepScheduler", {"use_karras_sigmas": True}),
+        ("PNDMScheduler", {}),
+        ("EDMEulerScheduler", {"final_sigmas_type": "sigma_min"}),
+    ):
+        _, ours = both(name, options, TWO_M)
+        ours.set_timesteps(5)
+        assert ours._times[-1] == ours._times[-2]
+        x = torch.full((1, 1), 0.3, dtype=torch.float64)
+        for t in ours.timesteps:
+            before, x = x, ours.step(network(x, t), t, x).prev_sample
+        assert torch.allclose(x, before, rtol=1e-12)
 
 
 # --- what a plan is made of
@@ -336,6 +380,10 @@ def test_consistency_models_keep_the_timesteps_they_were_distilled_at() -> None:
     theirs.set_timesteps(4, original_inference_steps=40, strength=0.5)
     ours.set_timesteps(4, original_inference_steps=40, strength=0.5)
     assert torch.equal(ours.timesteps, theirs.timesteps)
+    for strength in (1.0, 0.5, 0.25):
+        for scheduler in (theirs, ours):
+            scheduler.set_timesteps(timesteps=[999, 759, 499, 259], strength=strength)
+        assert torch.equal(ours.timesteps, theirs.timesteps)
     with pytest.raises(ValueError, match="at most 50, the number of distilled ones"):
         ours.set_timesteps(51)
     with pytest.raises(ValueError, match="original_inference_steps and strength are for configurations of LCM"):

@@ -11,7 +11,6 @@ import torch
 
 from polyak.core import checks
 from polyak.generate.adapters.diffusers.plan import Plan
-from polyak.generate.process import Discrete
 
 Array = np.ndarray[Any, Any]
 
@@ -64,14 +63,6 @@ def decreasing(name: str, values: Any) -> Array:
 def refuse_with_shape(name: str, plan: Plan) -> None:
     if plan.shape:
         raise ValueError(f"{name} cannot be given with {plan.shape}")
-
-
-def snapped(process: Any, t: float) -> float:
-    """An end of the range, or a point of the chain, which single precision has missed by a little."""
-    points = [process.t_min, process.t_max]
-    if isinstance(process, Discrete):
-        points.append(round(t * process.n) / process.n)
-    return next((p for p in points if abs(t - p) <= 1e-6 * p), t)
 
 
 def ends_at_zero(plan: Plan, zero: bool) -> bool:

@@ -21,7 +21,6 @@ from polyak.generate.adapters.diffusers.requests import (
     ended,
     numbers,
     shifted,
-    snapped,
 )
 from polyak.generate.prediction import edm_label
 from polyak.generate.process import EDM, Discrete, Flow
@@ -101,7 +100,7 @@ def _of_process(plan: Plan, request: Request, zero: bool) -> Schedule:
         return Schedule(times, [label(plan, process, t) for t in times[:-1]], process)
     if isinstance(process, Discrete) and request.sigmas is None and request.timesteps is None:
         labels = chain_labels(plan, request)
-        times = [snapped(process, float(t)) for t in (labels + 1) / process.n]
+        times = ((labels + 1) / process.n).tolist()
         scale = process.label_scale / process.n
         return Schedule(ended(plan, process, times, zero), [float(v) * scale for v in labels], process)
     if request.sigmas is not None:
@@ -113,7 +112,7 @@ def _of_process(plan: Plan, request: Request, zero: bool) -> Schedule:
     else:
         given = decreasing("timesteps", request.timesteps)
         times = times_of(plan, process, torch.from_numpy(given)).tolist()
-    times = ended(plan, process, [snapped(process, t) for t in times], zero)
+    times = ended(plan, process, times, zero)
     return Schedule(times, [label(plan, process, t) for t in times[:-1]], process)
 
 
@@ -135,8 +134,7 @@ def _edm(plan: Plan, request: Request) -> Schedule:
                 sigmas = sigmas[:-1]
     elif request.timesteps is not None:
         labels = decreasing("timesteps", request.timesteps)
-        found = times_of(plan, plan.process, torch.from_numpy(labels)).tolist()
-        sigmas = np.array([snapped(plan.process, t) for t in found])
+        sigmas = times_of(plan, plan.process, torch.from_numpy(labels)).numpy()
     else:
         sigmas = shaped(shape, count(request), top, low, config["rho"])
     levels = sigmas.astype(np.float32).astype(np.float64)
