@@ -12,6 +12,7 @@ import torch
 from diffusers_cases import (
     PLANS,
     SAME,
+    SCALED,
     TWO_M,
     Options,
     both,
@@ -229,6 +230,7 @@ def test_inner_points_are_told_as_the_grids_are() -> None:
 def test_a_level_that_is_there_twice_is_an_evaluation_without_effect() -> None:
     for name, options in (
         ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}),
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", **SCALED}),
         ("DEISMultistepScheduler", {"use_karras_sigmas": True}),
         ("PNDMScheduler", {}),
         ("EDMEulerScheduler", {"final_sigmas_type": "sigma_min"}),

@@ -68,7 +68,7 @@ def chain(plan: Plan, request: Request, zero: bool) -> Schedule:
         times = [process.t_of_label(v) for v in labels.tolist()]
     elif request.sigmas is not None:
         sigmas = decreasing("sigmas", request.sigmas)
-        times = [_nearest(process, process.t_of_lam(-math.log(s))) if s else 0.0 for s in sigmas.tolist()]
+        times = [process.t_of_lam(-math.log(s)) if s else 0.0 for s in sigmas.tolist()]
         if not times[-1]:
             sigmas = sigmas[:-1]
             labels = label_of_sigma(sigmas, table.sigmas)
@@ -84,18 +84,12 @@ def chain(plan: Plan, request: Request, zero: bool) -> Schedule:
         if _rounds(plan):
             labels = labels.round()
         lams = -torch.from_numpy(sigmas.astype(np.float32)).double().log()
-        times = [_nearest(process, t) for t in process.t_of_lam(lams).tolist()]
+        times = process.t_of_lam(lams).tolist()
         return Schedule(ended(plan, process, times, zero), np.trunc(labels).tolist(), process)
     else:
         labels = chain_labels(plan, request)
         times = ((labels + 1) / process.n).tolist()
     return Schedule(ended(plan, process, times, zero), _whole(labels), process)
-
-
-def _nearest(process: Discrete, t: float) -> float:
-    """A point of the chain, where single precision has missed it by a little."""
-    point = round(t * process.n) / process.n
-    return point if abs(t - point) <= 1e-6 * point else t
 
 
 def _rounds(plan: Plan) -> bool:
