@@ -119,10 +119,10 @@ PLANS: dict[str, list[Options]] = {
         *every(SPACED, [VIDEO]),
     ],
     "EulerAncestralDiscreteScheduler": SPACED,
-    "HeunDiscreteScheduler": every(SPACED, SHAPED, [{}, {"beta_schedule": "exp"}]),
-    "LMSDiscreteScheduler": every(SPACED, SHAPED),
+    "HeunDiscreteScheduler": [*every(SPACED, SHAPED[:2]), *SHAPED[2:], {"beta_schedule": "exp"}],
+    "LMSDiscreteScheduler": [*SPACED, *SHAPED],
     # Few: constructing one of these takes diffusers a tenth of a second.
-    "KDPM2DiscreteScheduler": [SPACED[1], SHAPED[1], SHAPED[2]],
+    "KDPM2DiscreteScheduler": [SPACED[1], SHAPED[1]],
     "KDPM2AncestralDiscreteScheduler": [SHAPED[1]],
     "DPMSolverSDEScheduler": [*SPACED, *SHAPED],
     "EDMEulerScheduler": every([{}, {"sigma_schedule": "exponential"}], ENDS, [{}, {"sigma_max": 50.0, "rho": 5.0}]),
