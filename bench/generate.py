@@ -150,7 +150,9 @@ def main() -> None:
     for device in devices:
         found[device] = rows(device, given.repeat)
         name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {given.threads} thread(s)"
-        print(f"\n{name}, torch {torch.__version__}; milliseconds for each of {STEPS} steps' evaluations, state {SHAPE}\n")
+        print(
+            f"\n{name}, torch {torch.__version__}; milliseconds for each of {STEPS} steps' evaluations, state {SHAPE}\n"
+        )
         print(table(found[device]))
     if given.json:
         with open(given.json, "w") as file:

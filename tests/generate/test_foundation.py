@@ -632,7 +632,9 @@ def test_the_old_call_makes_the_small_classes() -> None:
     for solver in EVERY:
         same = pickle.loads(pickle.dumps(solver))
         assert type(same) is type(solver)
-        assert isinstance(same, (Euler, Heun, RK4)) or same == solver
+        assert same == solver
+        assert hash(same) == hash(solver)
+    assert Heun() != Euler()
 
 
 def test_true_and_one_are_the_same() -> None:

@@ -27,21 +27,22 @@ HALF = (torch.float16, torch.bfloat16)
 class DynamicThresholding:
     """A corrector for pixel data in [-1, 1] (Imagen, arXiv 2205.11487, section 2.3): never for latents.
 
-    Per sample, q = the ``quantile`` of \\|x0\\| over all its elements, at least ``floor``; x0 is clipped to [-q, q] and divided
-    by q (times floor, so that the result lies in [-floor, floor]).
+    Per sample, q = the ``quantile`` of \\|x0\\| over all its elements, at least ``floor`` and at most ``ceiling``; x0 is clipped to
+    [-q, q] and divided by q (times floor: the result lies in [-floor, floor]). diffusers' ``sample_max_value`` is a ceiling.
     """
 
-    def __init__(self, quantile: float = 0.995, floor: float = 1.0) -> None:
-        self.quantile = checks.between("quantile", quantile, 0.0, 1.0, ends="(]")
+    def __init__(self, quantile: float = 0.995, floor: float = 1.0, ceiling: float = math.inf) -> None:
+        self.quantile = checks.between("quantile", quantile, 0.0, 1.0, ends="[]")
         self.floor = checks.positive("floor", floor)
+        self.ceiling = ceiling if ceiling == math.inf else checks.positive("ceiling", ceiling)
 
     def __call__(self, x0: Tensor, t: float) -> Tensor:
         magnitude, _ = x0.abs().flatten(1).sort(1)  # torch.quantile is limited to 2^24 elements
         position = self.quantile * (magnitude.shape[1] - 1)
         below = int(position)
         above = min(below + 1, magnitude.shape[1] - 1)
-        q = torch.lerp(magnitude[:, below], magnitude[:, above], position - below).clamp(min=self.floor)
-        q = q.reshape(-1, *[1] * (x0.ndim - 1))
+        q = torch.lerp(magnitude[:, below], magnitude[:, above], position - below)
+        q = q.clamp(min=self.floor).clamp(max=self.ceiling).reshape(-1, *[1] * (x0.ndim - 1))
         return torch.clamp(x0, -q, q) * (self.floor / q)
 
 

@@ -110,6 +110,13 @@ class Solver:
     adaptive: bool = False
     reaches_zero: bool = True
 
+    def __eq__(self, other: object) -> bool:
+        """Whether it steps the same way: a solver of the same class, with the same options."""
+        return vars(self) == vars(other) if type(other) is type(self) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
     def __repr__(self) -> str:
         """The options that are not the defaults."""
         options = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from diffusers import schedulers as theirs
 from torch import Tensor
 
@@ -50,26 +50,6 @@ VALUES = {
     "sigma_schedule": ("karras", "exponential"),
 }
 FLOW_END = 1e-9  # below it nothing is asked: the last step of a flow ends on clean data
-
-
-class Thresholding:
-    """Dynamic thresholding as diffusers has it: the quantile is at least 1 and at most ``ceiling``.
-
-    Imagen, arXiv 2205.11487, section 2.3; pixel models only.
-    """
-
-    def __init__(self, ratio: float, ceiling: float) -> None:
-        self.ratio = checks.between("dynamic_thresholding_ratio", ratio, 0.0, 1.0, ends="[]")
-        self.ceiling = checks.positive("sample_max_value", ceiling)
-
-    def __call__(self, x0: Tensor, t: float) -> Tensor:
-        magnitude, _ = x0.abs().flatten(1).sort(1)  # torch.quantile is limited to 2^24 elements
-        position = self.ratio * (magnitude.shape[1] - 1)
-        below = int(position)
-        above = min(below + 1, magnitude.shape[1] - 1)
-        q = torch.lerp(magnitude[:, below], magnitude[:, above], position - below)
-        q = q.clamp(min=1.0).clamp(max=self.ceiling).reshape(-1, *[1] * (x0.ndim - 1))
-        return torch.clamp(x0, -q, q) / q
 
 
 class Clipping:
@@ -275,7 +255,7 @@ def read(
 def _corrector(config: Mapping[str, Any], facts: Origin) -> Corrector | None:
     if config.get("thresholding") and "thresholding" in facts.options:
         ratio, ceiling = config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value")
-        return DynamicThresholding(ratio) if ceiling is None else Thresholding(ratio, ceiling)
+        return DynamicThresholding(ratio, ceiling=math.inf if ceiling is None else ceiling)
     if config.get("clip_sample") and "clip_sample" in facts.options:
         return Clipping(config.get("clip_sample_range", 1.0))
     return None
