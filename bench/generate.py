@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
-from polyak.generate import DDIM, VP, Denoiser, DPMSolver, Euler, Flow, Heun, sample
+from polyak.generate import DDIM, EDM, VP, Denoiser, DPMSolver, Euler, Flow, Heun, sample
 
 STEPS = 30
+LEVELS = EDM(sigma_min=0.03, sigma_max=14.6)  # x0 + sigma eps, the range of the chain that diffusers' schedulers have
 SHAPE = (2, 4, 64, 64)  # latents of two pictures of 512 x 512
 
 
@@ -47,6 +48,8 @@ def contenders() -> dict[str, tuple[Any, Any, str, Any]]:
             "epsilon",
             d.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
         ),
+        "Heun": (Heun(), LEVELS, "epsilon", d.HeunDiscreteScheduler()),
+        "Euler": (Euler(), LEVELS, "epsilon", d.EulerDiscreteScheduler()),
         "Heun, flow": (Heun(), Flow(), "flow", d.FlowMatchHeunDiscreteScheduler()),
         "Euler, flow": (Euler(), Flow(), "flow", d.FlowMatchEulerDiscreteScheduler()),
     }

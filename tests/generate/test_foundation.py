@@ -53,7 +53,7 @@ from polyak.generate import (
     sample,
 )
 from polyak.generate.problems import ExactDenoiser, ring
-from polyak.generate.update import _fused, advance, combine
+from polyak.generate.update import _fused, _looked_at, advance, combine
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -96,13 +96,46 @@ def test_the_kernel_makes_what_pytorch_makes(case: str, shape: tuple[int, ...], 
     drawn = (0.7, z) if case in ("noise", "all") else None
     want = advance(x, output, 0.9, -0.4, rest, value=value, noise=drawn)
     tensors = [x, output, *(t for _, t in rest), *([z] if drawn else [])]
-    got = _fused(tensors, [0.9, -0.4, *(c for c, _ in rest)], value, 0.7 if drawn else None)
+    seen = _looked_at(tensors)
+    assert seen is not None
+    got = _fused(tensors, seen, [0.9, -0.4, *(c for c, _ in rest)], value, 0.7 if drawn else None, True)
+    short = _fused(tensors, seen, [0.9, -0.4, *(c for c, _ in rest)], value, 0.7 if drawn else None, False)
+    assert short.mean is None
+    assert torch.equal(short.next, got.next)
     for a, b in ((got.next, want.next), (got.value, want.value), (got.mean, want.mean)):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             # Five terms of size about 1, each rounded once or twice more in one of the two.
             assert torch.allclose(a, b, rtol=0, atol=16 * torch.finfo(torch.float32).eps)
             assert a.stride() == b.stride()
+
+
+def test_the_kernel_looks_at_what_it_takes() -> None:
+    pytest.importorskip("triton")
+    x = torch.zeros(4, 6)
+    if _looked_at([x, x]) is None:
+        pytest.skip("needs Triton's interpreter, or a GPU")
+    base = torch.zeros(4, 12)
+    wrong = [
+        base[:, ::2], x.T.contiguous().T, x.double(), torch.zeros(6, 4), torch.zeros(4, 6, device="meta"),
+        torch.zeros(4, 6, dtype=torch.complex64).imag, torch.complex(x, x).conj().imag, torch.zeros(1, 6).expand(4, 6),
+        torch.zeros(4, 6, requires_grad=True), torch.nn.parameter.Buffer(x).as_subclass(type("Own", (Tensor,), {})),
+    ]  # fmt: skip
+    for t in wrong:
+        assert _looked_at([x, t]) is None, (t.shape, t.stride(), t.dtype)
+    with torch.no_grad():
+        assert _looked_at([x, torch.zeros(4, 6, requires_grad=True)]) is not None
+    with NoFloat64():
+        assert _looked_at([x, x]) is None
+    assert _looked_at([torch.zeros(0, 6), torch.zeros(0, 6)]) is None
+    # Another address, type or size is another launch.
+    keys = {
+        _looked_at([x, x]),
+        _looked_at([x, x.bfloat16()]),
+        _looked_at([base, base]),
+        _looked_at([base[0, 1:], base[0, 1:]]),
+    }
+    assert len(keys) == 4
 
 
 @on_gpu

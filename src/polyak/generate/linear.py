@@ -177,6 +177,7 @@ def apply(
     output: Tensor,
     values: tuple[Tensor, ...],
     generator: Generators | None = None,
+    mean: bool = True,
 ) -> tuple[Update, tuple[Tensor, ...]]:
     """What a stage makes of an output at x, and what is remembered after it.
 
@@ -184,6 +185,7 @@ def apply(
         start: the state at the step's start; not looked at in its first stage.
         values: what is remembered.
         generator: of the noise, where the stage draws some.
+        mean: whether the mean of a stochastic step is wanted.
     """
     if not (stage.past or stage.base or stage.std or stage.keep):
         return advance(x, output, stage.of_x, stage.of_output), ()
@@ -193,7 +195,7 @@ def apply(
     noise = None
     if stage.std:
         noise = stage.std, standard_normal(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    made = advance(x, output, stage.of_x, stage.of_output, rest, value=stage.value, noise=noise)
+    made = advance(x, output, stage.of_x, stage.of_output, rest, value=stage.value, noise=noise, mean=mean)
     if not stage.keep:
         return made, ()
     known = (made.value, *values)
@@ -206,6 +208,7 @@ def take_stage(
     prediction: Any,
     values: tuple[Tensor, ...],
     generator: Generators | None = None,
+    mean: bool = True,
 ) -> tuple[Update, tuple[Tensor, ...]]:
     """:func:`apply` for a prediction; a stage's first is taken to be of the step's start, whatever that was before."""
     weighed = getattr(prediction, "weights", None)
@@ -213,7 +216,7 @@ def take_stage(
         output, weighed = getattr(prediction, stage.view), _as_it_is
     else:
         output = prediction.output
-    return apply(folded(stage, weighed), start, prediction.x, output, values, generator)
+    return apply(folded(stage, weighed), start, prediction.x, output, values, generator, mean)
 
 
 def _as_it_is(view: str) -> tuple[float, float]:

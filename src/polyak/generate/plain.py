@@ -50,7 +50,7 @@ def run_table(
             check(output, i + 1, stage.t)
         if stage.first:
             start = x
-        made, values = apply(step, start, x, output, values, generator)
+        made, values = apply(step, start, x, output, values, generator, mean=False)
         x = made.next
     denoiser.nfe += len(stages)
     denoiser.evaluations += len(stages)

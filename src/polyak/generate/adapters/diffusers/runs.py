@@ -190,7 +190,7 @@ class Driven:
             if stage.first:
                 self.start = prediction.x
             assert self.start is not None
-            made, self.values = take_stage(stage, self.start, prediction, self.values, self.generator)
+            made, self.values = take_stage(stage, self.start, prediction, self.values, self.generator, mean=False)
             point = made.next
         self.stage += 1
         if self.stage == len(leg.asked):
