@@ -11,6 +11,7 @@ On a GPU also a whole ``sample()`` as one CUDA graph.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import time
 import warnings
@@ -72,7 +73,8 @@ def seconds(run: Callable[[], Any], device: str, repeat: int) -> float:
 
 def through(scheduler: Any, x: torch.Tensor, output: torch.Tensor) -> Callable[[], int]:
     """A pipeline's loop."""
-    generator = torch.Generator(x.device).manual_seed(0)
+    known = inspect.signature(scheduler.step).parameters
+    drawn = {"generator": torch.Generator(x.device).manual_seed(0)} if "generator" in known else {}
 
     @torch.no_grad()
     def run() -> int:
@@ -82,7 +84,7 @@ def through(scheduler: Any, x: torch.Tensor, output: torch.Tensor) -> Callable[[
         for t in scheduler.timesteps:
             if scales:
                 scheduler.scale_model_input(y, t)
-            y = scheduler.step(output, t, y, generator=generator, return_dict=False)[0]
+            y = scheduler.step(output, t, y, return_dict=False, **drawn)[0]
         return len(scheduler.timesteps)
 
     return run
