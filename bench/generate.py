@@ -11,6 +11,7 @@ On a GPU also a whole ``sample()`` as one CUDA graph.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import time
 import warnings
@@ -19,9 +20,10 @@ from typing import Any
 
 import torch
 
-from polyak.generate import DDIM, VP, Denoiser, DPMSolver, Euler, Flow, Heun, sample
+from polyak.generate import DDIM, EDM, VP, Denoiser, DPMSolver, Euler, Flow, Heun, sample
 
 STEPS = 30
+LEVELS = EDM(sigma_min=0.03, sigma_max=14.6)  # x0 + sigma eps, the range of the chain that diffusers' schedulers have
 SHAPE = (2, 4, 64, 64)  # latents of two pictures of 512 x 512
 
 
@@ -47,6 +49,8 @@ def contenders() -> dict[str, tuple[Any, Any, str, Any]]:
             "epsilon",
             d.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
         ),
+        "Heun": (Heun(), LEVELS, "epsilon", d.HeunDiscreteScheduler()),
+        "Euler": (Euler(), LEVELS, "epsilon", d.EulerDiscreteScheduler()),
         "Heun, flow": (Heun(), Flow(), "flow", d.FlowMatchHeunDiscreteScheduler()),
         "Euler, flow": (Euler(), Flow(), "flow", d.FlowMatchEulerDiscreteScheduler()),
     }
@@ -69,7 +73,8 @@ def seconds(run: Callable[[], Any], device: str, repeat: int) -> float:
 
 def through(scheduler: Any, x: torch.Tensor, output: torch.Tensor) -> Callable[[], int]:
     """A pipeline's loop."""
-    generator = torch.Generator(x.device).manual_seed(0)
+    known = inspect.signature(scheduler.step).parameters
+    drawn = {"generator": torch.Generator(x.device).manual_seed(0)} if "generator" in known else {}
 
     @torch.no_grad()
     def run() -> int:
@@ -79,7 +84,7 @@ def through(scheduler: Any, x: torch.Tensor, output: torch.Tensor) -> Callable[[
         for t in scheduler.timesteps:
             if scales:
                 scheduler.scale_model_input(y, t)
-            y = scheduler.step(output, t, y, generator=generator, return_dict=False)[0]
+            y = scheduler.step(output, t, y, return_dict=False, **drawn)[0]
         return len(scheduler.timesteps)
 
     return run

@@ -53,7 +53,7 @@ from polyak.generate import (
     sample,
 )
 from polyak.generate.problems import ExactDenoiser, ring
-from polyak.generate.update import _fused, advance, combine
+from polyak.generate.update import _fused, _looked_at, advance, combine
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -96,13 +96,46 @@ def test_the_kernel_makes_what_pytorch_makes(case: str, shape: tuple[int, ...], 
     drawn = (0.7, z) if case in ("noise", "all") else None
     want = advance(x, output, 0.9, -0.4, rest, value=value, noise=drawn)
     tensors = [x, output, *(t for _, t in rest), *([z] if drawn else [])]
-    got = _fused(tensors, [0.9, -0.4, *(c for c, _ in rest)], value, 0.7 if drawn else None)
+    seen = _looked_at(tensors)
+    assert seen is not None
+    got = _fused(tensors, seen, [0.9, -0.4, *(c for c, _ in rest)], value, 0.7 if drawn else None, True)
+    short = _fused(tensors, seen, [0.9, -0.4, *(c for c, _ in rest)], value, 0.7 if drawn else None, False)
+    assert short.mean is None
+    assert torch.equal(short.next, got.next)
     for a, b in ((got.next, want.next), (got.value, want.value), (got.mean, want.mean)):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             # Five terms of size about 1, each rounded once or twice more in one of the two.
             assert torch.allclose(a, b, rtol=0, atol=16 * torch.finfo(torch.float32).eps)
             assert a.stride() == b.stride()
+
+
+def test_the_kernel_looks_at_what_it_takes() -> None:
+    pytest.importorskip("triton")
+    x = torch.zeros(4, 6)
+    if _looked_at([x, x]) is None:
+        pytest.skip("needs Triton's interpreter, or a GPU")
+    base = torch.zeros(4, 12)
+    wrong = [
+        base[:, ::2], x.T.contiguous().T, x.double(), torch.zeros(6, 4), torch.zeros(4, 6, device="meta"),
+        torch.zeros(4, 6, dtype=torch.complex64).imag, torch.complex(x, x).conj().imag, torch.zeros(1, 6).expand(4, 6),
+        torch.zeros(4, 6, requires_grad=True), torch.nn.parameter.Buffer(x).as_subclass(type("Own", (Tensor,), {})),
+    ]  # fmt: skip
+    for t in wrong:
+        assert _looked_at([x, t]) is None, (t.shape, t.stride(), t.dtype)
+    with torch.no_grad():
+        assert _looked_at([x, torch.zeros(4, 6, requires_grad=True)]) is not None
+    with NoFloat64():
+        assert _looked_at([x, x]) is None
+    assert _looked_at([torch.zeros(0, 6), torch.zeros(0, 6)]) is None
+    # Another address, type or size is another launch.
+    keys = {
+        _looked_at([x, x]),
+        _looked_at([x, x.bfloat16()]),
+        _looked_at([base, base]),
+        _looked_at([base[0, 1:], base[0, 1:]]),
+    }
+    assert len(keys) == 4
 
 
 @on_gpu
@@ -259,9 +292,10 @@ def test_sample_goes_on_from_any_step(solver: Any) -> None:
     for step in (kept[len(kept) // 2], pickle.loads(pickle.dumps(kept[0])), copy.deepcopy(kept[-2])):
         for _ in range(2):  # a step is not used up
             assert torch.equal(sample(denoiser, step, **options), whole)
+    assert torch.equal(sample(denoiser, kept[-1], **options), whole)  # after the last step there is nothing to do
     if not solver.adaptive:
-        with pytest.raises(ValueError, match="there is none after"):
-            sample(denoiser, kept[-1], **options)
+        with pytest.raises(ValueError, match="none of this run's times"):
+            sample(denoiser, kept[1], **{**options, "steps": 13, "grid": "time"})
 
 
 def test_half_precision_goes_on_in_float32() -> None:
@@ -483,15 +517,21 @@ class _Wrong(LinearSolver):
         start = 0 if memory is None else memory
         for i, (s, t) in list(enumerate(itertools.pairwise(times)))[start:]:
             p = yield Query(x, s)
+            if self.fault == "dear":
+                yield Query(p.x, s, False)
             if self.fault == "in place":
                 x.add_(p.flow, alpha=t - s)
             else:
-                x = p.x + (t - s) * p.flow
+                x = (x if self.fault == "sure" else p.x) + (t - s) * p.flow
+            if self.fault == "scales":
+                p.output.mul_(2)
             if self.fault == "forgets" and start:
                 x = x * 1.1
-            yield Step(
+            change = yield Step(
                 x, s, t, i + (self.fault == "numbers"), i == len(times) - 2 or self.fault == "last", memory=i + 1
             )
+            if change is not None and self.fault != "deaf":
+                x = change.x
         return x
 
 
@@ -503,6 +543,10 @@ class _Wrong(LinearSolver):
         ("last", "last step alone"),
         ("forgets", "must be in Step.memory"),
         ("order", "declares order 2"),
+        ("deaf", "must go on from a Change"),
+        ("sure", "must go on from prediction.x"),
+        ("scales", "changed a prediction's output in place"),
+        ("dear", "for nfe=12 it asks 24 times"),
     ],
 )
 def test_check_solver_finds(fault: str, message: str) -> None:
@@ -632,7 +676,9 @@ def test_the_old_call_makes_the_small_classes() -> None:
     for solver in EVERY:
         same = pickle.loads(pickle.dumps(solver))
         assert type(same) is type(solver)
-        assert isinstance(same, (Euler, Heun, RK4)) or same == solver
+        assert same == solver
+        assert hash(same) == hash(solver)
+    assert Heun() != Euler()
 
 
 def test_true_and_one_are_the_same() -> None:
@@ -746,3 +792,49 @@ def test_a_stage_table_is_all_a_linear_solver_needs() -> None:
     assert torch.equal(
         sample(exact(), noise(), solver=Mine(), steps=6), sample(exact(), noise(), solver=Euler(), steps=6)
     )
+
+
+def test_a_solver_whose_rows_have_times_of_their_own() -> None:
+    """Heun from a noise level of each row's own; every row is what it is alone."""
+    process = EDM(sigma_min=0.01, sigma_max=40.0)
+    starts = torch.tensor([1.0, 5.0, 40.0], dtype=torch.float64)
+
+    class PerRow(Solver):
+        def __init__(self, starts: Tensor) -> None:
+            self.starts = starts
+
+        def run(self, x, times, process, *, generator=None):  # type: ignore[no-untyped-def, override]
+            shares = torch.linspace(1, 0, len(times), dtype=torch.float64)
+            rows = self.starts[None] ** shares[:, None] * 0.01 ** (1 - shares[:, None])
+            for i, (s, t) in enumerate(itertools.pairwise(rows)):
+                p = yield Query(x, s)
+                slope = p.flow
+                q = yield Query(p.x + (t - s)[:, None] * slope, t, first=False)
+                x = p.x + (t - s)[:, None] * (slope + q.flow) / 2
+                yield Step(x, float(s.max()), float(t.max()), i, i == len(rows) - 2)
+            return x
+
+    grid = process.grid(6, "karras")
+    denoiser = Denoiser(lambda x, label: 0.3 * x / (1 + label[:, None] ** 2), process, "sample")
+    x = noise(3, 2) * starts[:, None]
+    together, info = sample(denoiser, x, solver=PerRow(starts), grid=grid, return_info=True)
+    assert info.queries[0].tolist() == starts.tolist()
+    for i in range(3):
+        alone = sample(denoiser, x[i : i + 1], solver=PerRow(starts[i : i + 1]), grid=grid)
+        assert torch.allclose(together[i : i + 1], alone, rtol=1e-13)
+    with pytest.raises(ValueError, match=r"NaN in the prediction of evaluation 1 at t=\[1.0, 5.0, 40.0\]"):
+        sample(Denoiser(lambda x, t: x * math.nan, process, "sample"), x, solver=PerRow(starts), grid=grid)
+
+
+def test_times_may_be_of_any_kind_of_number() -> None:
+    import numpy as np
+
+    want = sample(exact(), noise(2), solver=DDIM(), grid=[1.0, 0.5, 0.25])
+    for grid in (
+        torch.tensor([1.0, 0.5, 0.25]),
+        np.array([1.0, 0.5, 0.25]),
+        np.array([1.0, 0.5, 0.25], dtype=np.float32),
+        [torch.tensor(1.0), torch.tensor(0.5), torch.tensor(0.25)],
+        (1, 0.5, 0.25),
+    ):
+        assert torch.equal(sample(exact(), noise(2), solver=DDIM(), grid=grid), want)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import linecache
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any
 
@@ -25,10 +25,8 @@ def _interpreted() -> bool | None:
 
 def available(device: torch.device) -> bool:
     """Whether kernels can run on tensors of this device (CUDA or ROCm; the CPU in Triton's interpreter mode)."""
-    if device.type not in ("cuda", "cpu"):
-        return False
     interpreted = _interpreted()
-    return interpreted is not None and (device.type == "cuda" or interpreted)
+    return interpreted is not None and (device.type == "cuda" or (device.type == "cpu" and interpreted))
 
 
 def function(name: str, arguments: Sequence[str], lines: Sequence[str]) -> str:
@@ -57,12 +55,20 @@ class Launcher:
     def __init__(self) -> None:
         self._ready: dict[Any, Any] = {}
 
-    def __call__(self, kernel: Any, grid: int, arguments: Sequence[Any], warps: int, key: Any = None) -> None:
-        """Launch. ``key`` tells arguments that differ in what Triton specializes on: types, alignment, divisibility."""
-        ready = self._ready.get((kernel, grid, key))
+    def __call__(
+        self, kernel: Callable[[], Any], grid: int, arguments: Sequence[Any], warps: int, key: Hashable | None
+    ) -> None:
+        """Launch.
+
+        Args:
+            kernel: makes the kernel, or finds it.
+            key: tells which kernel, which grid, and all that Triton specializes on in the arguments: types, alignment of
+                addresses, divisibility of integers. None: launch as Triton does, with a look at everything.
+        """
+        ready = self._ready.get(key) if key is not None else None
         if ready is not None:
             ready(*arguments)
             return
-        made = kernel[(grid,)](*arguments, num_warps=warps)
-        if made is not None and hasattr(type(made), "__getitem__"):  # the interpreter makes nothing
-            self._ready[kernel, grid, key] = made[(grid, 1, 1)]
+        made = kernel()[(grid,)](*arguments, num_warps=warps)
+        if key is not None and made is not None and hasattr(type(made), "__getitem__"):  # the interpreter makes nothing
+            self._ready[key] = made[(grid, 1, 1)]

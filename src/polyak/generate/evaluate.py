@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from polyak.core import checks
 from polyak.generate.guidance import Guidance
@@ -27,21 +28,22 @@ HALF = (torch.float16, torch.bfloat16)
 class DynamicThresholding:
     """A corrector for pixel data in [-1, 1] (Imagen, arXiv 2205.11487, section 2.3): never for latents.
 
-    Per sample, q = the ``quantile`` of \\|x0\\| over all its elements, at least ``floor``; x0 is clipped to [-q, q] and divided
-    by q (times floor, so that the result lies in [-floor, floor]).
+    Per sample, q = the ``quantile`` of \\|x0\\| over all its elements, at least ``floor`` and at most ``ceiling``; x0 is clipped to
+    [-q, q] and divided by q (times floor: the result lies in [-floor, floor]). diffusers' ``sample_max_value`` is a ceiling.
     """
 
-    def __init__(self, quantile: float = 0.995, floor: float = 1.0) -> None:
-        self.quantile = checks.between("quantile", quantile, 0.0, 1.0, ends="(]")
+    def __init__(self, quantile: float = 0.995, floor: float = 1.0, ceiling: float = math.inf) -> None:
+        self.quantile = checks.between("quantile", quantile, 0.0, 1.0, ends="[]")
         self.floor = checks.positive("floor", floor)
+        self.ceiling = ceiling if ceiling == math.inf else checks.positive("ceiling", ceiling)
 
     def __call__(self, x0: Tensor, t: float) -> Tensor:
         magnitude, _ = x0.abs().flatten(1).sort(1)  # torch.quantile is limited to 2^24 elements
         position = self.quantile * (magnitude.shape[1] - 1)
         below = int(position)
         above = min(below + 1, magnitude.shape[1] - 1)
-        q = torch.lerp(magnitude[:, below], magnitude[:, above], position - below).clamp(min=self.floor)
-        q = q.reshape(-1, *[1] * (x0.ndim - 1))
+        q = torch.lerp(magnitude[:, below], magnitude[:, above], position - below)
+        q = q.clamp(min=self.floor).clamp(max=self.ceiling).reshape(-1, *[1] * (x0.ndim - 1))
         return torch.clamp(x0, -q, q) * (self.floor / q)
 
 
@@ -80,7 +82,7 @@ class Evaluator:
         self.denoiser, self.guidance, self.corrector = denoiser, guidance, corrector
         self.dtype, self.check_finite = dtype, check_finite
         self.nfe = self.evaluations = 0
-        self.queries: list[float] = []
+        self.queries: list[float | Tensor] = []
         self.cond: Any = None
         self.uncond: Any = None
         self.guided: Any = None
@@ -131,7 +133,9 @@ class Evaluator:
 
     def looks(self, x: Tensor) -> bool:
         """Whether predictions on x's device are looked at."""
-        return x.device.type == "cpu" if self.check_finite is None else self.check_finite
+        if self.check_finite is None:
+            return x.device.type == "cpu" and not isinstance(x, FakeTensor)
+        return self.check_finite
 
     @property
     def plain(self) -> bool:
@@ -139,12 +143,13 @@ class Evaluator:
         return type(self.denoiser) is Denoiser and self.guidance is None and self.corrector is None
 
 
-def look(output: Tensor, evaluation: int, t: float) -> None:
+def look(output: Tensor, evaluation: int, t: float | Tensor) -> None:
     """ValueError where an output is not finite."""
     # A sum is not finite where a term is not; only then is each one looked at.
     if not math.isfinite(output.sum().item()) and not bool(output.isfinite().all()):
         what = "NaN" if bool(output.isnan().any()) else "infinity"
-        raise ValueError(f"{what} in the prediction of evaluation {evaluation} at t={t:.6g}")
+        when = t.tolist() if isinstance(t, Tensor) else f"{t:.6g}"
+        raise ValueError(f"{what} in the prediction of evaluation {evaluation} at t={when}")
 
 
 def start_guidance(guidance: Guidance, steps: int | None) -> Any:

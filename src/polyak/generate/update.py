@@ -23,8 +23,8 @@ from polyak.core.launch import Launcher, available, build, function
 
 BLOCK = 1024
 _WARPS = 4
-_FEW = 2**20  # elements, which a GPU of today moves in less time than a launch takes the host
-_STORED = {torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16"}
+_KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_LOW = (torch.float16, torch.bfloat16)
 _launch = Launcher()
 
 
@@ -69,6 +69,7 @@ def advance(
     *,
     value: tuple[float, float] | None = None,
     noise: tuple[float, Tensor] | None = None,
+    mean: bool = True,
 ) -> Update:
     """``of_x x + of_output output + sum c r``, with x's dtype and shape.
 
@@ -77,47 +78,51 @@ def advance(
         of_x, of_output: their weights.
         rest: further weights and tensors of x's shape.
         value: ``(a, b)``: also make ``a x + b output``, a tensor of its own even where it is one of them.
-        noise: ``(std, z)``: add ``std z``, and give the mean, too.
+        noise: ``(std, z)``: add ``std z``.
+        mean: whether what the noise is added to is wanted, too.
     """
-    if not rest and value is None and noise is None and output.dtype == x.dtype and _small(x, of_x):
-        # The whole of a one-step method: no more than the arithmetic.
-        if of_x == 1.0:
-            return Update(torch.add(x, output, alpha=of_output))
-        return Update(torch.mul(x, of_x).add_(output, alpha=of_output))
+    alone = not rest and value is None and noise is None
+    if alone and of_x == 1.0 and (output.dtype == x.dtype or output.dtype in _LOW):
+        return Update(torch.add(x, output, alpha=of_output))
     rest = [(c, r) for c, r in rest if c]
-    tensors = [x, output, *(r for _, r in rest), *(() if noise is None else (noise[1],))]
-    if x.is_cuda and _suits(tensors):
-        return _fused(tensors, [of_x, of_output, *(c for c, _ in rest)], value, None if noise is None else noise[0])
+    if x.is_cuda:
+        tensors = [x, output, *[r for _, r in rest], *([] if noise is None else [noise[1]])]
+        seen = _looked_at(tensors)
+        if seen is not None:
+            numbers = [of_x, of_output, *[c for c, _ in rest]]
+            return _fused(tensors, seen, numbers, value, None if noise is None else noise[0], mean)
     made = None if value is None else combine((value[0], x), (value[1], output))
-    mean = combine((of_x, x), (of_output, output), *rest)
+    middle = combine((of_x, x), (of_output, output), *rest)
     if noise is None:
-        return Update(mean, made)
+        return Update(middle, made)
     std, z = noise
-    return Update(torch.add(mean, z, alpha=std), made, mean)
+    return Update(torch.add(middle, z, alpha=std), made, middle if mean else None)
 
 
-def _small(x: Tensor, of_x: float) -> bool:
-    """Whether two terms are sooner added up by PyTorch: one call, or two that cost the host less than a kernel's launch."""
-    return not x.is_cuda or of_x == 1.0 or x.numel() <= _FEW
+def _looked_at(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """What a launch on these depends on; None where the kernel may not take them.
 
-
-def _suits(tensors: Sequence[Tensor]) -> bool:
-    """Whether the kernel may take these: plain tensors of one device, shape and layout that autograd need not see."""
+    It takes plain tensors of one device, shape and layout that autograd need not see.
+    """
     x = tensors[0]
     if torch.compiler.is_compiling() or not available(x.device) or _watched():
-        return False
-    shape, stride, device, keep = x.shape, x.stride(), x.device, torch.is_grad_enabled()
-    packed = x.is_contiguous()
-    if not packed and not (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return False
+        return None
+    size, device, shape, keep = x.numel(), x.device, x.shape, torch.is_grad_enabled()
+    packed, strides = x.is_contiguous(), x.stride()
+    if size == 0 or not (packed or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+        return None
+    kinds = bits = 0
     for t in tensors:
-        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
-            return False
-        if t.dtype not in _STORED or t.shape != shape or t.device != device or t.is_neg():
-            return False
-        if (keep and t.requires_grad) or (t.stride() != stride and not (packed and t.is_contiguous())):
-            return False
-    return x.numel() > 0
+        kind = _KINDS.get(t.dtype)
+        if kind is None or not (type(t) is Tensor or type(t) is torch.nn.Parameter):
+            return None
+        if t.shape != shape or t.device != device or t.is_neg() or (keep and t.requires_grad):
+            return None
+        if not (t.is_contiguous() if packed else t.stride() == strides):
+            return None
+        kinds = 3 * kinds + kind
+        bits |= t.data_ptr()
+    return size, x.get_device(), kinds, bits % 16 == 0
 
 
 def _watched() -> bool:
@@ -127,9 +132,9 @@ def _watched() -> bool:
 
 
 @cache
-def _kernel(inputs: int, value: bool, noise: bool) -> Any:
+def _kernel(inputs: int, value: bool, noise: bool, mean: bool) -> Any:
     names = [f"in{i}" for i in range(inputs + noise)]
-    outputs = ["out", *(["kept"] if value else []), *(["middle"] if noise else [])]
+    outputs = ["out", *(["kept"] if value else []), *(["middle"] if mean else [])]
     numbers = [*(f"w{i}" for i in range(inputs)), *(["a", "b"] if value else []), *(["std"] if noise else [])]
     lines = [
         f"at = tl.program_id(0).to(tl.int64) * {BLOCK} + tl.arange(0, {BLOCK})",
@@ -139,8 +144,9 @@ def _kernel(inputs: int, value: bool, noise: bool) -> Any:
     ]
     if value:
         lines.append("tl.store(kept + at, (a * x0 + b * x1).to(kept.dtype.element_ty), mask=inside)")
-    if noise:
+    if mean:
         lines.append("tl.store(middle + at, mean.to(middle.dtype.element_ty), mask=inside)")
+    if noise:
         lines.append(f"mean = mean + std * x{inputs}")
     lines.append("tl.store(out + at, mean.to(out.dtype.element_ty), mask=inside)")
     return build(function("advance", [*names, *outputs, *numbers, "size"], lines))["advance"]
@@ -149,21 +155,30 @@ def _kernel(inputs: int, value: bool, noise: bool) -> Any:
 _devices = cache(torch.cuda.device_count)
 
 
-def _fused(tensors: list[Tensor], numbers: list[float], value: tuple[float, float] | None, std: float | None) -> Update:
-    x = tensors[0]
-    if x.is_cuda and _devices() > 1 and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):  # Triton launches on the current device, whatever its arguments are on
-            return _fused(tensors, numbers, value, std)
-    kernel = _kernel(len(numbers), value is not None, std is not None)
-    made = Update(
-        torch.empty_like(x),
-        None if value is None else torch.empty_like(x),
-        None if std is None else torch.empty_like(x),
-    )
-    outputs = [t for t in (made.next, made.value, made.mean) if t is not None]
-    size = x.numel()
-    # Allocations are aligned, inputs need not be; Triton's own look at a number is at its type alone.
-    key = (*((t.dtype, t.data_ptr() % 16 == 0) for t in tensors), size % 16 == 0, size == 1, size < 2**31)
-    given = [*tensors, *outputs, *map(float, numbers), *(value or ()), *(() if std is None else (std,)), size]
-    _launch(kernel, -(-size // BLOCK), given, _WARPS, key)
+def _fused(
+    tensors: Sequence[Tensor],
+    seen: tuple[int, ...],
+    numbers: Sequence[float],
+    value: tuple[float, float] | None,
+    std: float | None,
+    mean: bool,
+) -> Update:
+    x, (size, place, _, aligned) = tensors[0], seen
+    if place >= 0 and _devices() > 1 and place != torch.cuda.current_device():
+        with torch.cuda.device(place):  # Triton launches on the current device, whatever its arguments are on
+            return _fused(tensors, seen, numbers, value, std, mean)
+    mean = mean and std is not None
+    made = Update(torch.empty_like(x))
+    given: list[Any] = [*tensors, made.next]
+    if value is not None:
+        made.value = torch.empty_like(x)
+        given.append(made.value)
+    if mean:
+        made.mean = torch.empty_like(x)
+        given.append(made.mean)
+    given += map(float, (*numbers, *(value or ()), *(() if std is None else (std,))))
+    given.append(size)
+    shape = len(numbers), value is not None, std is not None, mean
+    # Where addresses are not all aligned, Triton has to look at each of them at every launch.
+    _launch(lambda: _kernel(*shape), -(-size // BLOCK), given, _WARPS, (seen, shape) if aligned else None)
     return made

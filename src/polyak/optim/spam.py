@@ -19,7 +19,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,6 +27,7 @@ from polyak.core import checks
 from polyak.core.elementwise import axpy, minimum, sign, sqrt, where
 from polyak.core.momentum import bias_correction, ema
 from polyak.optim._engine import RuleOptimizer
+from polyak.optim._engine.options import check_generator
 from polyak.optim._engine.places import Places
 from polyak.optim._engine.tensors import LOW, is_dtensor, plain
 
@@ -105,6 +106,9 @@ class SPAM(RuleOptimizer):
 
     rule = staticmethod(rule)
     state_names = ("exp_avg", "exp_avg_sq")
+    numbers = ("lr", "eps", "weight_decay", "threshold")
+    tuples: ClassVar = {"betas": 2}
+    switches = ("reset_bias_correction",)
     other_names = ("mask", "mask_bases")
 
     def __init__(
@@ -138,6 +142,7 @@ class SPAM(RuleOptimizer):
             reset_bias_correction=reset_bias_correction, maximize=maximize, foreach=foreach, capturable=capturable,
             differentiable=differentiable, fused=fused, state_dtype=state_dtype, rounding=rounding,
         )  # fmt: skip
+        check_generator(generator)
         given = generator is not None
         self._mask_seed = int(torch.randint(2**62, (), generator=generator)) if given else torch.initial_seed() % 2**62
         super().__init__(params, defaults, generator=generator if rounding == "stochastic" else None)
@@ -160,8 +165,6 @@ class SPAM(RuleOptimizer):
             group["total_step"] = int(total)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        if not isinstance(group["lr"], torch.Tensor):
-            checks.non_negative("lr", group["lr"])
         group["betas"] = checks.betas(group["betas"], 2, "SPAM")
         for name in ("eps", "weight_decay", "threshold"):
             checks.non_negative(name, group[name])
@@ -314,7 +317,7 @@ class SPAM(RuleOptimizer):
     def _reset(self, group: dict[str, Any], step: int) -> bool:
         """Forget all moments, also of tensors without a gradient, and draw masks; False where one has moved in memory."""
         in_place = True
-        states = {p: self.state[p] for p in group["params"] if self.state.get(p)}
+        states = {p: self.state[p] for p in group["params"] if self._has_state(p)}
         if states:
             torch._foreach_zero_([state[name] for state in states.values() for name in self.state_names])
         for p, state in states.items():
@@ -355,11 +358,13 @@ class SPAM(RuleOptimizer):
             groups = [{**group, "total_step": total} for group in groups]
         return super()._adopt({"state": state, "param_groups": groups})
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a checkpoint. One of another optimizer, or for other shapes, raises ValueError and changes nothing."""
-        super().load_state_dict(state_dict)
+    def _loaded(self) -> None:
         for group in self.param_groups:
             self._begin(group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_mask_seed", torch.initial_seed() % 2**62)  # of an older pickle
 
 
 def _index_of(groups: Sequence[dict[str, Any]], group: dict[str, Any]) -> int:

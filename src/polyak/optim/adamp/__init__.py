@@ -14,7 +14,7 @@ The paper's equation 11 has no absolute value in the test; the code has, and its
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -63,9 +63,12 @@ class _Projected(RuleOptimizer):
         self._recorded.clear()
         return super().step(closure)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, value in (("_record", False), ("_recorded", [])):  # of an older pickle
+            self.__dict__.setdefault(name, value)
+
     def _check_projection(self, group: dict[str, Any]) -> None:
-        if not isinstance(group["lr"], torch.Tensor):
-            checks.non_negative("lr", group["lr"])
         checks.positive("eps", group["eps"])
         checks.non_negative("weight_decay", group["weight_decay"])
         if not (isinstance(group["delta"], (int, float)) and group["delta"] == float("inf")):
@@ -154,6 +157,9 @@ class AdamP(_Projected):
 
     rule = staticmethod(adamp_rule)
     state_names = ("exp_avg", "exp_avg_sq")
+    numbers = ("lr", "eps", "weight_decay", "delta", "wd_ratio")
+    tuples: ClassVar = {"betas": 2}
+    switches = ("nesterov", "projection")
 
     def __init__(
         self,
@@ -215,6 +221,8 @@ class SGDP(_Projected):
 
     rule = staticmethod(sgdp_rule)
     state_names = ("momentum_buffer",)
+    numbers = ("lr", "momentum", "dampening", "weight_decay", "eps", "delta", "wd_ratio")
+    switches = ("nesterov", "project_buffer", "projection")
     counts_steps = False
 
     def __init__(
