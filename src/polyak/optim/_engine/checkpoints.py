@@ -33,7 +33,7 @@ def load(
     except Exception:
         optimizer.__setstate__(before)
         raise
-    optimizer._plans = {}
+    optimizer._forget()
     _copy(optimizer, saved["state"], ids)
 
 

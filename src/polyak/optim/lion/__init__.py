@@ -18,6 +18,7 @@ from polyak.core import checks
 from polyak.core.elementwise import axpy, where
 from polyak.core.momentum import ema
 from polyak.optim._engine import RuleOptimizer
+from polyak.optim._engine.dispatch import check
 from polyak.optim.lion import kappa
 from polyak.optim.lion.kappa import L1, L2, Kappa, Nuclear
 from polyak.optim.lion.lyapunov import Lyapunov, bound, lyapunov
@@ -148,6 +149,7 @@ class LionK(RuleOptimizer):
         scale = getattr(self, "grad_scale", None)
         parts = []
         for p in owners:
+            check(self, p, p.grad)
             g = p.grad.float() if p.grad.dtype in (torch.bfloat16, torch.float16) else p.grad
             g = g * sign if scale is None else g * (sign / scale.to(g.device))
             m = self.state[p]["exp_avg"] if self.state.get(p) else torch.zeros_like(g)
