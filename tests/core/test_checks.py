@@ -109,3 +109,52 @@ def test_suggestions():
     assert checks.suggestion("LRR", ["lr", "weight_decay"]) == "; did you mean 'lr'?"
     assert checks.suggestion("ADamW", ["adamw", "AdamW"]) == "; did you mean 'AdamW'?"
     assert checks.suggestion("ADan", ["ADAM", "Adan", 3]) == "; did you mean 'Adan'?"
+
+
+class Huge:
+    def __repr__(self) -> str:
+        return "x" * 10_000
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (torch.randn(3, 4), "Tensor of shape (3, 4), torch.float32"),
+        (torch.nn.Parameter(torch.zeros(200, 100)), "Parameter of shape (200, 100), torch.float32"),
+        (np.zeros((5, 2)), "ndarray of shape (5, 2), float64"),
+        (torch.tensor(0.5), "tensor(0.5000)"),
+        (torch.zeros(0), "Tensor of shape (0,), torch.float32"),
+        ([torch.zeros(3)] * 9, "[" + ", ".join(["Tensor of shape (3,), torch.float32"] * 4) + ", and 5 more]"),
+        ({"a": torch.zeros(2)}, "{'a': Tensor of shape (2,), torch.float32}"),
+        ((0.9, 0.99), "(0.9, 0.99)"),
+        ((0.9,), "(0.9,)"),
+        ([], "[]"),
+        ("adan", "'adan'"),
+        (None, "None"),
+        (Huge(), "an object of type Huge"),
+        (torch.nn.Linear(2, 2), "an object of type Linear"),
+    ],
+)
+def test_values_are_shown_without_contents_of_tensors(value, text):
+    assert checks.shown(value) == text
+
+
+def test_no_check_prints_or_compares_a_tensor():
+    big = torch.randn(200, 100)
+    for call in (
+        lambda: checks.real("x", big), lambda: checks.positive("x", [big]), lambda: checks.integer("x", big),
+        lambda: checks.between("x", big, 0, 1), lambda: checks.one_of("x", big, ["a", "b"]),
+        lambda: checks.one_of("x", big, [None, False, True]), lambda: checks.betas(big, 2, "Adam"),
+        lambda: checks.betas((big, big), 2, "Adam"),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        assert len(str(error.value)) < 200
+        assert "Tensor of shape (200, 100)" in str(error.value)
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.float32, lambda b: torch.tensor([[b]])])
+def test_betas_of_one_element_are_read(make):
+    assert checks.betas((make(0.5), make(0.25)), 2, "Adam") == (0.5, 0.25)
+    with pytest.raises(ValueError, match=r"betas\[1\] must be in \[0, 1\), got 1.0"):
+        checks.betas((make(0.5), make(1.0)), 2, "Adam")

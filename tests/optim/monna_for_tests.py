@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import threading
 import time
 from datetime import timedelta
@@ -163,7 +165,7 @@ def group_worker(rank, folder, rule, attacked, server, device="cpu"):
     )
     if attacked and rank == 3:
         simulator, group = simulated(rule, ALIE()), Group()
-        group.check_alike([16, 3, 1, -1], "", torch.device("cpu"))
+        MoNNA(Point().parameters(), f=1, mixer=rule, server=server, **OPTIONS)  # it starts as the others do
         for _ in range(STEPS):
             simulator.step()
             group.exchange(simulator.sent.contiguous(), Patience(need=3, everyone=True, timeout=60.0))
@@ -178,19 +180,84 @@ def group_worker(rank, folder, rule, attacked, server, device="cpu"):
     dist.destroy_process_group()
 
 
+MISTAKES = {  # what rank 1 does otherwise: what all ranks say
+    "nothing": None,
+    "count": "number of elements (by rank: [8, 9, 8]), shapes and types, values of parameters",
+    "shape": "shapes and types",
+    "type": "shapes and types, values of parameters",
+    "value": "values of parameters",
+    "order": "values of parameters",
+    "sign of zero": "values of parameters",
+    "buffer": "values of buffers",
+    "f": "f (by rank: [0, 1, 0])",
+    "server": "server (by rank: [0, -1, 0])",
+    "mixer": "mixer",
+    "max_norm": "max_norm",
+    "lr": "lr, momentum and weight_decay",
+    "of the last group": "lr, momentum and weight_decay",
+}
+
+
+def _mistaken(what):
+    """Arguments in which one thing is wrong; None: nothing."""
+    p, q = torch.arange(6.0).reshape(2, 3), torch.tensor([0.0, 1.0])
+    given = dict(lr=0.1, f=0, mixer="nna", max_norm=1.0, server=0, weight_decay=0.0)
+    changed = dict(f=1, server=None, mixer="mean", max_norm=2.0, lr=0.2)
+    given |= {name: changed[name] for name in changed if name == what}
+    last = {"momentum": 0.5 if what == "of the last group" else 0.9}
+    buffers = [torch.tensor([1.0, 2.0 if what == "buffer" else 3.0])]
+    if what == "shape":
+        p = p.reshape(3, 2)
+    elif what == "type":
+        p = p.double()
+    elif what == "value":
+        p[1, 2] += 1e-6
+    elif what == "order":
+        p = p.flip(0)
+    elif what == "sign of zero":
+        p[0, 0] = -0.0
+    elif what == "count":
+        p = torch.arange(7.0)
+    groups = [{"params": [torch.nn.Parameter(p[:0])]}, {"params": [torch.nn.Parameter(p)], **last}]
+    return groups, dict(given, buffers=buffers), torch.nn.Parameter(q + (what == "added later"))
+
+
 def group_mistake(rank, folder, reports):
-    """Two ranks whose parameters, or f, differ: both must say so, and neither may hang."""
+    """Ranks that start otherwise than the others: all must say so, and none may hang."""
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=3, timeout=timedelta(seconds=30)
     )
-    for options in (dict(count=4 + (rank == 1), f=1), dict(count=4, f=int(rank == 2))):
-        p = torch.nn.Parameter(torch.zeros(options.pop("count")))
+    for what in MISTAKES:
+        groups, options, _ = _mistaken(what if rank == 1 else None)
         try:
-            MoNNA([p], lr=0.1, **options)
+            MoNNA(groups, **options)
         except ValueError as error:
-            reports.put((rank, str(error)))
+            reports.put((rank, what, str(error)))
+    groups, options, _ = _mistaken(None)
+    optimizer = MoNNA(groups, **options)
+    optimizer.add_param_group({"params": _mistaken(None)[2]})
     try:
-        MoNNA([p], lr=0.1, f=0, wait="n-f")
+        optimizer.add_param_group({"params": _mistaken("added later" if rank == 1 else None)[2]})
     except ValueError as error:
-        reports.put((rank, str(error)))
+        reports.put((rank, "added later", str(error)))
+    assert len(optimizer.param_groups) == 3
+    other = copy.deepcopy(optimizer)
+    pickled = pickle.loads(pickle.dumps(optimizer))
+    for one in (optimizer, other, pickled):
+        for group in one.param_groups:
+            for p in group["params"]:
+                p.grad = torch.full_like(p, float(rank))
+        one.step()
+    reports.put(
+        (
+            rank,
+            "copies",
+            [[p.tolist() for g in o.param_groups for p in g["params"]] for o in (optimizer, other, pickled)],
+        )
+    )
+    try:
+        MoNNA(groups, lr=0.1, f=0, wait="n-f")
+    except ValueError as error:
+        reports.put((rank, "wait", str(error)))
+    reports.put((rank, "end", ""))
     dist.destroy_process_group()

@@ -578,7 +578,7 @@ def test_bad_hyperparameters(kind, options, message):
 def test_other_bad_input():
     with pytest.raises(ValueError, match="empty parameter list"):
         AdamP([])
-    with pytest.raises(ValueError, match="did you mean 'projection'"):
+    with pytest.warns(UserWarning, match="did you mean 'projection'"):
         AdamP([{"params": parameters([(3, 4)]), "projecton": "never"}])
     with pytest.raises(TypeError, match="lr"):
         SGDP(parameters([(3, 4)]))

@@ -285,7 +285,7 @@ def test_a_group_added_later(backend, name):
     assert_same(copies, params + late, atol=1e-12)
 
 
-@makers
+@pytest.mark.parametrize("name", sorted(set(SYSTEMS) - {"lion-cautious"}))  # a sign of whole complex numbers is refused
 def test_gradients_keep_their_sign_through_lazy_conjugation(backend, name):
     z = torch.nn.Parameter(torch.complex(normal((9,), 0), normal((9,), 1)))
     twin = torch.nn.Parameter(z.detach().clone())
@@ -342,7 +342,9 @@ def test_sparse_gradients_are_refused_at_any_step(backend, name, first):
 # GradScaler's contract, as with torch.optim's fused optimizers.
 
 
-@makers
+@pytest.mark.parametrize(
+    "name", sorted(set(SYSTEMS) - {"spam-sparse"})
+)  # its masks are drawn elsewhere where steps are
 @pytest.mark.parametrize("unscaled", [False, True])
 @pytest.mark.parametrize("layout", ["dense", "gaps"])
 def test_scaled_gradients(interpreter, name, unscaled, layout):
@@ -379,7 +381,8 @@ def test_scaled_gradients(interpreter, name, unscaled, layout):
         else:
             run(reference, twins, [grads])
     assert_same(params, twins, atol=1e-7)
-    assert layout == "gaps" or optimizer._step_supports_amp_scaling
+    by_tensor = name in ("lion-cautious", "lion-l2-tensor")  # rules that are not elementwise have no kernel
+    assert layout == "gaps" or optimizer._step_supports_amp_scaling != by_tensor
 
 
 @makers
@@ -550,19 +553,19 @@ def test_a_refused_checkpoint_changes_nothing(name):
     wrong = ("momentum", 1.0) if name == "sgdp" else ("betas", (0.9, 1.5))
     for path, value in [("lr", -1.0), wrong, ("fused", True), ("rounding", "kahan")]:
         broken = copy.deepcopy(good)
-        broken["param_groups"][0][path] = value
+        broken["param_groups"][-1][path] = value
         bad.append(broken)
     broken = copy.deepcopy(good)
     broken["state"][1][last] = torch.zeros(3)
     bad.append(broken)
     broken = copy.deepcopy(good)
-    broken["state"][1] = {"mine": torch.ones(2)} if len(broken["state"][1]) == 1 else broken["state"][1]
-    broken["state"][1].pop(last, None)
-    bad.append(broken)
+    if len(optimizer.state_names) > 1:
+        del broken["state"][1][last]
+        bad.append(broken)
     broken = copy.deepcopy(good)
     broken["param_groups"][-1]["params"] = [0]
     bad.append(broken)
-    bad.append(torch.optim.Adam(params, amsgrad=True).state_dict() | {"state": {0: {"moments": torch.ones(3)}}})
+    bad.append(run(torch.optim.Adagrad(params), params, gradients([(3,), (2,)], 1)).state_dict())
     import polyak.optim._engine.kernel as kernel
 
     with pytest.MonkeyPatch.context() as patch:
@@ -610,6 +613,8 @@ def test_fused_without_a_device(monkeypatch):
     ],
 )  # fmt: skip
 def test_bad_engine_options(make, options, words):
+    if make is CLASSES["SPAM"] and "generator" in options:
+        pytest.skip("it draws masks")
     with pytest.raises(ValueError, match=words):
         make(parameters([(2,)]), **options)
     if "generator" not in options:
@@ -621,7 +626,7 @@ def test_bad_engine_options(make, options, words):
 def test_misspelt_options(make):
     with pytest.raises(TypeError, match="weight_decy"):
         make(parameters([(2,)]), weight_decy=0.1)
-    with pytest.raises(ValueError, match=r"no option 'weight_decy' \(param group\); did you mean 'weight_decay'\?"):
+    with pytest.warns(UserWarning, match=r"no option 'weight_decy' \(param group\); did you mean 'weight_decay'\?"):
         make([{"params": parameters([(2,)]), "weight_decy": 0.1}])
 
 

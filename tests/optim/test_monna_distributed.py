@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 
 import monna_for_tests as helpers
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from polyak.optim.monna import agreement
+from polyak.optim.monna.alike import CHUNK, checksum
 from polyak.optim.monna.attacks import ALIE
 from polyak.optim.monna.simulator import diameter
 
@@ -132,10 +134,40 @@ def test_a_gloo_group_with_a_server(processes, tmp_path):
 def test_ranks_of_a_group_that_differ_all_say_so(processes, tmp_path):
     reports = processes.context.Queue()
     running = [processes(helpers.group_mistake, r, str(tmp_path), reports) for r in range(3)]
-    said = [reports.get(timeout=60) for _ in range(9)]
+    said = {}
+    while sum(what == "end" for _, what in said) < 3:
+        rank, what, text = reports.get(timeout=60)
+        said[rank, what] = text
     for process in running:
         process.join(60)
         assert process.exitcode == 0
-    assert sorted(rank for rank, _ in said) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert sum("all ranks must have the same number of elements" in text for _, text in said) == 6
-    assert sum("wait='n-f' needs group=Peers" in text for _, text in said) == 3
+    for rank in range(3):
+        for what, expected in helpers.MISTAKES.items():
+            if expected is None:
+                assert (rank, what) not in said
+            else:
+                text = re.sub(r" \(seed all ranks.*?made\)", "", said[rank, what])
+                assert text == f"all ranks must have the same {expected}"
+        assert "values of parameters (seed all ranks alike, or broadcast" in said[rank, "added later"]
+        assert "wait='n-f' needs group=Peers" in said[rank, "wait"]
+        first, *others = said[rank, "copies"]
+        assert all(one == first for one in others)
+        assert first == said[0, "copies"][0]  # mixed: the copies, too, are in the group
+
+
+def test_a_checksum_is_of_all_bits_in_their_order():
+    g = torch.Generator().manual_seed(0)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2):
+        t = torch.randn(50, generator=g).to(dtype)
+        seen = {checksum([t])}
+        for i in range(50):
+            other = t.clone()
+            other.view(torch.uint8)[i * dtype.itemsize] ^= 1
+            seen.add(checksum([other]))
+        seen.add(checksum([t.view(torch.uint8).flip(0).view(dtype)]))
+        assert len(seen) == 52
+        assert checksum([t[:20], t[20:].reshape(5, 6)]) == checksum([t])
+        assert checksum([t.reshape(5, 10).t().contiguous().t()]) == checksum([t])
+    assert checksum([]) == 0
+    long = torch.randn(CHUNK + 3, generator=g)
+    assert checksum([long]) == checksum([long[:7], long[7:]]) != checksum([long.roll(CHUNK)])

@@ -185,7 +185,7 @@ def test_bad_parameters():
         MoNNA([torch.zeros(3, dtype=torch.complex64)], lr=0.1, f=0)
     with pytest.raises(ValueError, match=r"one device, got \['cpu', 'meta'\]"):
         MoNNA([torch.zeros(3), torch.zeros(3, device="meta")], lr=0.1, f=0)
-    with pytest.raises(ValueError, match=r"has no option 'momentun'.*did you mean 'momentum'"):
+    with pytest.warns(UserWarning, match=r"has no option 'momentun'.*did you mean 'momentum'"):
         MoNNA([{"params": [torch.zeros(3)], "momentun": 0.5}], lr=0.1, f=0)
 
 

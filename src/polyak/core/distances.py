@@ -6,6 +6,7 @@ Samples are tensors of shape (n, d), float; computed in float64. Numbers are ret
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -100,8 +101,13 @@ def minus_distance(x: Tensor, y: Tensor) -> Tensor:
 
 def gaussian_kernel(bandwidth: float) -> Callable[[Tensor, Tensor], Tensor]:
     """``exp(-|x - y|^2 / (2 h^2))``."""
-    scale = -0.5 / checks.positive("bandwidth", bandwidth) ** 2
-    return lambda x, y: (scale * _distances(x, y).square()).exp()
+    return partial(
+        _gaussian, -0.5 / checks.positive("bandwidth", bandwidth) ** 2
+    )  # a partial, no closure: can be pickled
+
+
+def _gaussian(scale: float, x: Tensor, y: Tensor) -> Tensor:
+    return (scale * _distances(x, y).square()).exp()
 
 
 def cubic_kernel(x: Tensor, y: Tensor) -> Tensor:

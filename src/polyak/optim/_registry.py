@@ -108,9 +108,9 @@ def info(name: str) -> Info:
     Raises:
         ValueError: there is none of this name.
     """
-    if name not in _FACTS:
+    if not isinstance(name, str) or name not in _FACTS:
         raise ValueError(
-            f"there is no optimizer {name!r}{checks.suggestion(name, _FACTS)} (polyak.optim.names() lists all)"
+            f"there is no optimizer {checks.shown(name)}{checks.suggestion(name, _FACTS)} (polyak.optim.names() lists all)"
         )
     return _FACTS[name]
 
@@ -132,7 +132,7 @@ def create(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
         >>> optimizer = polyak.optim.create("mkor", model, base=optimizer)  # those that wrap are given the module itself
     """
     facts = info(name)
-    allowed = list(inspect.signature(facts.optimizer).parameters)[1:]
+    allowed = _options(facts.optimizer)
     for option in options:
         if option not in allowed:
             raise TypeError(f"{name} has no option {option!r}{checks.suggestion(option, allowed)}")
@@ -140,3 +140,11 @@ def create(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
     if isinstance(params, torch.nn.Module) and not facts.wraps:
         given = [p for p in params.parameters() if p.requires_grad]
     return facts.optimizer(given, **options)
+
+
+def _options(optimizer: type[torch.optim.Optimizer]) -> list[str]:
+    """The names of a class's options; where it hands some on to the class it is made of, of that one's, too."""
+    parameters = list(inspect.signature(optimizer).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    above = optimizer.__mro__[1]
+    return names if len(names) == len(parameters) else [*names, *(o for o in _options(above) if o not in names)]

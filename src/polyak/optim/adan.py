@@ -120,8 +120,6 @@ class Adan(RuleOptimizer):
         super().__init__(params, defaults, generator=generator)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        if not isinstance(group["lr"], torch.Tensor):
-            checks.non_negative("lr", group["lr"])
         group["betas"] = checks.betas(group["betas"], 3, "Adan")
         if all(b < 0.5 for b in group["betas"]):
             warnings.warn(
@@ -136,7 +134,7 @@ class Adan(RuleOptimizer):
         if group["restart_radius"] != (radius := self.param_groups[0]["restart_radius"]):
             raise ValueError(
                 f"restart_radius must be the same in all groups (the condition is over all parameters), "
-                f"got {group['restart_radius']!r} and {radius!r}"
+                f"got {checks.shown(group['restart_radius'])} and {checks.shown(radius)}"
             )
 
     def _needs_norm(self, group: dict[str, Any]) -> bool:
@@ -159,7 +157,7 @@ class Adan(RuleOptimizer):
             ((p.detach() - old).abs().square() * self.state[p]["exp_avg_sq"].abs().sqrt()).sum()
             for group, olds in zip(self.param_groups, before, strict=True)
             for p, old in zip(group["params"], olds, strict=True)
-            if self.state.get(p)
+            if self._has_state(p)
         ]
         if not moved:
             return
@@ -174,9 +172,9 @@ class Adan(RuleOptimizer):
     @torch.no_grad()
     def restart(self) -> None:
         """Forget all moments and count steps from zero, so that the next step takes its gradient as the previous one."""
-        for name in ("travelled", "since_restart"):
-            self.param_groups[0].pop(name, None)
-        for state in self.state.values():
+        first = self.param_groups[0]
+        first.update({name: 0 * first[name] for name in ("travelled", "since_restart") if name in first})
+        for state in (self.state[p] for p in list(self.state) if self._has_state(p)):
             for name in ("exp_avg", "exp_avg_diff", "exp_avg_sq", "step"):
                 state[name].zero_()
 

@@ -28,6 +28,7 @@ from polyak.core.elementwise import axpy, minimum, sign, sqrt, where
 from polyak.core.momentum import bias_correction, ema
 from polyak.optim._engine import RuleOptimizer
 from polyak.optim._engine.dispatch import check, check_state
+from polyak.optim._engine.options import check_generator
 from polyak.optim._engine.places import Places
 from polyak.optim._engine.tensors import LOW, PLAIN, alike, is_dtensor, plain
 
@@ -142,6 +143,7 @@ class SPAM(RuleOptimizer):
             reset_bias_correction=reset_bias_correction, maximize=maximize, foreach=foreach, capturable=capturable,
             differentiable=differentiable, fused=fused, state_dtype=state_dtype, rounding=rounding,
         )  # fmt: skip
+        check_generator(generator)
         given = generator is not None
         self._mask_seed = int(torch.randint(2**62, (), generator=generator)) if given else torch.initial_seed() % 2**62
         super().__init__(params, defaults, generator=generator if rounding == "stochastic" else None)
@@ -164,8 +166,6 @@ class SPAM(RuleOptimizer):
             group["total_step"] = int(total)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        if not isinstance(group["lr"], torch.Tensor):
-            checks.non_negative("lr", group["lr"])
         group["betas"] = checks.betas(group["betas"], 2, "SPAM")
         for name in ("eps", "weight_decay", "threshold"):
             checks.non_negative(name, group[name])
@@ -320,7 +320,7 @@ class SPAM(RuleOptimizer):
     def _reset(self, group: dict[str, Any], step: int) -> bool:
         """Forget all moments, also of tensors without a gradient, and draw masks; False where one has moved in memory."""
         in_place = True
-        states = {p: self.state[p] for p in group["params"] if self.state.get(p)}
+        states = {p: self.state[p] for p in group["params"] if self._has_state(p)}
         if states:
             for p, state in states.items():
                 check_state(self, p)
@@ -365,11 +365,13 @@ class SPAM(RuleOptimizer):
             groups = [{**group, "total_step": total} for group in groups]
         return super()._adopt({"state": state, "param_groups": groups})
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a checkpoint. One of another optimizer, or for other shapes, raises ValueError and changes nothing."""
-        super().load_state_dict(state_dict)
+    def _loaded(self) -> None:
         for group in self.param_groups:
             self._begin(group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_mask_seed", torch.initial_seed() % 2**62)  # of an older pickle
 
 
 def _index_of(groups: Sequence[dict[str, Any]], group: dict[str, Any]) -> int:

@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import Optimizer
 
-from polyak.core import checks
-from polyak.optim._engine import checkpoints, compiled, dispatch, kernel, launch, options, running
+from polyak.optim._engine import checkpoints, compiled, copies, dispatch, kernel, launch, options, running
 from polyak.optim._engine.places import Places
 from polyak.optim._engine.plan import Cohort, Plan
 from polyak.optim._engine.tensors import LOW
@@ -39,6 +38,7 @@ class RuleOptimizer(Optimizer):
         for name, value in options.DEFAULTS.items():
             defaults.setdefault(name, value)
         options.check(defaults)
+        options.check_generator(generator)
         if generator is not None and defaults["rounding"] != "stochastic":
             raise ValueError(f"generator is used by rounding='stochastic' only, got rounding={defaults['rounding']!r}")
         defaults["rounding_seed"] = (
@@ -121,22 +121,29 @@ class RuleOptimizer(Optimizer):
             return p.dtype
         return wanted.to_complex() if p.is_complex() else wanted
 
+    def _has_state(self, p: torch.Tensor) -> bool:
+        """Whether a parameter's own state is made."""
+        return any(name in self.state.get(p, ()) for name in self.state_names or ("step",))
+
     def _init_group(self, group: dict[str, Any], params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> None:
         """Check the gradients, and make the state of parameters that have none yet."""
         for g in grads:
             if g.layout is not torch.strided:
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients, got layout {g.layout}")
-        fresh = []
-        for p in params:
-            missing = [name for name in self.state_names if name not in self.state[p]]
-            if len(missing) == len(self.state_names):
-                fresh.append(p)
-            elif missing:
-                raise RuntimeError(f"{type(self).__name__}: the state of a parameter lacks {', '.join(missing)}")
-            elif group["rounding"] == "kahan" and "compensation" not in self.state[p]:
-                self.state[p]["compensation"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        # Others keep entries of theirs in a state, which is not made before ours are there.
+        fresh = [p for p in params if not self._has_state(p)]
         if fresh:
             self._init_state(group, fresh)
+        for p in params:
+            state = self.state[p]
+            if group["rounding"] == "kahan" and "compensation" not in state:
+                state["compensation"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if lacking := [name for name in self._needed(group) if name not in state]:
+                raise RuntimeError(f"{type(self).__name__}: the state of a parameter lacks {', '.join(lacking)}")
+
+    def _needed(self, group: dict[str, Any]) -> list[str]:
+        """What a parameter's state must hold."""
+        return [*self._stored(group), *(["step"] if self._counts(group) else [])]
 
     def _init_state(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
         steps: dict[torch.device, torch.Tensor] = {}
@@ -150,18 +157,11 @@ class RuleOptimizer(Optimizer):
                 state["step"] = steps[device]
             for name in self.state_names:
                 state[name] = self._state_like(name, p, group)
-            if group["rounding"] == "kahan":
-                state["compensation"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     # Param groups and checkpoints.
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        allowed = {*self.defaults, "params", "name", "param_names", "initial_lr"}
-        if isinstance(param_group, dict):
-            for name in param_group:
-                if name not in allowed:
-                    hint = checks.suggestion(name, self.defaults)
-                    raise ValueError(f"{type(self).__name__} has no option {name!r} (param group){hint}")
+        """As in torch.optim; what is no option is kept, with a warning where it looks like one that is misspelt."""
         super().add_param_group(param_group)
         try:
             self._check_engine(self.param_groups[-1])
@@ -169,9 +169,11 @@ class RuleOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        options.warn_of_near_misses(type(self).__name__, self.param_groups[-1], self.defaults)
 
     def _check_engine(self, group: dict[str, Any]) -> None:
         options.check(group)
+        options.check_lr(group["lr"])
         if group["fused"] and group["foreach"]:
             raise ValueError("`fused` and `foreach` cannot be `True` together.")
         if group["differentiable"] and (group["fused"] or group["foreach"]):
@@ -198,7 +200,7 @@ class RuleOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A plan holds compiled functions and addresses; it is made again.
-        return super().__getstate__()
+        return {**copies.kept(self), "_plan": None, "_loose_counts": [], "_generators": {}, "_extra_values": []}
 
     def _forget(self) -> None:
         """Look at everything anew at the next step."""
@@ -208,10 +210,8 @@ class RuleOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim; options that are objects are written as text, which every loader takes."""
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
-            self._write_options(group)
-        return saved
+        with checkpoints.written(self):
+            return super().state_dict()
 
     def _write_options(self, group: dict[str, Any]) -> None:
         """Make a saved param group hold plain values only: ``torch.load`` and distributed checkpoints refuse others."""
@@ -220,6 +220,9 @@ class RuleOptimizer(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a checkpoint. One of another optimizer, or for other shapes, raises ValueError and changes nothing."""
         checkpoints.load(self, state_dict, super().load_state_dict)  # type: ignore[arg-type]
+
+    def _loaded(self) -> None:
+        """What is left to do when a checkpoint has been loaded."""
 
     def _shape(self, p: torch.Tensor, values: Mapping[str, Any]) -> torch.Size:
         """The shape that a loaded state tensor of ``p`` must have."""

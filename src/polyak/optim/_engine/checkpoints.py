@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from polyak.optim._engine import options
 
 if TYPE_CHECKING:
     from polyak.optim._engine.base import RuleOptimizer
@@ -17,44 +20,94 @@ def write_options(group: dict[str, Any]) -> None:
         group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
 
 
-def load(
-    optimizer: RuleOptimizer, state_dict: Mapping[str, Any], load_with_torch: Callable[[dict[str, Any]], None]
-) -> None:
-    """Load a checkpoint. One of another optimizer, or for other shapes, raises ValueError and changes nothing."""
-    saved = optimizer._adopt({"state": dict(state_dict["state"]), "param_groups": list(state_dict["param_groups"])})
-    ids = [i for group in saved["param_groups"] for i in group["params"]]
-    _check(optimizer, saved["state"], ids)
-    before = optimizer.__getstate__()
-    load_with_torch(saved)
+@contextmanager
+def written(optimizer: RuleOptimizer) -> Iterator[None]:
+    """Options are written before any hook of others sees the state_dict."""
+
+    def write(_: Any, saved: dict[str, Any]) -> None:
+        for group in saved["param_groups"]:
+            optimizer._write_options(group)
+
+    handle = optimizer.register_state_dict_post_hook(write, prepend=True)
     try:
+        yield
+    finally:
+        handle.remove()
+
+
+def load(
+    optimizer: RuleOptimizer, state_dict: Mapping[str, Any], load_with_torch: Callable[[Mapping[str, Any]], None]
+) -> None:
+    """Load a checkpoint. One of another optimizer, or for other shapes, raises ValueError and changes nothing.
+
+    It is looked at after the hooks that others have registered to translate it, and is loaded before theirs that come then.
+    """
+    saved: dict[str, Any] = {}
+    before = optimizer.__getstate__()
+
+    def translate(_: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+        adopted = optimizer._adopt({"state": dict(given["state"]), "param_groups": list(given["param_groups"])})
+        saved.update(adopted, ids=[i for group in adopted["param_groups"] for i in group["params"]])
+        _check(optimizer, saved["state"], saved["ids"])
+        return {**given, **adopted}
+
+    def settle(_: Any) -> None:
+        try:
+            for group in optimizer.param_groups:
+                optimizer._check_engine(group)
+                optimizer._check_group(group)
+        except Exception:
+            optimizer.__setstate__(before)
+            raise
         for group in optimizer.param_groups:
-            optimizer._check_engine(group)
-            optimizer._check_group(group)
-    except Exception:
-        optimizer.__setstate__(before)
-        raise
-    optimizer._forget()
-    _copy(optimizer, saved["state"], ids)
+            options.warn_of_near_misses(type(optimizer).__name__, group, optimizer.defaults)
+        optimizer._forget()
+        _copy(optimizer, saved["state"], saved["ids"])
+        optimizer._loaded()
+
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(translate),
+        optimizer.register_load_state_dict_post_hook(settle, prepend=True),
+    ]
+    try:
+        load_with_torch(state_dict)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# What other optimizers' states are made of, so that their checkpoints are told from ours with further entries.
+_ADAM = {"step", "exp_avg", "exp_avg_sq"}
+_ADAN = {"exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad"}
+_OTHERS = (
+    _ADAM, _ADAM - {"step"}, _ADAM | {"max_exp_avg_sq"}, _ADAM | {"mu_product"}, _ADAN, _ADAN | {"step"},
+    {"step", "exp_avg", "exp_inf"}, {"exp_avg"}, {"step", "exp_avg"}, {"momentum_buffer"}, {"step", "sum"},
+    {"step", "square_avg"}, {"step", "square_avg", "momentum_buffer"}, {"step", "square_avg", "acc_delta"},
+    {"step", "eta", "mu", "ax"}, {"step", "prev", "step_size"},
+)  # fmt: skip
 
 
 def _check(optimizer: RuleOptimizer, saved: Mapping[Any, Any], ids: list[Any]) -> None:
-    """Raise ValueError where the saved state is not one for these parameters."""
+    """Raise ValueError where the saved state is not one for these parameters. Entries of others may be in it."""
     mine = [p for group in optimizer.param_groups for p in group["params"]]
-    needed = set(optimizer.state_names)
+    needed, owner = set(optimizer.state_names), type(optimizer).__name__
     known = {*needed, *optimizer.other_names, "step", "compensation"}
     if len(mine) != len(ids):
         return  # torch.optim says so
     for i, p in zip(ids, mine, strict=True):
         values = saved.get(i, {})
-        if values and (set(values) - known or needed - set(values)):
+        names = set(values)
+        if (names & needed != needed and (names & needed or names in _OTHERS)) or (names - known and names in _OTHERS):
             raise ValueError(
-                f"this state_dict is not one of {type(optimizer).__name__}: state {sorted(values)} "
+                f"this state_dict is not one of {owner}: state {sorted(map(str, values))} "
                 f"where {sorted(needed)} is needed"
             )
-        if values and optimizer.counts_steps and "step" not in values:
-            raise ValueError(f"state_dict: parameter {i} has no step, which {type(optimizer).__name__} counts")
+        if not names & needed:
+            continue
+        if optimizer.counts_steps and "step" not in values:
+            raise ValueError(f"state_dict: parameter {i} has no step, which {owner} counts")
         for name in optimizer.state_names:
-            if name in values and values[name].shape != (shape := optimizer._shape(p, values)):
+            if values[name].shape != (shape := optimizer._shape(p, values)):
                 raise ValueError(
                     f"state_dict: {name} of parameter {i} has shape {tuple(values[name].shape)}, "
                     f"where {tuple(shape)} is needed"
@@ -68,7 +121,12 @@ def _copy(optimizer: RuleOptimizer, saved: Mapping[Any, Any], ids: list[Any]) ->
     for group in optimizer.param_groups:
         for p in group["params"]:
             values = saved.get(next(saved_ids), {})
-            for name in optimizer._stored(group) if values else ():
+            # Texts are entries of somebody else's, which torch.optim takes for containers.
+            if texts := {k: v for k, v in values.items() if isinstance(v, (str, bytes))}:
+                optimizer.state[p].update(texts)
+            if not optimizer._has_state(p):
+                continue
+            for name in optimizer._stored(group):
                 if name in values:
                     dtype = optimizer._state_dtype(name, p, group) if name in optimizer.state_names else p.dtype
                     # A copy: torch.optim would go on in the checkpoint's own tensors.
@@ -78,7 +136,7 @@ def _copy(optimizer: RuleOptimizer, saved: Mapping[Any, Any], ids: list[Any]) ->
             for name in optimizer.other_names:
                 if name in values:
                     optimizer.state[p][name] = values[name].to(device=p.device, copy=True)
-            if optimizer.state.get(p) and optimizer._counts(group):
+            if optimizer._counts(group):
                 # Those of one count share a counter again: launches are one per counter.
                 count = float(optimizer.state[p].get("step", 0.0))
                 device = p.device if group["capturable"] else torch.device("cpu")

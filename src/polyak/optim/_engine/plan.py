@@ -228,7 +228,7 @@ def _row(
     watched: bool,
 ) -> Row:
     state = optimizer.state.get(p)
-    if not state or not all(name in state for name in optimizer._stored(group)):
+    if state is None or not all(name in state for name in optimizer._needed(group)):
         return Row(p, k, None)
     if optimizer._counts(group) and not isinstance(state["step"], torch.Tensor):
         state["step"] = torch.tensor(float(state["step"]))

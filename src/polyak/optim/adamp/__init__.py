@@ -64,9 +64,12 @@ class _Projected(RuleOptimizer):
         self._recorded.clear()
         return super().step(closure)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for name, value in (("_record", False), ("_recorded", [])):  # of an older pickle
+            self.__dict__.setdefault(name, value)
+
     def _check_projection(self, group: dict[str, Any]) -> None:
-        if not isinstance(group["lr"], torch.Tensor):
-            checks.non_negative("lr", group["lr"])
         checks.positive("eps", group["eps"])
         checks.non_negative("weight_decay", group["weight_decay"])
         if not (isinstance(group["delta"], (int, float)) and group["delta"] == float("inf")):

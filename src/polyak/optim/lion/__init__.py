@@ -19,6 +19,7 @@ from polyak.core.elementwise import axpy, where
 from polyak.core.momentum import ema
 from polyak.optim._engine import RuleOptimizer
 from polyak.optim._engine.dispatch import check
+from polyak.optim._engine.options import known
 from polyak.optim.lion import kappa
 from polyak.optim.lion.kappa import L1, L2, Kappa, Nuclear
 from polyak.optim.lion.lyapunov import Lyapunov, bound, lyapunov
@@ -99,15 +100,12 @@ class LionK(RuleOptimizer):
         super().__init__(params, defaults, generator=generator)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        from_number = not isinstance(group["lr"], torch.Tensor)
-        if from_number:
-            checks.non_negative("lr", group["lr"])
         group["betas"] = checks.betas(group["betas"], 2, type(self).__name__)
         if group["betas"][0] > group["betas"][1]:
             warnings.warn(f"betas {group['betas']}: with b1 > b2 the Lyapunov guarantee is lost", stacklevel=4)
         checks.non_negative("weight_decay", group["weight_decay"])
-        if from_number and group["lr"] * group["weight_decay"] >= 1:
-            product = f"{group['lr']} * {group['weight_decay']}"
+        if (lr := known(group["lr"])) is not None and lr * group["weight_decay"] >= 1:
+            product = f"{lr} * {group['weight_decay']}"
             raise ValueError(f"lr * weight_decay must be < 1 (the step overshoots the origin), got {product}")
         checks.one_of("cautious", group["cautious"], (False, True))
         group["kappa"] = kappa.named(group["kappa"])
@@ -152,7 +150,7 @@ class LionK(RuleOptimizer):
             check(self, p, p.grad)
             g = p.grad.float() if p.grad.dtype in (torch.bfloat16, torch.float16) else p.grad
             g = g * sign if scale is None else g * (sign / scale.to(g.device))
-            m = self.state[p]["exp_avg"] if self.state.get(p) else torch.zeros_like(g)
+            m = self.state[p]["exp_avg"] if self._has_state(p) else torch.zeros_like(g)
             square = ema(m.to(g.dtype), g, b1).abs().double().square().sum()
             parts.append((square.full_tensor() if hasattr(square, "full_tensor") else square).to(device))
         return torch.stack(parts).sum()

@@ -240,7 +240,7 @@ class Lp(_Ball):
 
     def __post_init__(self) -> None:
         if checks.real("p", self.p) <= 1:
-            raise ValueError(f"p must be > 1, got {self.p!r} (L1 is its own class)")
+            raise ValueError(f"p must be > 1, got {checks.shown(self.p)} (L1 is its own class)")
 
     def value(self, u: torch.Tensor) -> torch.Tensor:
         return torch.linalg.vector_norm(u, self.p)
@@ -403,7 +403,7 @@ def named(kappa: Kappa | str) -> Kappa:
     if isinstance(kappa, str):
         return NAMES[checks.one_of("kappa", kappa, NAMES)]
     if not isinstance(kappa, Kappa):
-        raise TypeError(f"kappa must be a Kappa or one of {', '.join(map(repr, NAMES))}, got {kappa!r}")
+        raise TypeError(f"kappa must be a Kappa or one of {', '.join(map(repr, NAMES))}, got {checks.shown(kappa)}")
     return kappa
 
 
@@ -419,6 +419,6 @@ def _read(written: str) -> Kappa:
     call = ast.parse(written, mode="eval").body
     family = {c.__name__: c for c in globals().values() if isinstance(c, type) and issubclass(c, Kappa)}
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
-        raise ValueError(f"kappa must be one of {', '.join(map(repr, NAMES))}, got {written!r}")
+        raise ValueError(f"kappa must be one of {', '.join(map(repr, NAMES))}, got {checks.shown(written)}")
     made = family[checks.one_of("kappa", call.func.id, family)]
     return made(*map(ast.literal_eval, call.args), **{k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg})

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from polyak.core import checks
 from polyak.core.momentum import ema
 
 
@@ -62,11 +63,11 @@ def lyapunov(optimizer: Any, loss: torch.Tensor | float) -> Lyapunov:
     for group in optimizer.param_groups:
         kappa = group["kappa"]
         if getattr(kappa, "scope", "tensor") != "tensor":
-            raise ValueError(f"lyapunov works with constraints per tensor, got {kappa!r}")
+            raise ValueError(f"lyapunov works with constraints per tensor, got {checks.shown(kappa)}")
         for p in group["params"]:
             x = p.detach().double()
-            state = optimizer.state.get(p)
-            m = state["exp_avg"].double() if state else torch.zeros_like(x)
+            state = optimizer.state.get(p, {})
+            m = state["exp_avg"].double() if "exp_avg" in state else torch.zeros_like(x)
             conjugate = kappa.conjugate(wd * x)
             penalty += float(conjugate)
             gap += float(conjugate + kappa.value(-m) + wd * (m * x).sum())
@@ -86,7 +87,7 @@ def lyapunov(optimizer: Any, loss: torch.Tensor | float) -> Lyapunov:
 def _shared(optimizer: Any) -> tuple[float, tuple[float, float], float]:
     first, *others = [(float(g["lr"]), g["betas"], g["weight_decay"]) for g in optimizer.param_groups]
     if any(other != first for other in others):
-        raise ValueError(f"param groups must share lr, betas and weight_decay, got {[first, *others]}")
+        raise ValueError(f"param groups must share lr, betas and weight_decay, got {checks.shown([first, *others])}")
     if first[2] == 0:
         raise ValueError("weight_decay is 0: there is no constraint, and K*(0) is constant; watch the loss itself")
     return first

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyak.core import checks
 from polyak.core.linalg import sherman_morrison
 from polyak.optim.mkor.layers import Layer
 
+FACTORS = ("A", "G", "A_reset", "G_reset")  # a layer's: the inverse factors, and whether they start anew
 STACKED = 2**25  # elements of a stack beyond which further layers get one of their own: large ones gain nothing by it
 
 
@@ -26,6 +28,19 @@ class Rule:
     ema: bool
     threshold: float
     blend: float
+
+    @classmethod
+    def checked(cls, decay: float, update: str, stabilize: Any, dtype: torch.dtype) -> Rule:
+        """From :class:`polyak.optim.MKOR`'s arguments."""
+        decay = checks.between("decay", decay, 0.0, 1.0, ends="()")
+        checks.one_of("update", update, ["package", "ema"])
+        if not isinstance(stabilize, (tuple, list)) or len(stabilize) != 2:
+            raise ValueError(f"stabilize must be (threshold, blend), got {checks.shown(stabilize)}")
+        threshold = checks.positive("stabilize[0]", stabilize[0])
+        # A factor grows by 1 / decay at most from one look at it to the next, and float32 has to square what it gives.
+        if threshold > (most := min(torch.finfo(dtype).max, 1e15) * decay):
+            raise ValueError(f"stabilize[0] must be at most {most:g} for factors of {dtype}, got {threshold:g}")
+        return cls(decay, update == "ema", threshold, checks.between("stabilize[1]", stabilize[1], 0.0, 1.0, ends="(]"))
 
 
 class Side:
@@ -73,6 +88,20 @@ class Stack:
         self.A = Side(len(layers), first.inputs, dtype, self.device)
         self.G = Side(len(layers), first.outputs, dtype, self.device)
         self.skipped = torch.zeros(len(layers), dtype=torch.int64, device=self.device)
+        self.entries = self._views()
+
+    def _views(self) -> list[dict[str, Tensor]]:
+        """Per layer its factors and flags, as they stand in the optimizer's state: always the same tensors."""
+        tensors = (self.A.J, self.G.J, self.A.reset, self.G.reset)
+        names = [f"mkor_{name}" for name in FACTORS]
+        return [{n: t[i] for n, t in zip(names, tensors, strict=True)} for i in range(len(self.layers))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "entries"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.entries = self._views()  # of the copy's own factors
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,10 +113,20 @@ class Stack:
         like: dict[str, Any] = dict(dtype=self.dtype, device=self.device)
         no_a, no_g = torch.zeros(self.A.J.shape[-1], **like), torch.zeros(self.G.J.shape[-1], **like)
         yes, no = torch.ones((), **like), torch.zeros((), **like)
+        for layer in self.layers:
+            layer.collect()
         # The gradients of a mean's rows sum up over passes, since each has its share of the loss.
-        a = [no_a if x.a is None else x.a.to(**like) / x.passes for x in self.layers]
-        g = [no_g if x.g is None else x.g.to(**like) / (1 if mean_loss else x.passes) for x in self.layers]
-        return torch.stack(a), torch.stack(g), torch.stack([yes if x.passes else no for x in self.layers])
+        # Compiled passes are counted on the device, and may be none.
+        passes = [x.passes.to(**like).clamp(min=1) if isinstance(x.passes, Tensor) else x.passes for x in self.layers]
+        a = [no_a if x.a is None else x.a.to(**like) / n for x, n in zip(self.layers, passes, strict=True)]
+        g = [
+            no_g if x.g is None else x.g.to(**like) / (1 if mean_loss else n)
+            for x, n in zip(self.layers, passes, strict=True)
+        ]
+        present = [
+            (x.passes > 0).to(**like) if isinstance(x.passes, Tensor) else yes if x.passes else no for x in self.layers
+        ]
+        return torch.stack(a), torch.stack(g), torch.stack(present)
 
     def update(self, a: Tensor, g: Tensor, present: Tensor, rule: Rule) -> None:
         """The inputs' factors first: what overflows there resets the outputs' in the same update."""

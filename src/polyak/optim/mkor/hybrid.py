@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from polyak.core import checks
+from polyak.optim.mkor.checkpoint import settled
 from polyak.optim.mkor.optimizer import MKOR
 from polyak.optim.mkor.reduction import mean
 
@@ -71,6 +72,7 @@ class MKORH(MKOR):
             else:
                 # As long as fewer than `window` are known, the plain mean of them.
                 weight = 1 / min(self._observed, self.window)
+                self._level, self._rate = self._level.to(now.device), self._rate.to(now.device)  # from a checkpoint
                 level = self._level.lerp(now, weight)
                 weight = 1 / min(self._observed - 1, self.window)
                 self._rate = self._rate.lerp((self._level - level) / self._level.abs(), weight)
@@ -87,13 +89,18 @@ class MKORH(MKOR):
         if rate < self.tau * self._best or rate < 0:
             self.fallback()
 
+    def _numbers(self) -> dict[str, Any]:
+        known = {"level": settled(self._level), "rate": settled(self._rate)}
+        return {**super()._numbers(), **known, "best": self._best, "observed": self._observed}
+
     def _own_state(self) -> dict[str, Any]:
         progress = {"level": self._level, "rate": self._rate, "best": self._best, "observed": self._observed}
-        return {**super()._own_state(), "progress": progress}
+        return {**MKOR._numbers(self), "factors": self._saved_factors(), "progress": progress}
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         super()._load_own_state(own)
-        progress = own.get("progress", {"level": None, "rate": None, "best": float("-inf"), "observed": 0})
-        copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in progress.items()}
-        self._level, self._rate = copies["level"], copies["rate"]
-        self._best, self._observed = copies["best"], copies["observed"]
+        progress = own.get("progress", own)
+        self._best, self._observed = progress.get("best", float("-inf")), progress.get("observed", 0)
+        level, rate = (progress.get(name) for name in ("level", "rate"))
+        self._level = level.clone() if self._observed else None
+        self._rate = rate.clone() if self._observed else None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,21 @@ from polyak.optim._engine.tensors import is_dtensor
 Module = nn.Linear | nn.Conv2d
 
 
+class Tally:
+    """A layer's sums over passes where a compiled graph takes them: it can write into tensors only."""
+
+    def __init__(self, inputs: int, outputs: int, like: Tensor) -> None:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.a = torch.zeros(inputs, dtype=dtype, device=like.device)
+        self.g = torch.zeros(outputs, dtype=dtype, device=like.device)
+        self.passes = torch.zeros((), dtype=dtype, device=like.device)
+        self.used = False  # whether a compiled forward pass has run since it was zero
+
+    def zero(self) -> None:
+        torch._foreach_zero_([self.a, self.g, self.passes])
+        self.used = False
+
+
 @dataclass(eq=False)
 class Layer:
     """A preconditioned module; ``bias`` is None where it is not trained."""
@@ -28,7 +42,8 @@ class Layer:
     bias: Tensor | None
     a: Tensor | None = field(default=None, repr=False)  # sums over passes
     g: Tensor | None = field(default=None, repr=False)
-    passes: int = 0
+    passes: int | Tensor = 0
+    tally: Tally | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, name: str, module: Module) -> Layer:
@@ -45,34 +60,27 @@ class Layer:
         """Length of ``g``."""
         return self.weight.shape[0]
 
-    def add(self, a: Tensor, g: Tensor) -> None:
-        """Take in one pass."""
+    def add(self, a: Tensor, g: Tensor, passes: int | Tensor = 1) -> None:
+        """Take in a pass, or the sums of several."""
         self.a = a if self.a is None else self.a + a
         self.g = g if self.g is None else self.g + g
-        self.passes += 1
+        self.passes = self.passes + passes
 
-    def clear(self) -> None:
+    def drop(self) -> None:
+        """Forget all but what compiled passes have summed up."""
         self.a = self.g = None
         self.passes = 0
 
+    def clear(self) -> None:
+        self.drop()
+        if self.tally is not None and self.tally.used:
+            self.tally.zero()
 
-class Watch:
-    """The forward hook of a layer. Copies of the module, by deepcopy or pickle, get one that does nothing."""
-
-    def __init__(self, see: Callable[..., None] | None = None, layer: Layer | None = None) -> None:
-        self._see = None if see is None else weakref.WeakMethod(see)  # the module must not keep the optimizer alive
-        self._layer = layer
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        see = self._see() if self._see is not None else None
-        if see is not None and torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad:
-            see(self._layer, args[0] if args else kwargs["input"], output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Watch:
-        return Watch()
-
-    def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
-        return Watch, ()
+    def collect(self) -> None:
+        """Take in what compiled passes have summed up."""
+        if (tally := self.tally) is not None and tally.used:
+            self.add(tally.a.clone(), tally.g.clone(), tally.passes.clone())
+            tally.zero()
 
 
 def named_layers(model: Any, skip: Iterable[str | nn.Module]) -> list[tuple[str, Module]]:
@@ -101,22 +109,22 @@ def _roots(model: Any) -> list[tuple[str, nn.Module]]:
             model = getattr(model, "_orig_mod", None) or model.module
         return [("", model)]
     if not isinstance(model, Iterable):
-        raise TypeError(f"MKOR needs a module, or an iterable of modules, got {model!r}")
+        raise TypeError(f"MKOR needs a module, or an iterable of modules, got {checks.shown(model)}")
     roots = [item if isinstance(item, tuple) else (str(i), item) for i, item in enumerate(model)]
     for item in roots:
         if len(item) != 2 or not isinstance(item[0], str) or not isinstance(item[1], nn.Module):
-            raise TypeError(f"MKOR needs modules, or pairs of names and modules, got {item!r}")
+            raise TypeError(f"MKOR needs modules, or pairs of names and modules, got {checks.shown(item)}")
     return roots
 
 
 def _skipped(modules: dict[str, nn.Module], skip: Iterable[str | nn.Module]) -> set[nn.Module]:
     if isinstance(skip, (str, nn.Module)):
-        raise TypeError(f"skip must be a list of names or modules, got {skip!r}")
+        raise TypeError(f"skip must be a list of names or modules, got {checks.shown(skip)}")
     inside: set[nn.Module] = set()
     for entry in skip:
         found = modules.get(entry) if isinstance(entry, str) else entry
         if found is None:
-            raise ValueError(f"skip: there is no module {entry!r}{checks.suggestion(entry, modules)}")
+            raise ValueError(f"skip: there is no module {checks.shown(entry)}{checks.suggestion(entry, modules)}")
         if found not in modules.values():
             raise ValueError(f"skip: {type(found).__name__} is no module of the model")
         inside |= set(found.modules())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak.core import checks
-from polyak.optim.mkor import statistics
-from polyak.optim.mkor.factors import Rule, Stack, stacks
-from polyak.optim.mkor.layers import Layer, Watch, eligible, named_layers
+from polyak.optim._engine.copies import kept
+from polyak.optim.mkor import checkpoint, statistics
+from polyak.optim.mkor.factors import FACTORS, Rule, Stack, stacks
+from polyak.optim.mkor.layers import Layer, Tally, eligible, named_layers
 from polyak.optim.mkor.reduction import average
+from polyak.optim.mkor.watch import Gate, Watch, aside
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -57,10 +60,14 @@ class MKOR(Optimizer):
     Nothing waits for the device. A vector that is not finite is not taken in, its factor stays as it was: ``skipped`` counts
     these (and on the CPU the first one warns). A gradient that is not finite, or is zero, reaches the base as it is.
 
-    State: the base's, and per layer the factors and their flags, by the module's name: ``state_dict()["mkor"]``. The rest of a
-    checkpoint loads into the base alone, too. Neither the means gathered since the last step, nor the hyperparameters are in
-    it. A copy by pickle or deepcopy has hooks of its own on the modules it comes with, and neither ``scaler`` nor
-    ``process_group``. Weights in shards (FSDP's) are refused: the factors need whole ones.
+    State: the base's, and per layer the factors and their flags, by the module's name: ``state_dict()["mkor"]``. From its first
+    step on a weight's state has them, too (``state[weight]["mkor_A"]`` and so on), and every param group the number of steps, so
+    that the helpers of ``torch.distributed.checkpoint`` save and load all of it. The rest of a checkpoint loads into the base
+    alone, too. Neither the means gathered since the last step, nor the hyperparameters are in it. A copy by pickle or deepcopy
+    has hooks of its own on the modules it comes with, and neither ``scaler`` nor ``process_group``. Weights in shards (FSDP's)
+    are refused: the factors need whole ones.
+
+    In a model that is compiled the statistics are part of its graph, which they do not break.
 
     Raises:
         ValueError: an argument is out of range; there is no layer to precondition; two layers share a weight.
@@ -98,9 +105,8 @@ class MKOR(Optimizer):
         self.clip = checks.positive("clip", clip)
         self.mean_loss = checks.one_of("loss_reduction", loss_reduction, ["mean", "sum"]) == "mean"
         self.factor_dtype = checks.one_of("factor_dtype", factor_dtype, DTYPES)
-        self.rule = _rule(decay, update, stabilize, factor_dtype)
+        self.rule = Rule.checked(decay, update, stabilize, factor_dtype)
         self.process_group = process_group
-        self.scaler = scaler
         self._candidates = named_layers(model, skip)
         self._layers: list[Layer] = []
         self._stacks: list[Stack] = []
@@ -109,11 +115,13 @@ class MKOR(Optimizer):
         self._asked = self._warned = False
         self._handles: list[Any] = []
         # As an optimizer is restored from a pickle: param groups and state exist already, they are the base's.
-        self.__setstate__({"base": base, "_hooked": False})
+        self.__setstate__({"base": base, "_hooked": False, "_gate": self._new_gate()})
+        self.scaler = scaler
         self._register()
         if not self._layers:
             raise ValueError("MKOR found no Linear or Conv2d whose weight the base optimizer has")
         self._hook()
+        self._note()
 
     # What is the base's.
 
@@ -137,6 +145,7 @@ class MKOR(Optimizer):
         if self._hooked:
             self._unhook()
             self._hook()
+        self._note()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As the base's; means gathered for a step that did not come are dropped."""
@@ -152,17 +161,35 @@ class MKOR(Optimizer):
             raise RuntimeError(
                 "MKOR must know the GradScaler to see gradients unscaled: MKOR(model, base, scaler=scaler)"
             )
+        if self._asked:
+            self._drop()
+        for layer in self._layers:
+            layer.collect()
         self._asked = True
+        self._gate.loss_scale = self._gate.scale()
         return False
+
+    @property
+    def scaler(self) -> Any:
+        """The GradScaler in use; may be set."""
+        return self._gate.scaler
+
+    @scaler.setter
+    def scaler(self, value: Any) -> None:
+        self._gate.scaler = value
+        self._gate.prime(self._layers)
 
     @contextmanager
     def no_stats(self) -> Iterator[None]:
         """Forward and backward passes inside leave no statistics."""
         before, self._watching = self._watching, False
+        self._open()
         try:
-            yield
+            with aside(self._layers):
+                yield
         finally:
             self._watching = before
+            self._open()
 
     def remove(self) -> None:
         """Take the hooks off the modules: no statistics are gathered any more, and the factors stay as they are."""
@@ -181,16 +208,30 @@ class MKOR(Optimizer):
     def _seen(self, layer: Layer, a: Tensor, grad: Tensor) -> None:
         if not self._watching:
             return
-        if self._asked:  # the scaler found an infinity and skipped the step that these were gathered for
-            self._forget()
-        scale = self.scaler._get_scale_async() if self.scaler is not None and self.scaler.is_enabled() else None
+        if self._asked:
+            self._drop()
         dtype = torch.promote_types(grad.dtype, torch.float32)
-        layer.add(a, statistics.output_mean(layer, grad, self.clip, dtype, scale, self.mean_loss))
+        layer.add(a, statistics.output_mean(layer, grad, self.clip, dtype, self._gate.scale(), self.mean_loss))
+
+    def _drop(self) -> None:
+        """Leave out what was gathered for a step that the scaler skipped, since it found an infinity."""
+        self._asked = False
+        for layer in self._layers:
+            layer.drop()
 
     def _forget(self) -> None:
         self._asked = False
         for layer in self._layers:
             layer.clear()
+        self._open()
+
+    def _new_gate(self) -> Gate:
+        gate = Gate(self.clip, self.mean_loss)
+        weakref.finalize(self, gate.shut)
+        return gate
+
+    def _open(self) -> None:
+        self._gate.open = self._watching and self._hooked and self._due()
 
     def _register(self) -> None:
         """Take up the layers whose weights the base has, and stack them anew."""
@@ -205,15 +246,19 @@ class MKOR(Optimizer):
         self._restack()
 
     def _hook(self) -> None:
+        self._gate.prime(self._layers)
         self._handles = [
-            layer.module.register_forward_hook(Watch(self._see, layer), with_kwargs=True) for layer in self._layers
+            layer.module.register_forward_hook(Watch(self._see, layer, self._gate), with_kwargs=True)
+            for layer in self._layers
         ]
         self._hooked = True
+        self._open()
 
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._hooked = [], False
+        self._open()  # a graph that was compiled with a hook keeps it
 
     # Factors.
 
@@ -231,9 +276,18 @@ class MKOR(Optimizer):
 
     def _restack(self) -> None:
         """Stacks for the layers as they are now (their number, devices, types), with the factors that there were."""
-        old = self._saved_factors()
+        self._load_factors(self._saved_factors())
+
+    def _load_factors(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Stacks for the layers as they are now, with these factors, or I."""
         self._stacks = stacks(self._layers, self.factor_dtype)
-        self._load_factors(old)
+        for stack in self._stacks:
+            for layer, entries in zip(stack.layers, stack.entries, strict=True):
+                layer.collect()
+                layer.tally = Tally(layer.inputs, layer.outputs, layer.weight)
+                for name in FACTORS if saved.get(layer.name) else ():
+                    entries[f"mkor_{name}"].copy_(saved[layer.name][name])
+        checkpoint.renew(self.base, self._stacks)
 
     def _current(self) -> bool:
         """Whether all weights are still on the devices, and of the types, that they were stacked for."""
@@ -245,6 +299,7 @@ class MKOR(Optimizer):
 
     def _update_factors(self) -> None:
         gathered = [stack.vectors(self.mean_loss) for stack in self._stacks]
+        self._gate.look_for_passes(self._layers)
         for stack, vectors in zip(self._stacks, average(gathered, self.process_group), strict=True):
             stack.update(*vectors, self.rule)
             if not self._warned and stack.device.type == "cpu" and bool(stack.skipped.any()):
@@ -279,6 +334,8 @@ class MKOR(Optimizer):
         self._steps += 1
         self._forget()
         self._after_step(loss)
+        checkpoint.publish(self.base, self._stacks)
+        self._note()
         return loss
 
     def _after_step(self, loss: Any) -> None:
@@ -300,6 +357,8 @@ class MKOR(Optimizer):
         """Step with the base alone from now on; its state is kept, hooks and factors go."""
         self.remove()
         self._active, self._stacks = False, []
+        checkpoint.withdraw(self.base)
+        self._note()
 
     @property
     def preconditions(self) -> bool:
@@ -310,19 +369,10 @@ class MKOR(Optimizer):
 
     def _saved_factors(self) -> dict[str, dict[str, Tensor]]:
         return {
-            layer.name: {"A": s.A.J[i], "G": s.G.J[i], "A_reset": s.A.reset[i], "G_reset": s.G.reset[i]}
-            for s in self._stacks
-            for i, layer in enumerate(s.layers)
+            layer.name: {name: entries[f"mkor_{name}"] for name in FACTORS}
+            for stack in self._stacks
+            for layer, entries in zip(stack.layers, stack.entries, strict=True)
         }
-
-    def _load_factors(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        for stack in self._stacks:
-            for i, layer in enumerate(stack.layers):
-                if layer.name in saved:
-                    values = saved[layer.name]
-                    for side, name in ((stack.A, "A"), (stack.G, "G")):
-                        side.J[i].copy_(values[name])
-                        side.reset[i].copy_(values[name + "_reset"])
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state_dict, and beside its entries "mkor": factors by the module's name, and the number of steps."""
@@ -334,13 +384,14 @@ class MKOR(Optimizer):
             saved = saved if changed is None else changed
         return saved
 
+    def _numbers(self) -> dict[str, Any]:
+        return {"base": type(self.base).__name__, "steps": self._steps, "preconditions": self._active}
+
+    def _note(self) -> None:
+        checkpoint.write_numbers(self.base, self._numbers())
+
     def _own_state(self) -> dict[str, Any]:
-        return {
-            "base": type(self.base).__name__,
-            "steps": self._steps,
-            "preconditions": self._active,
-            "factors": self._saved_factors(),
-        }
+        return {**self._numbers(), "factors": self._saved_factors()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
         """Load a checkpoint. One of another optimizer or of other layers raises ValueError and changes nothing."""
@@ -348,33 +399,16 @@ class MKOR(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, saved)
             saved = saved if changed is None else dict(changed)
-        own = saved.pop("mkor", None)
-        self._check_own_state(own)
+        params = [p for group in self.param_groups for p in group["params"]]
+        saved, found = checkpoint.divide(saved, params, self._layers)
+        own = saved.pop("mkor", found)  # without "mkor": the helpers of torch.distributed.checkpoint
+        checkpoint.check(own, type(self.base).__name__, self._layers)
         self.base.load_state_dict(saved)
         self._load_own_state(own)
+        checkpoint.renew(self.base, self._stacks, found)
+        self._note()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
-
-    def _check_own_state(self, own: Any) -> None:
-        if not isinstance(own, Mapping) or not {"base", "steps", "preconditions", "factors"} <= own.keys():
-            raise ValueError("this state_dict is not one of MKOR: it has no 'mkor' entry with factors")
-        if own["base"] != type(self.base).__name__:
-            raise ValueError(
-                f"state_dict is of MKOR around {own['base']}, this one is around {type(self.base).__name__}"
-            )
-        if not own["preconditions"]:
-            return
-        mine = {layer.name: layer for layer in self._layers}
-        if missing := sorted(mine.keys() ^ own["factors"].keys()):
-            raise ValueError(f"state_dict and optimizer do not have the same layers: {missing} are in one of them only")
-        for name, layer in mine.items():
-            if not {"A", "G", "A_reset", "G_reset"} <= own["factors"][name].keys():
-                raise ValueError(f"state_dict: factors of {name!r} are incomplete")
-            for side, size in (("A", layer.inputs), ("G", layer.outputs)):
-                if (shape := tuple(own["factors"][name][side].shape)) != (size, size):
-                    raise ValueError(
-                        f"state_dict: {side} of {name!r} has shape {shape}, where {(size, size)} is needed"
-                    )
 
     def _load_own_state(self, own: Mapping[str, Any]) -> None:
         self._steps = own["steps"]
@@ -385,38 +419,27 @@ class MKOR(Optimizer):
         if not self._active:
             self._active = True
             self._hook()
-        self._stacks = stacks(self._layers, self.factor_dtype)
         self._load_factors(own["factors"])
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = {"_handles", "scaler", "process_group", "step"}  # a scheduler puts its own step there
-        return {k: v for k, v in self.__dict__.items() if k not in left_out and not k.startswith("_optimizer_")}
+        return {k: v for k, v in kept(self).items() if k not in ("_handles", "_gate", "process_group")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         fresh = "_layers" in state
         if fresh:
-            state = {"_handles": [], "scaler": None, "process_group": None, **state}
+            state = {"_handles": [], "process_group": None, **state}
         super().__setstate__(state)
-        if fresh and self._hooked:
-            self._hook()
+        if fresh:
+            self._gate = self._new_gate()
+            checkpoint.renew(self.base, self._stacks)
+            if self._hooked:
+                self._hook()
 
 
 def _check_base(base: Any) -> None:
     if not isinstance(base, Optimizer):
-        raise TypeError(f"base must be a torch.optim.Optimizer, got {base!r}")
+        raise TypeError(f"base must be a torch.optim.Optimizer, got {checks.shown(base)}")
     if isinstance(base, MKOR):
         raise ValueError("base must not be MKOR itself")
     if isinstance(base, torch.optim.LBFGS):
         raise ValueError("base must step without a closure, which LBFGS does not")
-
-
-def _rule(decay: float, update: str, stabilize: Any, dtype: torch.dtype) -> Rule:
-    decay = checks.between("decay", decay, 0.0, 1.0, ends="()")
-    checks.one_of("update", update, ["package", "ema"])
-    if not isinstance(stabilize, (tuple, list)) or len(stabilize) != 2:
-        raise ValueError(f"stabilize must be (threshold, blend), got {stabilize!r}")
-    threshold = checks.positive("stabilize[0]", stabilize[0])
-    # A factor grows by 1 / decay at most from one look at it to the next, and float32 has to square what it gives.
-    if threshold > (most := min(torch.finfo(dtype).max, 1e15) * decay):
-        raise ValueError(f"stabilize[0] must be at most {most:g} for factors of {dtype}, got {threshold:g}")
-    return Rule(decay, update == "ema", threshold, checks.between("stabilize[1]", stabilize[1], 0.0, 1.0, ends="(]"))

@@ -45,11 +45,9 @@ def mean_patches(module: nn.Conv2d, x: Tensor) -> Tensor:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(x, _padding(module), mode=mode)
     (kh, kw), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
-    n, c, h, w = x.shape
-    size = (n, c, (h - dh * (kh - 1) - 1) // sh + 1, (w - dw * (kw - 1) - 1) // sw + 1, kh, kw)
-    sn, sc, row, column = x.stride()
-    # A view of all patches: no copy of the input for each element of the kernel, as unfold makes.
-    patches = x.as_strided(size, (sn, sc, row * sh, column * sw, row * dh, column * dw))
+    # A view of all patches: no copy of the input for each element of the kernel, as F.unfold makes. (as_strided() would be one,
+    # too, but what is compiled may lay its input out otherwise.)
+    patches = x.unfold(2, dh * (kh - 1) + 1, sh).unfold(3, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]
     return patches.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32)).flatten(1)
 
 

@@ -39,10 +39,11 @@ from polyak.optim.monna.aggregators import (
     self_centered_clip,
     trimmed_mean,
 )
+from polyak.optim.monna.alike import checksum, text_sum
 from polyak.optim.monna.peers import Peers
 from polyak.optim.monna.rule import clipping, rule
 from polyak.optim.monna.simulator import Batches, Simulator, dirichlet_split, reduction
-from polyak.optim.monna.transport import Alone, Group, Patience, Received, Transport
+from polyak.optim.monna.transport import Alone, Group, Lost, Patience, Received, Transport
 
 __all__ = [
     "Batches",
@@ -65,6 +66,11 @@ __all__ = [
     "self_centered_clip",
     "trimmed_mean",
 ]
+
+
+_HINT = (
+    "seed all ranks alike, or broadcast those of one; a worker's own checkpoint is loaded after the optimizer is made"
+)
 
 
 class MoNNA(RuleOptimizer):
@@ -93,7 +99,8 @@ class MoNNA(RuleOptimizer):
     raises RuntimeError because too few workers answer leaves the parameters at the local half step.
 
     Raises:
-        ValueError: hyperparameters out of range, 2 f >= n, unknown options, parameters that differ between ranks of a group.
+        ValueError: hyperparameters out of range, 2 f >= n, unknown options; parameters, buffers or hyperparameters that differ
+            between ranks of a process group when the optimizer is made or a param group is added (their bits are compared).
         RuntimeError: sparse gradients, or more than f workers do not answer.
 
     Example:
@@ -140,18 +147,49 @@ class MoNNA(RuleOptimizer):
         for b in self._buffers:
             if not isinstance(b, Tensor) or not b.is_floating_point():
                 raise ValueError(
-                    f"buffers must be floating-point tensors, got {b.dtype if isinstance(b, Tensor) else b!r}"
+                    f"buffers must be floating-point tensors, got {b.dtype if isinstance(b, Tensor) else checks.shown(b)}"
                 )
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        if isinstance(self._transport, Group):
-            tensors = self._tensors()
-            what = "number of elements, type, f and server"
-            kind = [t.dtype for t in tensors].count(self._type()) * 2 + (self._type() == torch.float64)
-            numbers = [sum(t.numel() for t in tensors), kind, self._f, -1 if server is None else server]
-            self._transport.check_alike(numbers, what, tensors[0].device)
+        self._begun = True
+        self._compare()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_transport" not in self.__dict__:  # an older pickle, which has no more than its momenta
+            self._transport, self._mixer, self._max_norm, self._server = Lost(0, 1), mixer("nna"), None, None
+            self._f, self._wait, self._timeout, self._buffers, self._begun = 0, "all", 30.0, [], True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch.optim. In a process group all ranks must add the same parameters, at the same time."""
+        super().add_param_group(param_group)
+        if getattr(self, "_begun", False):
+            try:
+                self._compare()
+            except ValueError:
+                self.param_groups.pop()
+                raise
+
+    def _compare(self) -> None:
+        """Raise ValueError, on all ranks of a process group, where they do not start alike."""
+        if not isinstance(self._transport, Group):
+            return
+        tensors, split = self._tensors(), -len(self._buffers) or None
+        options = [[group[name] for name in ("lr", "momentum", "weight_decay")] for group in self.param_groups]
+        mixer = (self._mixer.name, self._mixer.options, self._mixer.nnm)
+        facts = {
+            "number of elements=": sum(t.numel() for t in tensors),
+            "shapes and types": text_sum([(t.shape, t.dtype) for t in tensors]),
+            "f=": self._f,
+            "server=": -1 if self._server is None else self._server,
+            "mixer": text_sum(mixer),
+            "max_norm": text_sum(self._max_norm),
+            "lr, momentum and weight_decay": text_sum([[float(value) for value in group] for group in options]),
+            f"values of parameters ({_HINT})": checksum(tensors[:split]),
+            "values of buffers": checksum(self._buffers),
+        }
+        self._transport.check_alike(facts, tensors[0].device)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        checks.non_negative("lr", group["lr"])
         checks.between("momentum", group["momentum"], 0.0, 1.0, ends="[)")
         checks.non_negative("weight_decay", group["weight_decay"])
         for p in group["params"]:
@@ -196,6 +234,8 @@ class MoNNA(RuleOptimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """A local step, the exchange, and the mixing; returns the closure's loss, where there is a closure."""
+        if isinstance(self._transport, Lost):
+            self._transport.refuse()
         loss = super().step(closure)
         with torch.no_grad():
             self._exchange()

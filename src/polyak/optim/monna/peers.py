@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from polyak.core import checks
-from polyak.optim.monna.transport import Patience, Received
+from polyak.optim.monna.transport import Lost, Patience, Received
 
 MAGIC = b"plk1"
 HELLO = struct.Struct("!4sII")  # magic, rank, size
@@ -122,7 +122,9 @@ class Peers:
         if store is None:
             store, rank, size = next(iter(dist.rendezvous("env://")))
         if rank is None or size is None:
-            raise ValueError(f"rank and size must be given with a store, got {rank!r} and {size!r}")
+            raise ValueError(
+                f"rank and size must be given with a store, got {checks.shown(rank)} and {checks.shown(size)}"
+            )
         listener = socket.create_server((host or "", 0), backlog=2 * size)
         store.set(f"{PREFIX}{rank}", f"{host or socket.gethostname()} {listener.getsockname()[1]}")
 
@@ -133,6 +135,15 @@ class Peers:
             return name, int(port)
 
         return cls(rank, size, listener, find, timeout=timeout)
+
+    def __copy__(self) -> Peers:
+        return self  # connections are shared, as a process group is
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Peers:
+        return self
+
+    def __reduce__(self) -> Any:
+        return Lost, (self.rank, self.size)
 
     @property
     def alive(self) -> list[int]:

@@ -7,13 +7,15 @@ first timeout and at the first message that is too long. Where that may happen, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from polyak.optim.monna.alike import differing
 
 Received = Sequence[Tensor | None]  # by rank, one's own among them; None where nothing came
 
@@ -68,14 +70,19 @@ class Group:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._all: Tensor | None = None
 
-    def check_alike(self, numbers: Sequence[int], what: str, device: torch.device) -> None:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return self  # a copy of the optimizer is in the same group
+
+    def __reduce__(self) -> Any:
+        return _joined, (self._group is None, self.rank, self.size)
+
+    def check_alike(self, facts: Mapping[str, int], device: torch.device) -> None:
         """Raise ValueError, on all ranks, where these numbers differ between ranks."""
-        mine = torch.tensor(list(numbers), dtype=torch.int64, device=device)
+        mine = torch.tensor(list(facts.values()), dtype=torch.int64, device=device)
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyone, mine, group=self._group)
-        listed = [t.tolist() for t in everyone]
-        if any(other != listed[0] for other in listed):
-            raise ValueError(f"all ranks must have the same {what}, got {listed} by rank")
+        if found := differing(list(facts), [t.tolist() for t in everyone]):
+            raise ValueError(f"all ranks must have the same {found}")
 
     def _buffer(self, vector: Tensor) -> list[Tensor]:
         if self._all is None or self._all.shape[1:] != vector.shape or self._all.dtype != vector.dtype:
@@ -94,3 +101,31 @@ class Group:
         result = mix(received).contiguous() if received is not None else torch.empty_like(vector)
         dist.broadcast(result, src=root, group=self._group)
         return result
+
+
+class Lost:
+    """What a pickle has in the place of connections, which cannot be saved."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def refuse(self) -> NoReturn:
+        raise RuntimeError(
+            f"this MoNNA comes from a pickle, without the connections of rank {self.rank} of {self.size}: make one with "
+            "group=... and load this one's state_dict()"
+        )
+
+    def exchange(self, vector: Tensor, patience: Patience) -> Received:
+        self.refuse()
+
+    def serve(self, vector: Tensor, patience: Patience, server: int, mix: Callable[[Received], Tensor]) -> Tensor:
+        self.refuse()
+
+
+def _joined(default: bool, rank: int, size: int) -> Transport:
+    """From a pickle: the default process group, where it is the same here."""
+    if default and dist.is_available() and dist.is_initialized():
+        group = Group()
+        if (group.rank, group.size) == (rank, size):
+            return group
+    return Lost(rank, size)

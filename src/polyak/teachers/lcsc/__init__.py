@@ -31,6 +31,7 @@ from polyak.teachers.lcsc.objective import (
     batch_norms,
     metric_to,
     sample_metric,
+    tied,
     warn_of_batch_norm,
 )
 from polyak.teachers.lcsc.optimizers import Optimizer, full, optimizer_named
@@ -100,7 +101,8 @@ class LCSC:
         checkpoints: a :class:`CheckpointBank`, or what makes one: state dicts, files, or a folder; the oldest first.
         objective: lower is better. It is given the model with the candidate's weights or, without ``model``, their state
             dict, which is overwritten later. It must be deterministic, on fixed noise: see :func:`sample_metric`.
-        model: receives the candidates' weights. Its own are lost; after :meth:`run` it has the winner's.
+        model: receives the candidates' weights. Its own are lost; after :meth:`run` it has the winner's. Entries that it has
+            tied may stand in the checkpoints once, as safetensors has them.
         optimizer: "evolution" (the paper's), "cmaes", "quadratic", "grid" (averages of all rates and window starts), "greedy"
             (soup); or a function as in :mod:`~polyak.teachers.lcsc.optimizers`.
         evals: number of evaluations of the objective.
@@ -145,9 +147,9 @@ class LCSC:
         self.population = checks.integer("population", population, least=2)
         self.finalists = checks.integer("finalists", finalists, least=1)
         if not callable(objective):
-            raise TypeError(f"objective must be a function of the model, got {objective!r}")
+            raise TypeError(f"objective must be a function of the model, got {checks.shown(objective)}")
         if heldout is True or not (heldout is None or heldout is False or callable(heldout)):
-            raise TypeError(f"heldout must be a function of the model, None or False, got {heldout!r}")
+            raise TypeError(f"heldout must be a function of the model, None or False, got {checks.shown(heldout)}")
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         if reestimate is not None and model is None:
@@ -211,7 +213,9 @@ class LCSC:
     def apply_(self, model: nn.Module, coefficients: Any) -> nn.Module:
         """Load a combination into a model, and return it."""
         check_coefficients(coefficients, len(self.bank))
-        model.load_state_dict(self.state_dict(coefficients))
+        state = self.state_dict(coefficients)
+        state.update({key: state[other] for key, other in tied(model, state).items()})
+        model.load_state_dict(state)
         return model
 
     def _settings(self) -> dict[str, Any]:

@@ -278,8 +278,8 @@ def check_coefficients(coefficients: Any, count: int, *, affine: bool = True) ->
     a = torch.as_tensor(coefficients, dtype=torch.float64).detach().cpu()
     if a.shape != (count,):
         raise ValueError(f"coefficients must have shape ({count},), one for each checkpoint, got {tuple(a.shape)}")
-    if not bool(a.isfinite().all()):
-        raise ValueError(f"coefficients must be finite, got {a.tolist()}")
+    if broken := int((~a.isfinite()).sum()):
+        raise ValueError(f"coefficients must be finite, got {broken} of {count} that are not")
     if affine and abs(float(a.sum()) - 1) > 1e-6:
         raise ValueError(f"coefficients must sum to 1, got {float(a.sum())!r} (affine=False allows any sum)")
     return a

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -53,25 +53,41 @@ def metric_to(
     """
     checks.one_of("kind", kind, METRICS)
     checks.integer("seed", seed, least=0)
-
-    def prepared(x: Tensor) -> Tensor:
-        return (x if features is None else features(x)).detach().flatten(1)
-
-    y = prepared(reference)
+    y = _features(reference, features)
     if kind == "sliced_w2":
-
-        def sliced(x: Tensor) -> float:
-            return sliced_wasserstein(prepared(x), y, generator=torch.Generator(y.device).manual_seed(seed))
-
-        return sliced
-    distance: Metric
+        return _OfFeatures(_Sliced(y, seed), features)
     if kind == "fid":
-        distance = FrechetDistance(y)
-    elif kind == "kid":
-        distance = KernelDistance(y, cubic_kernel, unbiased=True)
-    else:
-        distance = KernelDistance(y, minus_distance if kind == "energy" else gaussian_kernel(median_distance(y)))
-    return lambda x: distance(prepared(x))
+        return _OfFeatures(FrechetDistance(y), features)
+    if kind == "kid":
+        return _OfFeatures(KernelDistance(y, cubic_kernel, unbiased=True), features)
+    kernel = minus_distance if kind == "energy" else gaussian_kernel(median_distance(y))
+    return _OfFeatures(KernelDistance(y, kernel), features)
+
+
+def _features(x: Tensor, features: Callable[[Tensor], Tensor] | None) -> Tensor:
+    return (x if features is None else features(x)).detach().flatten(1)
+
+
+@dataclass(frozen=True)
+class _OfFeatures:
+    """A distance of samples' features; an object and no closure, so that it can be pickled."""
+
+    distance: Metric
+    features: Callable[[Tensor], Tensor] | None
+
+    def __call__(self, x: Tensor) -> float:
+        return self.distance(_features(x, self.features))
+
+
+@dataclass(frozen=True)
+class _Sliced:
+    """Sliced Wasserstein distance to y along the same directions at every call."""
+
+    y: Tensor
+    seed: int
+
+    def __call__(self, x: Tensor) -> float:
+        return sliced_wasserstein(x, self.y, generator=torch.Generator(self.y.device).manual_seed(self.seed))
 
 
 @dataclass(frozen=True)
@@ -246,17 +262,42 @@ class Evaluator:
         if isinstance(given, Tensor) and given.numel() == 1:
             given = given.item()
         if isinstance(given, bool) or not isinstance(given, Real):
-            raise TypeError(f"objective must return a number, got {given!r}")
+            raise TypeError(f"objective must return a number, got {checks.shown(given)}")
         value = float(given)
         return value if math.isfinite(value) else math.inf
+
+
+def tied(model: nn.Module, known: Iterable[str]) -> dict[str, str]:
+    """The model's entries that are not among the known ones, but whose memory is that of a known one: missing -> known.
+
+    Tied weights stand once in files of safetensors, and twice or more in ``model.state_dict()``.
+    """
+    own = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+    known = set(known)
+    here: dict[Any, str] = {}
+    for key in own.keys() & known:
+        for place in _places(own[key]):
+            here.setdefault(place, key)
+    found = {key: next((here[p] for p in _places(t) if p in here), None) for key, t in own.items() if key not in known}
+    return {key: other for key, other in found.items() if other is not None}
+
+
+def _places(t: Tensor) -> tuple[Any, ...]:
+    """What two entries that are one have in common: the object, or the part of memory (which some kinds do not have)."""
+    try:
+        address = t.data_ptr()
+    except (RuntimeError, NotImplementedError):
+        address = 0
+    return (id(t), (t.device, t.dtype, address, t.shape, t.stride())) if address else (id(t),)
 
 
 def _own_weights(bank: CheckpointBank, model: nn.Module) -> dict[str, Tensor]:
     """The model's tensors under the bank's keys; ValueError where the two do not fit."""
     own = model.state_dict()
     known = dict.fromkeys([*bank.keys, *bank.layout])  # in order: the first that does not fit is named
+    twins = tied(model, known)
     for key in (*own, *known):
-        if key not in known:
+        if key not in known and key not in twins:
             raise ValueError(f"the checkpoints lack {key!r}, which the model has")
         if key not in own:
             raise ValueError(f"the model lacks {key!r}, which the checkpoints have")
@@ -273,10 +314,11 @@ def batch_norms(bank: CheckpointBank, model: nn.Module | None) -> list[str]:
     if model is None:
         return [k for k in bank.layout if k.rpartition(".")[2] in ("running_mean", "running_var")]
     return [
-        f"{name}.{what}".lstrip(".")
-        for name, module in model.named_modules()
+        key
+        for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
         for what in ("running_mean", "running_var")
+        if (key := f"{name}.{what}".lstrip(".")) in bank.layout
     ]
 
 

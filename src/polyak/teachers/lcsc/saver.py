@@ -136,4 +136,7 @@ class CheckpointSaver:
                 if state.is_world_process_zero:
                     saver(model, state.global_step)
 
+            def __reduce__(self) -> Any:  # a class that is made in a function is found by nobody
+                return CheckpointSaver.transformers, (saver,)
+
         return Callback()
