@@ -17,7 +17,7 @@ from polyak.optim._engine import compiled, dispatch, kernel
 from polyak.optim._engine.look import Looker
 from polyak.optim._engine.options import ENGINE_OPTIONS, on_device
 from polyak.optim._engine.places import Places
-from polyak.optim._engine.tensors import addressable, is_dtensor, local
+from polyak.optim._engine.tensors import PLAIN, addressable, is_dtensor, local
 from polyak.optim._engine.trace import Program
 
 if TYPE_CHECKING:
@@ -230,8 +230,8 @@ def _row(
     state = optimizer.state.get(p)
     if state is None or not all(name in state for name in optimizer._needed(group)):
         return Row(p, k, None)
-    if optimizer._counts(group) and not isinstance(state["step"], torch.Tensor):
-        state["step"] = torch.tensor(float(state["step"]))
+    if optimizer._counts(group):
+        state["step"] = _placed_count(state["step"], group, p)
     if g is not None:
         dispatch.check(optimizer, p, g)
     places = optimizer._places(p)
@@ -257,6 +257,14 @@ def _row(
         mode = "eager"
     counted = optimizer._counts(group) and state["step"].device.type != "cpu"
     return Row(p, k, state, mode, on_device=counted or not optimizer._counts(group), grad_dtype=dtype)
+
+
+def _placed_count(step: Any, group: dict[str, Any], p: torch.Tensor) -> Any:
+    """A count of steps as a tensor, and where the group's options want it."""
+    if not isinstance(step, torch.Tensor):
+        step = torch.tensor(float(step))
+    wanted = p.device if group["capturable"] else torch.device("cpu")
+    return step if step.device == wanted or type(step) not in PLAIN else step.to(wanted)
 
 
 def _is_counted(optimizer: RuleOptimizer, group: dict[str, Any], state: dict[str, Any]) -> bool:
