@@ -4,7 +4,7 @@
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from references_for_tests import normal
 from systems_for_tests import SYSTEMS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyak.optim._engine import look
 from polyak.optim._engine.cc import SPLIT
@@ -49,11 +50,13 @@ def base():
 
 @dataclass
 class Kind:
-    """make: the parameters. give: their gradients, from those that were drawn. change: what happens before step 2."""
+    """make: the parameters. give: their gradients, from those that were drawn. change: what happens before step 2. twist: what
+    happens to gradients that parameters have already."""
 
     make: Any = base
     give: Any = lambda params, grads, t: grads
     change: Any = lambda params, optimizer: None
+    twist: Any = lambda params: None
     refused: bool = False  # by everyone
 
 
@@ -192,6 +195,15 @@ KINDS = {
     "freed gradient": Kind(give=first(lambda p, g: free(g)), refused=True),
     "gradient inside of a freed buffer": Kind(give=first(inside_of_freed), refused=True),
     "cut gradient": Kind(give=first(lambda p, g: free(g, 64)), refused=True),
+    "gradient of another shape": Kind(
+        twist=lambda ps: setattr(ps[0].grad, "data", ps[0].grad[:2].clone()), refused=True
+    ),
+    "gradient with another number of dimensions": Kind(
+        twist=lambda ps: setattr(ps[0].grad, "data", ps[0].grad[:, 0].clone()), refused=True
+    ),
+    "gradient resized in place": Kind(twist=lambda ps: ps[0].grad.resize_(2, 8), refused=True),
+    "gradient of another type": Kind(twist=lambda ps: setattr(ps[0].grad, "data", ps[0].grad.float())),
+    "parameter cut after its gradient": Kind(twist=lambda ps: setattr(ps[0], "data", ps[0].data[:3]), refused=True),
     # What becomes of them between two steps.
     "data replaced": Kind(change=data(lambda x: x.clone() * 2)),
     "data transposed": Kind(lambda: [parameter(normal((6, 6), 0))], change=data(lambda x: x.t())),
@@ -227,6 +239,15 @@ KINDS = {
 }
 
 
+# Once more where a plan has been made for others.
+LATE = {
+    f"{name}, later": replace(kind, give=lambda ps, grads, t, give=kind.give: grads if t < 2 else give(ps, grads, t))
+    for name, kind in KINDS.items()
+    if "gradient" in name
+}
+KINDS |= LATE
+
+
 def run(system, kind, options, steps=4):
     """The parameters and states in the end, and how the run was refused, if it was."""
     params = kind.make()
@@ -240,6 +261,8 @@ def run(system, kind, options, steps=4):
                 grads = kind.give(params, [draw(p, t, i) for i, p in enumerate(params)], t)
             for p, g in zip(params, grads, strict=True):
                 p.grad = g
+            if t >= 2:
+                kind.twist(params)
             optimizer.step()
     except REFUSALS as error:
         return None, f"{type(error).__name__}: {error}"
@@ -333,6 +356,36 @@ def test_fake_tensors_step_and_leave_real_ones_alone(system, options):
         ) or (system == "spam-sparse")
     for p, old in zip(params, kept, strict=True):
         assert torch.equal(p, old)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_mode_sees_every_operation(system):
+    """What watches operations (counters, traces, fakes) finds none in compiled code: there the reference runs."""
+
+    class Watch(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Watch.seen += 1
+            return func(*args, **(kwargs or {}))
+
+    results = []
+    for options in ({}, dict(foreach=False)):
+        params = base()
+        optimizer = SYSTEMS[system](params, **options)
+        for t in range(4):
+            for i, p in enumerate(params):
+                p.grad = draw(p, t, i)
+            if options or t in (0, 3):
+                optimizer.step()
+                continue
+            Watch.seen = 0
+            with Watch():
+                optimizer.step()
+            assert Watch.seen > 3
+        results.append(params)
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-13, rtol=0)
 
 
 @pytest.fixture(scope="module")

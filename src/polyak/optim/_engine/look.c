@@ -173,8 +173,8 @@ static int says(void *function, void *tensor) {
     return yes;
 }
 
-/* What is to be done with a gradient, and its address. Where it is not seen whether it is lazy, one of another object than the
-   last step's is asked. */
+/* What is to be done with a gradient, and its address. Where it is not seen whether it is lazy or cut, one of another object than
+   the last step's is asked. */
 static int64_t of_gradient(const Plan *plan, Row *row, void *g, int64_t *address) {
     const Fact *p = plan->facts + row->fact;
     const Form *form = plan->forms + p->form;
@@ -190,6 +190,7 @@ static int64_t of_gradient(const Plan *plan, Row *row, void *g, int64_t *address
     if (t.kind != row->kind) return -1;
     if (t.cut > 0 || (t.cut < 0 && says(plan->is_short, g))) return LOOSE;
     if (t.lazy < 0 && (row->last != (int64_t)g || row->shape != (int64_t)t.shape || *(int64_t *)row->slot != t.address)) {
+        if (says(plan->is_short, g)) return LOOSE;
         t.lazy = says(plan->is_neg, g) || (t.kind >> 32 == 5 && says(plan->is_conj, g));
         row->last = t.lazy ? 0 : (int64_t)g;
         row->shape = (int64_t)t.shape;

@@ -14,7 +14,7 @@ from polyak.optim._engine import dispatch, foreach
 from polyak.optim._engine.eager import eager
 from polyak.optim._engine.plan import mixed
 from polyak.optim._engine.rounding import Rounding
-from polyak.optim._engine.tensors import PLAIN, compute_dtype, is_dtensor, local, placed_like, plain, wide
+from polyak.optim._engine.tensors import PLAIN, compute_dtype, local, placed_like, plain, wide
 from polyak.optim._engine.trace import Hyper
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ def _kind(optimizer: RuleOptimizer, group: dict[str, Any], item: Item, state: di
     if optimizer._counts(group):
         # Comparing values on the device would mean to wait for it.
         step = id(state["step"]) if group["capturable"] else float(state["step"])
-    meshes = tuple((t.device_mesh, t.placements) if is_dtensor(t) else None for t in tensors)  # type: ignore[attr-defined]
-    return (item.group, step, tuple((t.device, t.dtype) for t in tensors), meshes)
+    return (item.group, step, tuple((local(t).device, t.dtype) for t in tensors))
 
 
 def _values(

@@ -25,7 +25,6 @@ UNIFORMS, STATS, DECIDE, LAYER_DOT, LAYER_SUM, RULE = (1 << k for k in range(6))
 EVERY = 63
 # Words of a job beside the engine's.
 _STATS, _MODES, _WHAT, _FORCED = 8, 9, 10, 11
-_NONE = -1  # of a tensor that had no gradient
 
 
 def source(program: Program, layout: Layout) -> str:
@@ -96,10 +95,7 @@ void rule(const int64_t *job) {{
         const int64_t lo = first > begin ? first : begin, hi = first + tiles < end ? first + tiles : end;
         const int64_t whole = first >= begin && first < end;  /* one thread decides for a tensor */
         (void)block;
-        if (!row[{HEADER + g}]) {{
-            if (what & {DECIDE}) modes[r] = {_NONE};
-            continue;
-        }}
+        if (!row[{HEADER + g}]) continue;
         const int64_t tested = rows && forced != {CHANNEL}, alone = (what & {EVERY}) == {EVERY};
         if (alone && tested) {{
             /* One thread: rows one by one until one fails, and what is left as one. */
@@ -194,7 +190,7 @@ class Compiled:
         # Threads begin at a tile: as near as can be to equal numbers of elements.
         self._ends = np.cumsum(np.repeat(lengths, tiles))
         self._stats = np.zeros(3 * (self._tiles + len(sizes)))
-        self._modes = np.full(len(sizes), _NONE, dtype=np.int64)
+        self._modes = np.zeros(len(sizes), dtype=np.int64)
         self._tables = Tables(cohort, len(cohort.program.split().host) + 2)
         self._job = self._tables.job(self._table, 12)
         self._job[BEGIN:] = [0, self._tiles, self._stats.ctypes.data, self._modes.ctypes.data, EVERY, forced]
@@ -206,9 +202,9 @@ class Compiled:
         return [start + r * step + 8 * (HEADER + 1) for r in range(len(self._table))]
 
     def modes(self) -> list[int | None]:
-        """How each tensor was projected at the last step; None where it never is, or was not there."""
+        """How each tensor was projected at its last step; None where it never is."""
         both = zip(self._modes.tolist(), self._matrices.tolist(), strict=True)
-        return [mode if projected and mode != _NONE else None for mode, projected in both]
+        return [mode if projected else None for mode, projected in both]
 
     def run(self) -> None:
         """Apply the rule where there is a gradient."""
