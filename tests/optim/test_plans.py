@@ -163,8 +163,8 @@ def test_the_norm_of_all_gradients(dtype, threads):
         for grads in gradients(shapes, 2):
             give(params, grads)
             optimizer.step()
-            numbers = optimizer._plan.cohorts[0]
-            seen.append(float(numbers.numbers[0, numbers.places_of["grad_norm"]]))
+            cohort = optimizer._plan.cohorts[0]
+            seen.append(float(cohort.numbers[0, cohort.places_of["grad_norm"]]))
             exact = torch.stack([p.grad.double().square().sum() for p in params]).sum().sqrt()
             assert abs(seen[-1] - float(exact)) <= 1e-12 * float(exact)
             other = float(global_norm([p.grad for p in params]))

@@ -19,6 +19,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -57,6 +58,18 @@ def rule(p: Any, g: Any, state: Any, h: Any) -> tuple[Any, dict[str, Any]]:
 def warmup_scale(k: int, warmup_steps: int) -> float:
     """The step's factor ``k`` steps after a reset: from 0.01 along half a cosine, 1 from ``warmup_steps`` on."""
     return 1 - 0.99 * (1 + math.cos(math.pi * k / (warmup_steps + 1))) / 2 if k < warmup_steps else 1.0
+
+
+@lru_cache(maxsize=64)
+def _schedule(t: int, interval: int, warmup_steps: int, grace: int, clips: bool, decay: float) -> dict[str, float]:
+    """What the rule is handed at step ``t``: one object for all groups of a step that share it."""
+    k = t % interval
+    return {
+        "decay": decay,
+        "scale": warmup_scale(k, warmup_steps) if t >= interval else 1.0,
+        "clipping": float(clips and t >= grace and k >= grace),
+        "since": float(k + 1 if t >= interval else t),
+    }
 
 
 class SPAM(RuleOptimizer):
@@ -207,14 +220,10 @@ class SPAM(RuleOptimizer):
         decay = float(group["density"] == 1 or group["decay_masked"] == "masked")
         if group["capturable"]:
             return {"decay": decay}
-        t, interval, grace = group["total_step"], group["reset_interval"], group["grace"]
-        k = t % interval
-        return {
-            "decay": decay,
-            "scale": warmup_scale(k, group["warmup_steps"]) if t >= interval else 1.0,
-            "clipping": float(group["threshold"] > 0 and t >= grace and k >= grace),
-            "since": float(k + 1 if t >= interval else t),
-        }
+        clips = group["threshold"] > 0
+        return _schedule(
+            group["total_step"], group["reset_interval"], group["warmup_steps"], group["grace"], clips, decay
+        )
 
     def _extra(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("scale", "clipping", "since", "keep") if group["capturable"] else ()

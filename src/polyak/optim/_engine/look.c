@@ -43,11 +43,12 @@ typedef struct {
     const int64_t *dims;
     Row *rows;
     Counter *counters;
-    int64_t *dirty;   /* for each group, whether a number of it is another object */
+    int64_t *dirty;   /* for each group, a bit for each of its first numbers that is another object, and one for all others */
     int64_t payload;  /* where in a Python tensor PyTorch's is */
     int64_t advance;  /* whether the counters are to be increased, if everything is as it was */
 } Plan;
 
+enum { MOST = 60 };
 enum { CHANGED = 1, DIRTY = 2, ODD = 4, APART = 8 };
 /* A row's status: no gradient, one that is read in place, one that has to be copied first, one for the reference. */
 enum { ABSENT, READ, COPIED, LOOSE };
@@ -159,7 +160,7 @@ static int same_items(const Plan *plan, const Dict *dict, int64_t *dirty) {
         if (i == dict->count || (int64_t)key != known[i].key) return 0;
         if (known[i].matters && (int64_t)value != seen[i]) {
             if (known[i].matters == 1) return 0;
-            *dirty = 1;
+            *dirty |= (int64_t)1 << (i < MOST ? i : MOST);
         }
     }
     return i == dict->count;

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # What a look may find (CHANGED: the plan is no longer good), and what is to be done with a row's gradient; as in `look.c`.
 CHANGED, DIRTY, ODD, APART = 1, 2, 4, 8
 ABSENT, READ, COPIED, LOOSE = range(4)
+MOST = 60  # numbers of a group that have a bit of their own
 # Words of the tables; as the structures in `look.c`.
 FORM, FACT, KEY, DICT, PARAMS, ROW, COUNTER = 4, 3, 2, 4, 3, 9, 3
 _STATUS = 8  # word of a row
@@ -130,7 +131,9 @@ class Looker:
         with torch.no_grad():
             self._views = [t.view(t.shape) for cohort in cohorts for column in cohort.columns[1:] for t in column]
         # All that is compared by identity is kept, so that nothing else gets its address.
-        self._dicts: list[tuple[dict[Any, Any], list[tuple[Any, Any, int]]]] = []
+        self._dicts: list[
+            tuple[dict[Any, Any], list[tuple[Any, Any, int]]]
+        ] = []  # with keys, values, and what they matter
         self._groups, self._lists = optimizer.param_groups, [group["params"] for group in optimizer.param_groups]
         self._members = [list(params) for params in self._lists]
         names = {*optimizer.state_names, *optimizer.other_names, "compensation", "step"}
@@ -241,15 +244,17 @@ class Looker:
             if self.active[i] and i not in self._by_hand:
                 counter += 1
 
-    def seen(self, groups: Sequence[int]) -> None:
-        """Take these groups' options as they are now."""
-        for k in groups:
-            group, entries = self._dicts[k]
-            entries = [(key, value, kind) for (key, _, kind), value in zip(entries, group.values(), strict=True)]
-            self._dicts[k] = group, entries
+    def changed(self, k: int) -> list[str]:
+        """Which of a group's numbers are other objects than before; from here on they are not."""
+        bits, (group, entries) = int(self.dirty[k]), self._dicts[k]
+        self.dirty[k] = 0
+        at = [i for i in range(len(entries)) if bits >> min(i, MOST) & 1 and entries[i][2] == 2]
+        for i in at:
+            name = entries[i][0]
+            entries[i] = (name, group[name], 2)
             if self._native is not None:
-                first = self._first_value[k]
-                self._values[first : first + len(entries)] = [id(value) for _, value, _ in entries]
+                self._values[self._first_value[k] + i] = id(group[name])
+        return [entries[i][0] for i in at]
 
     def put(self, row: int, g: torch.Tensor) -> None:
         """Let a row's gradient be read from ``g``, which is laid out as its parameter."""
@@ -292,7 +297,7 @@ class Looker:
                 if key is not known or (value is not seen and kind == 1):
                     return False
                 if value is not seen and kind == 2:
-                    self.dirty[k] = 1
+                    self.dirty[k] |= 1 << MOST
         for params, members in zip(self._lists, self._members, strict=True):
             if list(map(id, params)) != list(map(id, members)):
                 return False

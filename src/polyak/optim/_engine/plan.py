@@ -15,7 +15,7 @@ import torch
 
 from polyak.optim._engine import compiled, dispatch, kernel
 from polyak.optim._engine.look import Looker
-from polyak.optim._engine.options import ENGINE_OPTIONS, on_device
+from polyak.optim._engine.options import on_device
 from polyak.optim._engine.places import Places
 from polyak.optim._engine.tensors import PLAIN, addressable, is_dtensor, local
 from polyak.optim._engine.trace import Program
@@ -60,7 +60,7 @@ class Cohort:
     columns: list[list[torch.Tensor]]  # per program input but "g" (and what rounding left): local tensors
     places: list[Places] | None  # per parameter the elements that have a state, where not all have
     counters: list[torch.Tensor | None]
-    groups: list[int]  # param groups, by number
+    rank: dict[int, int]  # numbers of param groups -> their rows in the table of numbers
     of_block: list[int] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     numbers: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)))  # of each group
@@ -77,10 +77,17 @@ class Cohort:
 
     def write(self, k: int, values: Mapping[str, Any]) -> None:
         """Take over some of the numbers of param group ``k``; those on the device are handed over with each launch."""
-        row = self.numbers[self.groups.index(k)]
+        row = self.numbers[self.rank[k]]
         for name, value in values.items():
             if (i := self.places_of.get(name)) is not None:
                 row[i] = value
+                self.version += 1
+
+    def write_all(self, values: Mapping[str, Any]) -> None:
+        """Take over numbers that are the same for all groups."""
+        for name, value in values.items():
+            if (i := self.places_of.get(name)) is not None:
+                self.numbers[:, i] = float(value)
                 self.version += 1
 
 
@@ -104,9 +111,9 @@ class Plan:
     rows: list[Row]
     cohorts: list[Cohort]
     values: list[dict[str, Any]]  # of each group, its numbers by name
-    kept: list[dict[str, Any]]  # of each group, all other options that the plan was made for
-    moving: list[bool]  # of each group, whether more numbers come with every step
-    volatile: list[int]  # groups whose options may change without being replaced
+    further: list[tuple[str, ...]]  # of each group, the rule's uniform inputs that are no options
+    moving: list[int]  # groups of which more numbers come with every step
+    volatile: dict[int, list[str]]  # options of groups that may change without being replaced
     of_group: list[list[Cohort]]
     needs_norm: bool
     sharded: bool  # whether some parameters are DTensors
@@ -142,7 +149,7 @@ def make(optimizer: RuleOptimizer, grads: Sequence[torch.Tensor | None], *, scal
     groups = optimizer.param_groups
     values = [numbers(optimizer, group) for group in groups]
     for cohort in cohorts:
-        for k in cohort.groups:
+        for k in cohort.rank:
             cohort.write(k, values[k])
         make_runner = optimizer._compiled if cohort.mode == "compiled" else optimizer._launch
         cohort.runner = make_runner(cohort)
@@ -156,44 +163,52 @@ def make(optimizer: RuleOptimizer, grads: Sequence[torch.Tensor | None], *, scal
     counters = _counters(optimizer, rows)
     by_hand = [(i, t) for i, t in enumerate(counters) if not _counts_in_place(t)]
     return Plan(
-        rows, cohorts, values, [_kept(optimizer, group) for group in groups],
-        [bool(optimizer._extra(group) or optimizer._derived(group)) for group in groups],
-        [k for k, group in enumerate(groups) if _is_volatile(optimizer, group)],
-        [[cohort for cohort in cohorts if k in cohort.groups] for k in range(len(groups))],
+        rows, cohorts, values, [dispatch.further(optimizer, group) for group in groups],
+        [k for k, group in enumerate(groups) if optimizer._extra(group) or optimizer._derived(group)],
+        {k: names for k, group in enumerate(groups) if (names := _volatile(optimizer, group))},
+        [[cohort for cohort in cohorts if k in cohort.rank] for k in range(len(groups))],
         any(map(optimizer._needs_norm, groups)), any(is_dtensor(row.p) for row in rows), watched, scaled,
         Looker(optimizer, rows, cohorts, counters, {i for i, _ in by_hand}), by_hand,
     )  # fmt: skip
 
 
 def refresh(optimizer: RuleOptimizer, plan: Plan, dirty: Sequence[int]) -> bool:
-    """Read the numbers of some groups again; False where another option has changed, too."""
+    """Read numbers of some groups again; False where these need another plan."""
     for k in dirty:
-        group = optimizer.param_groups[k]
-        if _kept(optimizer, group) != plan.kept[k]:
+        group, names = optimizer.param_groups[k], plan.looker.changed(k)
+        if k in plan.volatile:
+            names += [name for name in plan.volatile[k] if name not in names]
+        before = plan.values[k]
+        fresh = numbers(optimizer, group, names)
+        if any(on_device(value) and before[name] is not value for name, value in fresh.items()):
             return False
-        fresh = numbers(optimizer, group)
-        changed = {name: value for name, value in fresh.items() if plan.values[k].get(name) is not value}
-        if any(on_device(value) for value in changed.values()):
+        if bool(optimizer._needs_norm(group)) != ("grad_norm" in plan.further[k]):
             return False
-        plan.values[k] = fresh
+        if any(
+            isinstance(group[name], (torch.Tensor, list)) and name not in plan.volatile.get(k, ()) for name in names
+        ):
+            return False
+        plan.values[k] = {**before, **fresh}
         for cohort in plan.of_group[k]:
-            cohort.write(k, changed)
+            cohort.write(k, fresh)
     return True
 
 
-def numbers(optimizer: RuleOptimizer, group: Mapping[str, Any]) -> dict[str, Any]:
-    """The group's numeric hyperparameters, tuples as name.0, name.1, ..."""
+def numbers(optimizer: RuleOptimizer, group: Mapping[str, Any], names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The group's numeric hyperparameters, or some of them; tuples as name.0, name.1, ..."""
     found: dict[str, Any] = {}
-    for name in optimizer.numbers:
+    for name in (*optimizer.numbers, *optimizer.tuples) if names is None else names:
         value = group[name]
-        if on_device(value):
-            if not group["capturable"]:
-                raise ValueError(f"{name} as a tensor on {value.device} needs capturable=True")
+        if name in optimizer.tuples:
+            if len(value) != optimizer.tuples[name]:
+                raise ValueError(f"{name} must hold {optimizer.tuples[name]} numbers, got {value!r}")
+            found.update({f"{name}.{i}": float(v) for i, v in enumerate(value)})
+        elif not on_device(value):
+            found[name] = float(value)
+        elif group["capturable"]:
             found[name] = value
         else:
-            found[name] = float(value)
-    for name in optimizer.tuples:
-        found.update({f"{name}.{i}": float(v) for i, v in enumerate(group[name])})
+            raise ValueError(f"{name} as a tensor on {value.device} needs capturable=True")
     return found
 
 
@@ -209,14 +224,10 @@ def matters(optimizer: RuleOptimizer, name: str) -> int:
     return int(name == "params" or name in optimizer.defaults)
 
 
-def _kept(optimizer: RuleOptimizer, group: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: group[name] for name in (*optimizer.defaults, *ENGINE_OPTIONS) if matters(optimizer, name) == 1}
-    return {**kept, "the rule's further inputs": dispatch.further(optimizer, group)}
-
-
-def _is_volatile(optimizer: RuleOptimizer, group: Mapping[str, Any]) -> bool:
+def _volatile(optimizer: RuleOptimizer, group: Mapping[str, Any]) -> list[str]:
+    """Options that may change without being replaced."""
     named = (*optimizer.numbers, *optimizer.tuples)
-    return any(isinstance(group[name], (torch.Tensor, list)) for name in named)
+    return [name for name in named if isinstance(group[name], (torch.Tensor, list))]
 
 
 def _row(
@@ -350,7 +361,7 @@ def _cohorts(optimizer: RuleOptimizer, rows: Sequence[Row], scaled: bool) -> lis
         columns = [[local(p) for p in owners], *([local(s[name]) for s in states] for name in names)]
         places = [own for own in map(optimizer._places, owners) if own is not None]
         counters = [s.get("step") if optimizer._counts(group) else None for s in states]
-        cohort = Cohort(mode, program, layout, device, positions, owners, columns, places or None, counters, [])
+        cohort = Cohort(mode, program, layout, device, positions, owners, columns, places or None, counters, {})
         _divide(optimizer, cohort, [rows[i].group for i in positions])
         cohorts.append(cohort)
     return cohorts
@@ -361,16 +372,15 @@ def _divide(optimizer: RuleOptimizer, cohort: Cohort, groups: Sequence[int]) -> 
     on_host = "step" not in getattr(cohort.layout, "on_device", ())
     known: dict[Any, int] = {}
     for k, counter in zip(groups, cohort.counters, strict=True):
-        if k not in cohort.groups:
-            cohort.groups.append(k)
+        cohort.rank.setdefault(k, len(cohort.rank))
         key = (k, id(counter) if on_host else None)
         if key not in known:
             known[key] = len(cohort.blocks)
             seed = optimizer.param_groups[k]["rounding_seed"]
-            cohort.blocks.append(Block(cohort.groups.index(k), counter, on_host, seed))
+            cohort.blocks.append(Block(cohort.rank[k], counter, on_host, seed))
         cohort.of_block.append(known[key])
     names, elsewhere = compiled.numbers_of(cohort.program), getattr(cohort.layout, "on_device", ())
-    cohort.numbers = np.zeros((len(cohort.groups), len(names)))
+    cohort.numbers = np.zeros((len(cohort.rank), len(names)))
     cohort.places_of = {name: i for i, name in enumerate(names) if name not in elsewhere}
     if cohort.mode == "kernel" and len(cohort.blocks) > 1:
         cohort.layout = replace(cohort.layout, many=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,7 +85,7 @@ def _ready(
 def _look(optimizer: RuleOptimizer, plan: Plan, grads: Gradients | None, held: list[torch.Tensor]) -> int:
     looker = plan.looker
     if plan.volatile:
-        looker.dirty[plan.volatile] = 1
+        looker.dirty[list(plan.volatile)] |= 1 << 62
     if plan.sharded:
         grads = [row.p.grad for row in plan.rows] if grads is None else grads
         grads = [
@@ -99,12 +100,8 @@ def _look(optimizer: RuleOptimizer, plan: Plan, grads: Gradients | None, held: l
         return CHANGED
     if found & CHANGED or not found:
         return found
-    if found & DIRTY:
-        dirty = looker.dirty.nonzero()[0].tolist()
-        looker.dirty[:] = 0
-        if not plans.refresh(optimizer, plan, dirty):
-            return CHANGED
-        looker.seen(dirty)
+    if found & DIRTY and not plans.refresh(optimizer, plan, looker.dirty.nonzero()[0].tolist()):
+        return CHANGED
     if plan.odd:
         for row, status in zip(plan.rows, looker.status.tolist(), strict=True):
             if status == LOOSE and row.p.grad is not None:
@@ -187,26 +184,34 @@ def _values(
 ) -> list[dict[str, Any]]:
     """The numbers of each group at this step; those of compiled code are written where it reads them."""
     values = plan.values
-    if any(plan.moving):
-        values = list(values)
-        for k, group in enumerate(optimizer.param_groups):
-            if plan.moving[k]:
-                more: dict[str, Any] = dict(optimizer._derived(group))
-                more.update({name: optimizer._extra_values[k][name] for name in optimizer._extra(group)})
-                values[k] = {**values[k], **more}
-                for cohort in plan.of_group[k]:
-                    cohort.write(k, more)
+    handed = bool(items) or any(cohort.mode == "kernel" for cohort in plan.cohorts)
+    if plan.moving:
+        more = {k: _moving(optimizer, k) for k in plan.moving}
+        alike = len(more) == len(values) and len({id(found) for found in more.values()}) == 1
+        for cohort in plan.cohorts:
+            if alike:
+                cohort.write_all(more[0])
+            else:
+                for k in cohort.rank:
+                    cohort.write(k, more.get(k, {}))
+        if handed:
+            values = [{**known, **more.get(k, {})} for k, known in enumerate(values)]
     if plan.needs_norm:
         norm = _norm(plan, grads, items)
         if scale is not None:
             norm = norm / scale.to(norm.device) if isinstance(norm, torch.Tensor) else norm / float(scale)
-        if items or any(cohort.mode == "kernel" for cohort in plan.cohorts):
+        if handed:
             values = [{**known, "grad_norm": norm} for known in values]
         for cohort in plan.cohorts:
-            if cohort.mode == "compiled":
-                for k in cohort.groups:
-                    cohort.write(k, {"grad_norm": float(norm)})
+            cohort.write_all({"grad_norm": norm})
     return values
+
+
+def _moving(optimizer: RuleOptimizer, k: int) -> Mapping[str, Any]:
+    """A group's numbers that come with this step."""
+    group = optimizer.param_groups[k]
+    derived, names = optimizer._derived(group), optimizer._extra(group)
+    return {**derived, **{name: optimizer._extra_values[k][name] for name in names}} if names else derived
 
 
 def _norm(plan: Plan, grads: Gradients | None, items: list[loose.Item]) -> Any:
@@ -224,7 +229,7 @@ def _norm(plan: Plan, grads: Gradients | None, items: list[loose.Item]) -> Any:
 
 def _on_device(cohort: Cohort, values: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """What a launch is handed as tensors of one element, which all of its groups share."""
-    found = {name: values[cohort.groups[0]][name] for name in cohort.layout.arguments}
+    found = {name: values[next(iter(cohort.rank))][name] for name in cohort.layout.arguments}
     for name, value in found.items():
         if type(value) not in PLAIN:
             value = torch.tensor(float(value), dtype=torch.float64)

@@ -102,7 +102,7 @@ class _Projected(RuleOptimizer):
 
     def _forced(self, cohort: Cohort) -> int | None:
         """The view that a cohort's tensors are projected in, 0 where the test decides, None where they are not."""
-        projection = self.param_groups[cohort.groups[0]]["projection"]
+        projection = self.param_groups[next(iter(cohort.rank))]["projection"]
         return None if projection == "never" else _FORCED[projection]
 
 
