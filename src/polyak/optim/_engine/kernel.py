@@ -327,35 +327,36 @@ SPAN = 8 * BLOCK  # elements whose squares a program sums
 PARTS = 1024  # sums of such programs that are added at a time
 
 _NORM = """@triton.jit
-def squares(table, owners, firsts, parts, WORDS: tl.constexpr, G: tl.constexpr, KIND: tl.constexpr, T: tl.constexpr,
-            BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def squares(table, owners, firsts, parts, WORDS: tl.constexpr):
     pid = tl.program_id(0).to(tl.int64)
     tensor = tl.load(owners + pid).to(tl.int64)
     row = table + tensor * WORDS
-    address = tl.load(row + G)
+    address = tl.load(row + {word})
     size = tl.where(address != 0, tl.load(row + 1), 0)
-    start = (pid - tl.load(firsts + tensor)) * SPAN
-    total = tl.zeros((BLOCK,), T)
-    for begin in range(0, SPAN, BLOCK):
-        offsets = start + begin + tl.arange(0, BLOCK)
-        x = tl.load(address.to(tl.pointer_type(KIND)) + offsets, mask=offsets < size, other=0.0).to(T)
+    start = (pid - tl.load(firsts + tensor)) * {span}
+    total = tl.zeros(({block},), {compute})
+    for begin in range(0, {span}, {block}):
+        offsets = start + begin + tl.arange(0, {block})
+        x = tl.load(address.to(tl.pointer_type({storage})) + offsets, mask=offsets < size, other=0.0).to({compute})
         total += x * x
     tl.store(parts + pid, tl.sum(total, axis=0).to(tl.float64))
 
 
 @triton.jit
-def norm(parts, count, out, PARTS: tl.constexpr):
-    total = tl.zeros((PARTS,), tl.float64)
-    for begin in range(0, count, PARTS):
-        at = begin + tl.arange(0, PARTS)
+def norm(parts, count, out):
+    total = tl.zeros(({parts},), tl.float64)
+    for begin in range(0, count, {parts}):
+        at = begin + tl.arange(0, {parts})
         total += tl.load(parts + at, mask=at < count, other=0.0)
     tl.store(out, tl.sqrt(tl.sum(total, axis=0)))
 """
 
 
-def norm_kernels() -> tuple[Any, Any]:
+@cache
+def norm_kernels(storage: torch.dtype, compute: torch.dtype) -> tuple[Any, Any]:
     """The two kernels of the norm of all gradients: sums of squares in a fixed order, and the root of their sum."""
-    scope = build(_NORM)
+    types = {"storage": _TRITON_TYPES[storage], "compute": _TRITON_TYPES[compute]}
+    scope = build(_NORM.format(word=HEADER + 1, span=SPAN, block=BLOCK, parts=PARTS, **types))
     return scope["squares"], scope["norm"]
 
 

@@ -18,13 +18,11 @@ from polyak.optim._engine.cc import function, library
 from polyak.optim._engine.kernel import (
     BLOCK,
     HEADER,
-    PARTS,
     SPAN,
     WARPS,
     compile_kernel,
     is_wide,
     norm_kernels,
-    triton_type,
 )
 from polyak.optim._engine.trace import Program
 
@@ -269,14 +267,14 @@ class Squares:
         self._table, self._device = table, cohort.device
         self._owners = tile_owners(tiles, cohort.device)
         self._firsts = torch.from_numpy(first[:-1].copy()).to(cohort.device)
-        storage, compute = cohort.layout.storage[1], cohort.layout.compute
-        self._constants = (words, HEADER + 1, triton_type(storage), triton_type(compute), BLOCK, SPAN)
+        self._kernel = norm_kernels(cohort.layout.storage[1], cohort.layout.compute)[0]
+        self._words = words
         self._launch = Launcher()
 
     def run(self, parts: torch.Tensor) -> None:
         if self.count:
-            arguments = (self._table.now(), self._owners, self._firsts, parts, *self._constants)
-            self._launch(norm_kernels()[0], self.count, arguments, WARPS, parts.data_ptr() % 16)
+            arguments = (self._table.now(), self._owners, self._firsts, parts, self._words)
+            self._launch(self._kernel, self.count, arguments, WARPS, parts.data_ptr() % 16)
 
 
 class Norm:
@@ -296,7 +294,8 @@ class Norm:
                 return self.run()
         for runner, share in self._shares:
             runner.squares(share)
-        self._launch(norm_kernels()[1], 1, (self._parts, self._total, self._out, PARTS), WARPS)
+        root = norm_kernels(torch.float32, torch.float32)[1]
+        self._launch(root, 1, (self._parts, self._total, self._out), WARPS)
         return self._out
 
 

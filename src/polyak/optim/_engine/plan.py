@@ -161,7 +161,8 @@ def make(optimizer: RuleOptimizer, grads: Sequence[torch.Tensor | None], *, scal
                 rows[position].mode = "foreach" if cohort.places is None and optimizer.multi_tensor else "eager"
     cohorts = [cohort for cohort in cohorts if cohort.runner is not None]
     counters = _counters(optimizer, rows)
-    by_hand = [(i, t) for i, t in enumerate(counters) if not _counts_in_place(t)]
+    # A step that a scaler skips is not counted: only the device knows.
+    by_hand = [(i, t) for i, t in enumerate(counters) if scaled or not _counts_in_place(t)]
     return Plan(
         rows, cohorts, values, [dispatch.further(optimizer, group) for group in groups],
         [k for k, group in enumerate(groups) if optimizer._extra(group) or optimizer._derived(group)],
@@ -266,8 +267,8 @@ def _row(
         mode = otherwise
     if dtype.is_complex != p.is_complex() or dtype.is_floating_point != p.is_floating_point():
         mode = "eager"
-    counted = optimizer._counts(group) and state["step"].device.type != "cpu"
-    return Row(p, k, state, mode, on_device=counted or not optimizer._counts(group), grad_dtype=dtype)
+    there = group["capturable"] or not optimizer._counts(group)
+    return Row(p, k, state, mode, on_device=there, grad_dtype=dtype)
 
 
 def _placed_count(step: Any, group: dict[str, Any], p: torch.Tensor) -> Any:
