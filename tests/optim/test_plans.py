@@ -3,7 +3,10 @@
 import copy
 import ctypes
 import random
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,3 +255,12 @@ def test_states_are_saved_without_one_another(tmp_path):
     one, everything = ((tmp_path / name).stat().st_size for name in ("one.pt", "all.pt"))
     assert one < 50 * 40 * 8 + 4096
     assert everything < 8 * 50 * 40 * 8 + 16384
+
+
+@pytest.mark.slow
+def test_kernels_are_compiled_for_a_gpu_that_is_not_there():
+    pytest.importorskip("triton")
+    script = Path(__file__).with_name("kernels_for_tests.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) > 60

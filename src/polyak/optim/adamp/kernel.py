@@ -74,10 +74,10 @@ def decide(table, parts, modes, todos, programs, blocks, delta, eps, MANY: tl.co
 @triton.jit
 def layer_sum(table, stats, modes, rows, blocks, eps, MANY: tl.constexpr, WORDS: tl.constexpr, T: tl.constexpr):
     t = tl.program_id(0)
+    row = table + t.to(tl.int64) * WORDS
+    if MANY > 0:
+        eps = tl.load(blocks + tl.load(row + 6) * MANY + AT + 1)
     if tl.load(modes + t) == LAYER:
-        row = table + t.to(tl.int64) * WORDS
-        if MANY > 0:
-            eps = tl.load(blocks + tl.load(row + 6) * MANY + AT + 1)
         at = stats + tl.load(row + 5)
         count = tl.load(row + 1) // tl.load(row + 2)
         uw = tl.zeros((PARTS,), T)
