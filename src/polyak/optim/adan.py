@@ -65,7 +65,7 @@ class Adan(RuleOptimizer):
         restart_radius: restart (see :meth:`restart`) when the steps have travelled further than this in the norm of the
             paper's restart condition; needs one host-device synchronization a step. None never does.
         maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.Adam``. By default the fastest is chosen:
-            blocks that stay in the cache on the CPU, one launch per group and type on CUDA.
+            one pass of compiled code on the CPU, one launch per type on CUDA, for all groups together.
         state_dtype: type of the state, None for the parameter's. float32 is advised for bfloat16 parameters: the
             difference of successive gradients cancels.
         rounding: how a bfloat16 or float16 parameter is written back: "nearest", "stochastic", or "kahan" (keeps what

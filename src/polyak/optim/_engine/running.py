@@ -229,6 +229,8 @@ def _norm(plan: Plan, grads: Gradients | None, items: list[loose.Item]) -> Any:
 
 def _on_device(cohort: Cohort, values: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """What a launch is handed as tensors of one element, which all of its groups share."""
+    if not cohort.layout.arguments:
+        return {}
     found = {name: values[next(iter(cohort.rank))][name] for name in cohort.layout.arguments}
     for name, value in found.items():
         if type(value) not in PLAIN:

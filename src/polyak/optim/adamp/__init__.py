@@ -138,7 +138,7 @@ class AdamP(_Projected):
         wd_ratio: factor of the weight decay where the step is projected.
         nesterov: Nesterov's momentum.
         maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.Adam``. By default the fastest is chosen:
-            one compiled pass after the test on the CPU, five launches for all tensors of a group and type on CUDA. Nothing is
+            one compiled pass after the test on the CPU, five launches for all tensors of a type on CUDA. Nothing is
             read back from the device. ``foreach`` runs tensor by tensor.
         record: keep how each tensor was projected, for ``last_projection``.
         state_dtype, rounding, generator: as in :class:`polyak.optim.Adan`.
