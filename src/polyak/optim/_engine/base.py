@@ -245,7 +245,6 @@ class RuleOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
-            self._prepare()
             running.step(self)  # type: ignore[call-arg]
         return loss
 

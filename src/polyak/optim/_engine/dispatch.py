@@ -108,6 +108,13 @@ def _check_storage(name: str, what: str, t: torch.Tensor) -> None:
         raise RuntimeError(f"{name}: a {what} of shape {tuple(t.shape)} is not in its storage, which was freed or cut")
 
 
+def matters(optimizer: RuleOptimizer, name: str) -> int:
+    """What a group's entry is to a plan: 0 nothing, 1 it is made for it, 2 a number that may change."""
+    if name in optimizer.numbers or name in optimizer.tuples:
+        return 2
+    return int(name == "params" or name in optimizer.defaults)
+
+
 def static(optimizer: RuleOptimizer, group: dict[str, Any]) -> dict[str, Any]:
     """The options that a program is made for."""
     return {name: group[name] for name in optimizer.switches}

@@ -110,8 +110,9 @@ class Values:
         values: Sequence[float] = self._of(block)
         if self._wide:
             # Two float32 hold 48 bits of a float64.
-            high = np.asarray(values).astype(np.float32).astype(np.float64)
-            values = (*high.tolist(), *np.nan_to_num(np.asarray(values) - high, nan=0.0).tolist())
+            with np.errstate(invalid="ignore", over="ignore"):
+                high = np.asarray(values).astype(np.float32).astype(np.float64)
+                values = (*high.tolist(), *np.nan_to_num(np.asarray(values) - high, nan=0.0).tolist())
         return [*values, block.drawn()] if self._stochastic else list(values)
 
     def _many(self) -> list[Any]:

@@ -8,6 +8,7 @@ of that is looked at before each step: address, shape, strides, type and storage
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from polyak.optim._engine.cc import library
+from polyak.optim._engine.dispatch import matters
 from polyak.optim._engine.tensors import PLAIN, is_dtensor, is_short, local
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class Native(NamedTuple):
     exchange: int  # address of DLPack's table
     payload: int  # where in a Python tensor PyTorch's is
     reads: Any
+    headers: bool  # whether it was compiled with PyTorch's headers
 
 
 class _DLTensor(ctypes.Structure):
@@ -93,7 +96,7 @@ def _loaded(*plus: str) -> Native | None:
     advance.argtypes, advance.restype = [ctypes.c_void_p], None
     made.polyak_reads.argtypes = [ctypes.c_int64, ctypes.py_object, ctypes.c_int64, ctypes.c_int64]
     made.polyak_reads.restype = ctypes.c_int64
-    return Native(look, advance, _exchange(), object.__basicsize__, made.polyak_reads)
+    return Native(look, advance, _exchange(), object.__basicsize__, made.polyak_reads, bool(plus))
 
 
 def _reads(made: Native) -> bool:
@@ -124,16 +127,16 @@ class Looker:
         counters: Sequence[torch.Tensor],
         by_hand: set[int],
     ) -> None:
-        from polyak.optim._engine.plan import matters
-
         self._native = native()
-        # A tensor that something in C++ refers to, too, is looked at twice as fast: a view of it does.
+        # A tensor that something in C++ refers to, too, is read through DLPack's table twice as fast: a view of it does.
+        read = [t for cohort in cohorts for column in cohort.columns[1:] for t in column]
         with torch.no_grad():
-            self._views = [t.view(t.shape) for cohort in cohorts for column in cohort.columns[1:] for t in column]
-        # All that is compared by identity is kept, so that nothing else gets its address.
-        self._dicts: list[
-            tuple[dict[Any, Any], list[tuple[Any, Any, int]]]
-        ] = []  # with keys, values, and what they matter
+            self._views = (
+                [t.view(t.shape) for t in read] if self._native is not None and not self._native.headers else []
+            )
+        # Dictionaries with their keys, values, and what these matter. All that is compared by identity is kept, so that nothing
+        # else gets its address.
+        self._dicts: list[tuple[dict[Any, Any], list[Any]]] = []
         self._groups, self._lists = optimizer.param_groups, [group["params"] for group in optimizer.param_groups]
         self._members = [list(params) for params in self._lists]
         names = {*optimizer.state_names, *optimizer.other_names, "compensation", "step"}
@@ -154,7 +157,8 @@ class Looker:
         self._counter_of = [-1 if row.state is None else numbered.get(id(row.state.get("step")), -1) for row in rows]
         self._rows, self._fact_of, self._slots = list(rows), of_row, slots
         self.counters, self._by_hand = list(counters), by_hand
-        self.members = [self._counter_of.count(i) for i in range(len(counters))]
+        members = Counter(self._counter_of)
+        self.members = [members[i] for i in range(len(counters))]
         self.status = np.zeros(len(rows), dtype=np.int64)
         self.active = np.zeros(len(counters), dtype=np.int64)
         self.dirty = np.zeros(len(self._groups), dtype=np.int64)

@@ -111,11 +111,10 @@ class Plan:
     rows: list[Row]
     cohorts: list[Cohort]
     values: list[dict[str, Any]]  # of each group, its numbers by name
-    further: list[tuple[str, ...]]  # of each group, the rule's uniform inputs that are no options
+    normed: list[bool]  # of each group, whether its rule sees the norm of all gradients
     moving: list[int]  # groups of which more numbers come with every step
     volatile: dict[int, list[str]]  # options of groups that may change without being replaced
     of_group: list[list[Cohort]]
-    needs_norm: bool
     sharded: bool  # whether some parameters are DTensors
     watched: bool
     scaled: bool
@@ -164,11 +163,11 @@ def make(optimizer: RuleOptimizer, grads: Sequence[torch.Tensor | None], *, scal
     # A step that a scaler skips is not counted: only the device knows.
     by_hand = [(i, t) for i, t in enumerate(counters) if scaled or not _counts_in_place(t)]
     return Plan(
-        rows, cohorts, values, [dispatch.further(optimizer, group) for group in groups],
+        rows, cohorts, values, [optimizer._needs_norm(group) for group in groups],
         [k for k, group in enumerate(groups) if optimizer._extra(group) or optimizer._derived(group)],
         {k: names for k, group in enumerate(groups) if (names := _volatile(optimizer, group))},
         [[cohort for cohort in cohorts if k in cohort.rank] for k in range(len(groups))],
-        any(map(optimizer._needs_norm, groups)), any(is_dtensor(row.p) for row in rows), watched, scaled,
+        any(is_dtensor(row.p) for row in rows), watched, scaled,
         Looker(optimizer, rows, cohorts, counters, {i for i, _ in by_hand}), by_hand,
     )  # fmt: skip
 
@@ -183,7 +182,7 @@ def refresh(optimizer: RuleOptimizer, plan: Plan, dirty: Sequence[int]) -> bool:
         fresh = numbers(optimizer, group, names)
         if any(on_device(value) and before[name] is not value for name, value in fresh.items()):
             return False
-        if bool(optimizer._needs_norm(group)) != ("grad_norm" in plan.further[k]):
+        if optimizer._needs_norm(group) != plan.normed[k]:
             return False
         if any(
             isinstance(group[name], (torch.Tensor, list)) and name not in plan.volatile.get(k, ()) for name in names
@@ -216,13 +215,6 @@ def numbers(optimizer: RuleOptimizer, group: Mapping[str, Any], names: Sequence[
 def mixed(seed: int, cohort: int, step: int) -> int:
     """A seed for random numbers at one step."""
     return (seed * 1_000_003 + cohort + step * 7919) % 2**31
-
-
-def matters(optimizer: RuleOptimizer, name: str) -> int:
-    """What a group's entry is to a plan: 0 nothing, 1 it is made for it, 2 a number that may change."""
-    if name in optimizer.numbers or name in optimizer.tuples:
-        return 2
-    return int(name == "params" or name in optimizer.defaults)
 
 
 def _volatile(optimizer: RuleOptimizer, group: Mapping[str, Any]) -> list[str]:

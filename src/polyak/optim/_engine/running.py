@@ -27,6 +27,7 @@ def step(optimizer: RuleOptimizer) -> None:
 
     Not traced by torch.compile: the backends are compiled already, and plans are made from addresses.
     """
+    optimizer._prepare()
     scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     held: list[torch.Tensor] = []
     optimizer._loose_counts = []
@@ -196,7 +197,7 @@ def _values(
                     cohort.write(k, more.get(k, {}))
         if handed:
             values = [{**known, **more.get(k, {})} for k, known in enumerate(values)]
-    if plan.needs_norm:
+    if any(plan.normed):
         norm = _norm(plan, grads, items)
         if scale is not None:
             norm = norm / scale.to(norm.device) if isinstance(norm, torch.Tensor) else norm / float(scale)
