@@ -215,7 +215,7 @@ def unet() -> Any:
 @pytest.mark.parametrize("kind", ["DDPMPipeline", "DDIMPipeline"])
 @pytest.mark.parametrize("solver", [TWO_M, DPMSolver(), Heun(), DDIM(1.0)], ids=repr)
 def test_in_an_unconditional_pipeline(solver: Any, kind: str) -> None:
-    pipe = getattr(diffusers, kind)(unet(), diffusers.DDPMScheduler())
+    pipe = getattr(diffusers, kind)(unet(), diffusers.DDPMScheduler(clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = PolyakScheduler.from_config(pipe.scheduler.config, solver=solver)
     kwargs = {"batch_size": 2, "num_inference_steps": 5, "output_type": "np"}
@@ -225,7 +225,11 @@ def test_in_an_unconditional_pipeline(solver: Any, kind: str) -> None:
     g = rng()
     x = torch.randn(2, 3, 8, 8, generator=g)
     denoiser = Denoiser(lambda x, t: pipe.unet(x, t).sample, pipe.scheduler.process)
-    ours = sample(denoiser, x, solver=solver, grid=pipe.scheduler._times, generator=g)
+    times = pipe.scheduler._times
+    reached = len(times) if solver.reaches_zero else -1  # else the last step is of first order, onto the predicted data
+    ours = sample(denoiser, x, solver=solver, grid=times[:reached], generator=g)
+    if not solver.reaches_zero:
+        ours = denoiser(ours, times[-2]).x0.detach()
     want = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert abs(images - want).max() < 1e-4
 
@@ -234,7 +238,7 @@ def test_noise_is_the_solvers_own() -> None:
     pipe = diffusers.DDIMPipeline(unet(), diffusers.DDPMScheduler())
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = PolyakScheduler.from_config(pipe.scheduler.config, solver=DDIM())
-    with pytest.raises(ValueError, match=r"eta must be 0 .*, got 0.5 and None: noise is the solver's own"):
+    with pytest.raises(ValueError, match=r"eta must be 0, got 0\.5: noise is the solver's own"):
         pipe(num_inference_steps=2, eta=0.5)
 
 
@@ -314,13 +318,8 @@ def test_no_step_count_yields_nan_or_leftover_noise(n: int, final: str | None) -
 
 
 def test_grids_between_the_integers() -> None:
-    kinds: list[tuple[str, dict[str, Any]]] = [
-        ("logsnr", {"grid": "logsnr"}),
-        ("karras", {"use_karras_sigmas": True}),
-        ("logsnr", {"use_lu_lambdas": True}),
-    ]
-    for kind, options in kinds:
-        scheduler = PolyakScheduler(solver=TWO_M, **options)
+    for kind in ("logsnr", "karras"):
+        scheduler = PolyakScheduler(solver=TWO_M, grid=kind)
         scheduler.set_timesteps(6)
         process = scheduler.process
         assert scheduler._times == process.grid(6, kind).tolist()
@@ -328,19 +327,6 @@ def test_grids_between_the_integers() -> None:
         assert scheduler.timesteps.tolist() == pytest.approx(want, rel=1e-5)
     assert scheduler.timesteps.dtype == torch.float32
     assert PolyakScheduler(solver=TWO_M).timesteps.dtype == torch.int64
-
-
-def test_a_start_between_the_stages_is_refused() -> None:
-    scheduler = PolyakScheduler(solver=Heun())
-    scheduler.set_timesteps(4)
-    assert scheduler.order == 2
-    x = noise(2, 2)
-    scheduler.set_begin_index(1)
-    with pytest.raises(ValueError, match="begin_index must be the first evaluation of a step, got 1"):
-        scheduler.step(x, scheduler.timesteps[1], x)
-    scheduler.set_timesteps(4)
-    with pytest.raises(ValueError, match="timestep 123 is not the start of a step"):
-        scheduler.step(x, 123, x)
 
 
 def test_learned_variances_and_thresholding() -> None:
@@ -429,6 +415,6 @@ def test_exact_denoisers_take_the_same_road() -> None:
     scheduler.set_timesteps(8)
     x = noise(5)
     want = sample(denoiser, x, solver=TWO_M, nfe=8)
-    for query, t in zip(scheduler._queries, scheduler.timesteps, strict=True):
-        x = scheduler.step(denoiser(x, query.t).x0, t, x).prev_sample
+    for time, t in zip(scheduler._asked, scheduler.timesteps, strict=True):
+        x = scheduler.step(denoiser(x, time).x0, t, x).prev_sample
     assert torch.equal(x, want)

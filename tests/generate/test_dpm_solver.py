@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -290,8 +291,7 @@ def test_polynomials_in_lam_are_solved_exactly(form: Any, degree: int, solvers: 
     x = torch.full((1, 1), 0.9, dtype=torch.float64)
     want = solution(form, process, 0.9, 1.0, 0.4, m)
     for template in solvers:
-        fields = {f: getattr(template, f) for f in template.__dataclass_fields__}
-        solver = DPMSolver(**{**fields, "form": form})
+        solver = dataclasses.replace(template, form=form)
         times = process.grid(6, "time", end=0.4)
         got = sample(Oracle(form, m).over(process), x, solver=solver, grid=times)
         assert got.item() == pytest.approx(want, rel=1e-11), solver
@@ -331,7 +331,7 @@ def test_coefficients_keep_their_digits(form: Any, h: float) -> None:
     # phi functions with 60 digits, from their series in exact rational arithmetic
     from fractions import Fraction
 
-    from polyak.generate.dpm_solver import _z_phi
+    from polyak.generate.dpm_solver.step import _z_phi
 
     z = h if form == "eps" else -h
     exact_z = Fraction(z)

@@ -6,36 +6,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 Field = Callable[[torch.Tensor, Any], torch.Tensor]  # f(x, t)
 
 
+class Tableau(NamedTuple):
+    """An explicit Runge-Kutta method: ``k_i = f(x + dt sum_j a_ij k_j, t + c_i dt)``, ``x + dt sum_i b_i k_i``.
+
+    nodes: c, the first of them 0. matrix: a, one row for each further stage. weights: b.
+    """
+
+    nodes: tuple[float, ...]
+    matrix: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
+
+
+EULER = Tableau((0.0,), (), (1.0,))
+HEUN = Tableau((0.0, 1.0), ((1.0,),), (0.5, 0.5))
+MIDPOINT = Tableau((0.0, 0.5), ((0.5,),), (0.0, 1.0))
+RK4 = Tableau((0.0, 0.5, 0.5, 1.0), ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
+
+
+def runge_kutta(tableau: Tableau, f: Field, x: torch.Tensor, t: Any, dt: Any) -> torch.Tensor:
+    """One step of an explicit Runge-Kutta method; as many evaluations as it has nodes."""
+    slopes = [f(x, t)]
+    for c, row in zip(tableau.nodes[1:], tableau.matrix, strict=True):
+        slopes.append(f(_moved(x, dt, row, slopes), t + c * dt))
+    return _moved(x, dt, tableau.weights, slopes)
+
+
+def _moved(x: torch.Tensor, dt: Any, weights: tuple[float, ...], slopes: list[torch.Tensor]) -> torch.Tensor:
+    for w, slope in zip(weights, slopes, strict=True):
+        if w:
+            x = x + dt * w * slope
+    return x
+
+
 def euler(f: Field, x: torch.Tensor, t: Any, dt: Any) -> torch.Tensor:
     """Order 1, one evaluation: ``x + dt f(x, t)``."""
-    return x + dt * f(x, t)
+    return runge_kutta(EULER, f, x, t, dt)
 
 
 def heun(f: Field, x: torch.Tensor, t: Any, dt: Any) -> torch.Tensor:
     """Order 2, two evaluations: the trapezoidal rule with an Euler predictor."""
-    first = f(x, t)
-    return x + dt / 2 * (first + f(x + dt * first, t + dt))
+    return runge_kutta(HEUN, f, x, t, dt)
 
 
 def midpoint(f: Field, x: torch.Tensor, t: Any, dt: Any) -> torch.Tensor:
     """Order 2, two evaluations: the slope at an Euler half step."""
-    return x + dt * f(x + dt / 2 * f(x, t), t + dt / 2)
+    return runge_kutta(MIDPOINT, f, x, t, dt)
 
 
 def rk4(f: Field, x: torch.Tensor, t: Any, dt: Any) -> torch.Tensor:
     """Order 4, four evaluations: the classical method of Kutta (1901)."""
-    k1 = f(x, t)
-    k2 = f(x + dt / 2 * k1, t + dt / 2)
-    k3 = f(x + dt / 2 * k2, t + dt / 2)
-    k4 = f(x + dt * k3, t + dt)
-    return x + dt / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+    return runge_kutta(RK4, f, x, t, dt)
 
 
 def leapfrog(

@@ -10,12 +10,36 @@ Problems with known answers are in ``polyak.generate.problems``, schedulers for 
 ``polyak.generate.adapters.diffusers``.
 """
 
-from polyak.generate.dpm_solver import DPMSolver, dpm_step
+from polyak.generate.checking import check_process, check_solver
+from polyak.generate.ddim import DDIM
+from polyak.generate.dpm_solver import (
+    DPMSolver,
+    DPMSolverAdaptive,
+    DPMSolverFast,
+    DPMSolverMultistep,
+    DPMSolverSDE,
+    DPMSolverSinglestep,
+    dpm_step,
+)
+from polyak.generate.evaluate import DynamicThresholding, Evaluator
 from polyak.generate.guidance import CFG, Guidance
-from polyak.generate.prediction import Denoiser, Prediction
-from polyak.generate.process import EDM, OU, VE, VP, CosineVP, Discrete, Flow, Process, TrigFlow
-from polyak.generate.sampling import DynamicThresholding, SamplingInfo, invert, sample
-from polyak.generate.solver import DDIM, RK4, Change, Euler, Heun, Query, RungeKutta, Solver, Step
+from polyak.generate.linear import LinearSolver, Memory, Stage
+from polyak.generate.prediction import Denoiser, Prediction, PredictionLike
+from polyak.generate.process import (
+    EDM,
+    OU,
+    VE,
+    VP,
+    CosineVP,
+    Discrete,
+    Flow,
+    ProbabilityPath,
+    Process,
+    TrigFlow,
+)
+from polyak.generate.runge_kutta import RK4, Euler, Heun, RungeKutta
+from polyak.generate.sampling import SamplingInfo, invert, sample
+from polyak.generate.solver import Change, Query, Solver, Step, drive, resume
 from polyak.generate.steering import Steering, SteeringState
 
 __all__ = [
@@ -29,24 +53,39 @@ __all__ = [
     "Change",
     "CosineVP",
     "DPMSolver",
+    "DPMSolverAdaptive",
+    "DPMSolverFast",
+    "DPMSolverMultistep",
+    "DPMSolverSDE",
+    "DPMSolverSinglestep",
     "Denoiser",
     "Discrete",
     "DynamicThresholding",
     "Euler",
+    "Evaluator",
     "Flow",
     "Guidance",
     "Heun",
+    "LinearSolver",
+    "Memory",
     "Prediction",
+    "PredictionLike",
+    "ProbabilityPath",
     "Process",
     "Query",
     "RungeKutta",
     "SamplingInfo",
     "Solver",
+    "Stage",
     "Steering",
     "SteeringState",
     "Step",
     "TrigFlow",
+    "check_process",
+    "check_solver",
     "dpm_step",
+    "drive",
     "invert",
+    "resume",
     "sample",
 ]

@@ -19,7 +19,9 @@ from polyak.generate.prediction import Prediction
 class Guidance(Protocol):
     """What sampling asks of a guidance.
 
-    ``paired`` says whether the unconditional prediction is needed; where it is not, ``uncond`` is the conditional one.
+    ``paired`` says whether the unconditional prediction is needed; where it is not, ``uncond`` is the conditional one. A
+    guidance that needs it at some times only also has ``paired_at(t) -> bool``. One whose ``init`` has an argument ``steps`` is
+    told the number of steps of the trajectory (None where the solver finds its steps itself).
     """
 
     @property

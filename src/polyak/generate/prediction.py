@@ -11,20 +11,22 @@ With ``x = alpha x0 + sigma eps`` a network's output o at (x, t) is one of
   ``eps = (alpha o - alpha' x) / d``;
 - "edm", the preconditioned network of Karras et al. (arXiv 2206.00364, equation 7) in the scaled variable y = x / alpha, s =
   sigma / alpha: ``x0 = c_skip y + c_out F(c_in y, c_noise)``.
+
+So every view of an output is ``a x + b o`` with two numbers that the process, t and the dialect decide (:func:`weights`).
+A solver folds them into its step, which is then one linear combination of tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import cached_property
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from polyak.core import checks
-from polyak.generate.process import Process, check_batch, expand
+from polyak.generate.process import Moment, Moments, ProbabilityPath, check_batch, expand, wide
 
 Kind = Literal["epsilon", "sample", "score", "v_prediction", "flow", "edm"]
 KINDS: tuple[Kind, ...] = ("epsilon", "sample", "score", "v_prediction", "flow", "edm")
@@ -35,6 +37,142 @@ Network = Callable[[Tensor, Tensor], Tensor]  # (x, labels of shape (B,)) -> out
 def check_kind(name: str, kind: str) -> Kind:
     """A dialect, by its name or a usual short one ("eps", "x0", "v", "flow_prediction")."""
     return checks.one_of(name, ALIASES.get(kind, kind), KINDS)  # type: ignore[return-value]
+
+
+@runtime_checkable
+class PredictionLike(Protocol):
+    """What sampling asks of a prediction; solvers read more of it: ``x0``, ``eps`` or ``flow``, each of x's shape.
+
+    :class:`Prediction` is that of Gaussian processes. A bridge between two laws, a discrete state or one with further
+    dimensions brings its own, with the views that its solvers read.
+    """
+
+    output: Tensor
+    x: Tensor
+
+    def rebase(self, x: Tensor) -> PredictionLike:
+        """The same output, taken to be said of x (say, of the state before it was rounded), in x's dtype."""
+        ...
+
+
+class _At:
+    """The schedules of a process at one of the moments of a run."""
+
+    __slots__ = ("index", "moments")
+
+    def __init__(self, moments: Moments, index: int) -> None:
+        self.moments, self.index = moments, index
+
+    def __getattr__(self, name: str) -> float:
+        return getattr(self.moments, name)[self.index]
+
+
+class _Of:
+    """The schedules of a process at any other time."""
+
+    __slots__ = ("process", "t")
+
+    def __init__(self, process: ProbabilityPath, t: float | Tensor) -> None:
+        self.process, self.t = process, t
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.process, name)(self.t)
+
+
+def _schedules(process: ProbabilityPath, t: float | Tensor) -> Any:
+    if isinstance(t, Tensor):
+        return _Of(process, t.to(wide(t.device)))
+    if isinstance(t, Moment) and (t.of.path is process or t.of.path == process):
+        return _At(t.of, t.index)
+    return _Of(process, t)
+
+
+class Undetermined(ValueError):
+    """A view that an output does not determine: x0 where alpha = 0, eps or the score where sigma = 0."""
+
+
+def _over(by: Any, what: str) -> Any:
+    """``1 / by``; a tensor is not looked at, which would cost a synchronization."""
+    if not isinstance(by, Tensor) and by == 0:
+        raise Undetermined(what)
+    return 1 / by
+
+
+def weights(kind: str, view: str, at: Any, sigma_data: float = 0.5) -> tuple[Any, Any]:
+    """The ``(a, b)`` of a view ``a x + b o`` of an output o.
+
+    Args:
+        kind: the output's dialect.
+        view: "x0", "eps", "score", "v" or "flow".
+        at: has ``alpha``, ``sigma``, ``dalpha``, ``dsigma`` and ``sigma_hat`` at the output's time: numbers or tensors.
+
+    Raises:
+        Undetermined: numbers at which the view is not determined.
+    """
+    if view == "x0":
+        return _x0_weights(kind, at, sigma_data)
+    if view == "eps":
+        return _eps_weights(kind, at, sigma_data)
+    if view == "score" != kind:
+        (a, b), over = _eps_weights(kind, at, sigma_data), _over(at.sigma, "the score is infinite")
+        return -a * over, -b * over
+    if _OWN.get(view) == kind:
+        return 0.0, 1.0
+    # v = alpha eps - sigma x0; dx/dt = alpha' x0 + sigma' eps
+    of_x0, of_eps = (-at.sigma, at.alpha) if view == "v" else (at.dalpha, at.dsigma)
+    (a0, b0), (a1, b1) = _x0_weights(kind, at, sigma_data), _eps_weights(kind, at, sigma_data)
+    return of_x0 * a0 + of_eps * a1, of_x0 * b0 + of_eps * b1
+
+
+_OWN = {"x0": "sample", "eps": "epsilon", "score": "score", "v": "v_prediction", "flow": "flow"}
+
+
+def _x0_weights(kind: str, at: Any, sigma_data: float) -> tuple[Any, Any]:
+    if kind == "sample":
+        return 0.0, 1.0
+    alpha, sigma = at.alpha, at.sigma
+    if kind == "v_prediction":
+        total = alpha**2 + sigma**2
+        return alpha / total, -sigma / total
+    if kind == "flow":
+        turn = alpha * at.dsigma - at.dalpha * sigma
+        return at.dsigma / turn, -sigma / turn
+    over = _over(alpha, "x0 is undetermined, alpha is 0,")
+    if kind == "edm":
+        skip, out = edm_output_scaling(at.sigma_hat, sigma_data)
+        return skip * over, out
+    return over, (-sigma if kind == "epsilon" else sigma**2) * over
+
+
+def _eps_weights(kind: str, at: Any, sigma_data: float) -> tuple[Any, Any]:
+    if kind == "epsilon":
+        return 0.0, 1.0
+    alpha, sigma = at.alpha, at.sigma
+    if kind == "score":
+        return 0.0, -sigma
+    if kind == "v_prediction":
+        total = alpha**2 + sigma**2
+        return sigma / total, alpha / total
+    if kind == "flow":
+        turn = alpha * at.dsigma - at.dalpha * sigma
+        return -at.dalpha / turn, alpha / turn
+    over = _over(sigma, "eps is undetermined, sigma is 0,")
+    if kind == "edm":
+        skip, out = edm_output_scaling(at.sigma_hat, sigma_data)
+        return (1 - skip) * over, -alpha * out * over
+    return over, -alpha * over
+
+
+def weights_at(
+    kind: str, view: str, process: ProbabilityPath, t: float | Tensor, sigma_data: float = 0.5
+) -> tuple[Any, Any]:
+    """:func:`weights` at a time of a process; ValueError where the view is not determined."""
+    if _OWN.get(view) == kind:
+        return 0.0, 1.0
+    try:
+        return weights(kind, view, _schedules(process, t), sigma_data)
+    except Undetermined as error:
+        raise ValueError(f"{error} from the {kind!r} output at t={t}") from None
 
 
 class Prediction:
@@ -58,7 +196,7 @@ class Prediction:
         output: Tensor,
         x: Tensor,
         t: float | Tensor,
-        process: Process,
+        process: ProbabilityPath,
         kind: str = "epsilon",
         *,
         sigma_data: float = 0.5,
@@ -67,82 +205,72 @@ class Prediction:
             raise ValueError(f"output must have x's shape {tuple(x.shape)}, got {tuple(output.shape)}")
         self.output, self.x, self.process = output, x, process
         self.t = check_batch(t, x)
-        self.kind = check_kind("kind", kind)
+        self.kind = kind if kind in KINDS else check_kind("kind", kind)
         self.sigma_data = sigma_data
-        if self.kind == "score":
+        self._views: dict[str, Tensor] = {}
+        if kind == "score":
             self._need_gaussian()
 
     def _need_gaussian(self) -> None:
         if not self.process.is_gaussian:
             raise ValueError(f"{self.process!r} has no Gaussian noise, hence no score from its predictions")
 
-    def _at(self, schedule: Callable[..., float | Tensor]) -> float | Tensor:
-        t = self.t.to(torch.float64) if isinstance(self.t, Tensor) else self.t
-        return expand(schedule(t), self.x)
+    def weights(self, view: str) -> tuple[Any, Any]:
+        """``(a, b)`` of ``view = a x + b output``: numbers, or for a time for each row tensors of shape (B,) in float64.
 
-    @cached_property
+        Args:
+            view: "x0", "eps", "score", "v" or "flow".
+        """
+        if view == "score":
+            self._need_gaussian()
+        return weights_at(self.kind, view, self.process, self.t, self.sigma_data)
+
+    def view(self, name: str) -> Tensor:
+        """x0, eps, score, v or flow, by name; x's shape."""
+        made = self._views.get(name)
+        if made is None:
+            a, b = (expand(w, self.x) for w in self.weights(name))
+            if isinstance(a, float) and a == 0.0:
+                made = self.output if isinstance(b, float) and b == 1.0 else b * self.output
+            else:
+                made = a * self.x + b * self.output
+            self._views[name] = made
+        return made
+
+    @property
     def alpha(self) -> float | Tensor:
         """``alpha(t)``, ready to multiply x."""
-        return self._at(self.process.alpha)
+        return expand(_schedules(self.process, self.t).alpha, self.x)
 
-    @cached_property
+    @property
     def sigma(self) -> float | Tensor:
         """``sigma(t)``, ready to multiply x."""
-        return self._at(self.process.sigma)
+        return expand(_schedules(self.process, self.t).sigma, self.x)
 
-    def _divide(self, value: Tensor, by: float | Tensor, what: str) -> Tensor:
-        if not isinstance(by, Tensor) and by == 0:  # per-sample times would cost a synchronization
-            raise ValueError(f"{what} from the {self.kind!r} output at t={self.t}")
-        return value / by
-
-    @cached_property
+    @property
     def x0(self) -> Tensor:
         """The predicted clean data, x's shape."""
-        x, o, alpha, sigma = self.x, self.output, self.alpha, self.sigma
-        if self.kind == "sample":
-            return o
-        if self.kind == "v_prediction":
-            return (alpha * x - sigma * o) / (alpha**2 + sigma**2)
-        if self.kind == "flow":
-            dalpha, dsigma = self._at(self.process.dalpha), self._at(self.process.dsigma)
-            return (dsigma * x - sigma * o) / (alpha * dsigma - dalpha * sigma)
-        if self.kind == "edm":
-            skip, out = edm_output_scaling(self._at(self.process.sigma_hat), self.sigma_data)
-            return self._divide(x, alpha, "x0 is undetermined, alpha is 0,") * skip + out * o
-        return self._divide(x - sigma * self.eps, alpha, "x0 is undetermined, alpha is 0,")
+        return self.view("x0")
 
-    @cached_property
+    @property
     def eps(self) -> Tensor:
         """The predicted noise, x's shape."""
-        x, o, alpha, sigma = self.x, self.output, self.alpha, self.sigma
-        if self.kind == "epsilon":
-            return o
-        if self.kind == "score":
-            return -sigma * o
-        if self.kind == "v_prediction":
-            return (sigma * x + alpha * o) / (alpha**2 + sigma**2)
-        if self.kind == "flow":
-            dalpha, dsigma = self._at(self.process.dalpha), self._at(self.process.dsigma)
-            return (alpha * o - dalpha * x) / (alpha * dsigma - dalpha * sigma)
-        return self._divide(x - alpha * self.x0, sigma, "eps is undetermined, sigma is 0,")
+        return self.view("eps")
 
     @property
     def score(self) -> Tensor:
         """``grad log p_t(x) = -eps / sigma``, x's shape."""
-        self._need_gaussian()
-        return self.output if self.kind == "score" else self._divide(-self.eps, self.sigma, "the score is infinite")
+        return self.view("score")
 
     @property
     def v(self) -> Tensor:
         """``alpha eps - sigma x0``, x's shape."""
-        return self.output if self.kind == "v_prediction" else self.alpha * self.eps - self.sigma * self.x0
+        return self.view("v")
 
     @property
     def flow(self) -> Tensor:
         """``dx/dt`` of the probability-flow ODE, ``alpha' x0 + sigma' eps``, x's shape."""
-        if self.kind == "flow":
-            return self.output
-        return self._at(self.process.dalpha) * self.x0 + self._at(self.process.dsigma) * self.eps
+        return self.view("flow")
 
     def replace(self, output: Tensor, kind: str | None = None) -> Prediction:
         """Another output at the same (x, t); of the same dialect unless ``kind`` says otherwise."""
@@ -193,19 +321,20 @@ class Denoiser:
     def __init__(
         self,
         model: Network,
-        process: Process,
+        process: ProbabilityPath,
         prediction: str = "epsilon",
         *,
         unconditional: Network | None = None,
         label: Callable[[float | Tensor], float | Tensor] | None = None,
         sigma_data: float = 0.5,
     ) -> None:
-        if not isinstance(process, Process):
-            raise TypeError(f"process must be a Process, got {process!r}")
+        if not isinstance(process, ProbabilityPath):
+            raise TypeError(f"process must be a Process (an instance, not the class), got {process!r}")
         self.model, self.unconditional, self.process = model, unconditional, process
         self.prediction = check_kind("prediction", prediction)
         self.sigma_data = checks.positive("sigma_data", sigma_data)
         self._label = label
+        self._told: tuple[Moments, Any, Sequence[Tensor]] | None = None
         self.nfe = self.evaluations = 0
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Prediction:
@@ -227,23 +356,51 @@ class Denoiser:
         return Prediction(output, x, t, self.process, self.prediction, sigma_data=self.sigma_data)
 
     def _run(self, model: Network, x: Tensor, t: float | Tensor) -> Tensor:
-        exact = t.to(torch.float64) if isinstance(t, Tensor) else t
-        fed = x
-        if self.prediction == "edm":
-            scaling = edm_input_scaling(self.process.sigma_hat(exact), self.sigma_data) / self.process.alpha(exact)
-            fed = x * expand(scaling, x)
-        return model(fed, self._labels(self.label(exact), x))
+        return model(self.scaled(x, t), self._labels(x, t))
+
+    def scaled(self, x: Tensor, t: float | Tensor) -> Tensor:
+        """x as the network is given it: scaled for "edm", else x itself."""
+        if self.prediction != "edm":
+            return x
+        at = _schedules(self.process, t)
+        return x * expand(edm_input_scaling(at.sigma_hat, self.sigma_data) / at.alpha, x)
 
     def label(self, t: float | Tensor) -> float | Tensor:
         """What the network is told at t."""
         if self._label is not None:
             return self._label(t)
-        return edm_label(self.process.sigma_hat(t)) if self.prediction == "edm" else self.process.label(t)
+        return edm_label(self.process.sigma_hat(t)) if self.prediction == "edm" else self.process.label(t)  # type: ignore[attr-defined]
 
-    @staticmethod
-    def _labels(label: float | Tensor, x: Tensor) -> Tensor:
+    def _labels(self, x: Tensor, t: float | Tensor) -> Tensor:
         """(B,), in float32 where x's own precision would round the label."""
-        dtype = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
+        if isinstance(t, Moment):
+            return self.labels(t.of, x)[t.index]
+        dtype = _label_dtype(x)
+        label = self.label(t.to(wide(t.device)) if isinstance(t, Tensor) else t)
         if isinstance(label, Tensor):
             return label.to(device=x.device, dtype=dtype).expand(x.shape[0])
         return torch.full((x.shape[0],), label, dtype=dtype, device=x.device)
+
+    def labels(self, moments: Moments, x: Tensor) -> Sequence[Tensor]:
+        """What the network is told for x at all times of a run, each of shape (B,); made and moved to the device together."""
+        key = (len(x), _label_dtype(x), x.device)
+        known = self._told
+        if known is None or known[0] is not moments or known[1] != key:
+            rows, dtype, device = key
+            low, high = self.process.t_min, self.process.t_max
+            # Clean data below the range has no label: no network is asked there.
+            told = [float(self.label(float(t))) if low <= t <= high else math.nan for t in moments.times]
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                # A captured graph may read no memory that is not its own.
+                made = [torch.full((rows,), label, dtype=dtype, device=device) for label in told]
+                return made
+            made = torch.tensor(told, dtype=dtype).to(device)[:, None].repeat(1, rows).unbind()
+            known = self._told = (moments, key, made)
+        return known[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_told": None}
+
+
+def _label_dtype(x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32

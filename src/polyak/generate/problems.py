@@ -78,6 +78,8 @@ class ExactDenoiser(Denoiser):
         unconditional: the law without condition, for guidance; ``law`` is then ``unconditional.of_class(c)``, say.
     """
 
+    process: Process
+
     def __init__(self, law: Mixture, process: Process, *, unconditional: Mixture | None = None) -> None:
         if not process.is_gaussian:
             raise ValueError(f"{process!r} has no Gaussian noise; these denoisers are exact for Gaussian noise only")
@@ -126,7 +128,8 @@ def reference_path(
 
     Each interval gets its share of the evaluations by its length in lam, and at least 30.
     """
-    process = process or denoiser.process
+    process = process or denoiser.process  # type: ignore[assignment]
+    assert isinstance(process, Process)
     ends = [float(t) for t in times]
     lams = [process.lam(t) for t in ends]
     path = [x_T.to(torch.float64)]

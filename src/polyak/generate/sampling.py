@@ -5,23 +5,26 @@ Per evaluation the order is denoiser -> guidance -> corrector -> solver; per com
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from polyak.core import checks
+from polyak.generate.evaluate import HALF, Corrector, DynamicThresholding, Evaluator, Model, look
 from polyak.generate.guidance import Guidance
-from polyak.generate.prediction import Denoiser, Prediction
-from polyak.generate.process import Process
-from polyak.generate.solver import Change, Query, Solver, Step, check_times, drive
+from polyak.generate.linear import LinearSolver, tabled
+from polyak.generate.plain import run_table
+from polyak.generate.process import Generators, ProbabilityPath, wide
+from polyak.generate.solver import Change, Solver, Step, drive, resume
 from polyak.generate.steering import Steering
 
-Model = Denoiser | Callable[[Tensor, float], Prediction]
-Corrector = Callable[[Tensor, float], Tensor]  # (x0, t) -> x0
-HALF = (torch.float16, torch.bfloat16)
+__all__ = ["HALF", "DynamicThresholding", "SamplingInfo", "invert", "sample"]
 
 
 @dataclass
@@ -31,45 +34,24 @@ class SamplingInfo:
     Attributes:
         nfe: points at which the denoiser was asked; what papers count.
         evaluations: network calls (a guided pair is two).
-        queries: the times of those points, in order.
+        queries: the times of those points, in order; tensors of shape (B,) of solvers whose rows have times of their own.
         steps: ``(s, t)`` of the completed steps.
         steering: the final steering state, with its weights and evidence; None without steering.
     """
 
     nfe: int = 0
     evaluations: int = 0
-    queries: list[float] = field(default_factory=list)
+    queries: list[Any] = field(default_factory=list)
     steps: list[tuple[float, float]] = field(default_factory=list)
     steering: Any = None
-
-
-class DynamicThresholding:
-    """A corrector for pixel data in [-1, 1] (Imagen, arXiv 2205.11487, section 2.3): never for latents.
-
-    Per sample, q = the ``quantile`` of \\|x0\\| over all its elements, at least ``floor``; x0 is clipped to [-q, q] and divided
-    by q (times floor, so that the result lies in [-floor, floor]).
-    """
-
-    def __init__(self, quantile: float = 0.995, floor: float = 1.0) -> None:
-        self.quantile = checks.between("quantile", quantile, 0.0, 1.0, ends="(]")
-        self.floor = checks.positive("floor", floor)
-
-    def __call__(self, x0: Tensor, t: float) -> Tensor:
-        magnitude, _ = x0.abs().flatten(1).sort(1)  # torch.quantile is limited to 2^24 elements
-        position = self.quantile * (magnitude.shape[1] - 1)
-        below = int(position)
-        above = min(below + 1, magnitude.shape[1] - 1)
-        q = torch.lerp(magnitude[:, below], magnitude[:, above], position - below).clamp(min=self.floor)
-        q = q.reshape(-1, *[1] * (x0.ndim - 1))
-        return torch.clamp(x0, -q, q) * (self.floor / q)
 
 
 @overload
 def sample(
     denoiser: Model,
-    x_T_or_shape: Tensor | Sequence[int],
+    x_T_or_shape: Tensor | Sequence[int] | Step,
     *,
-    process: Process | None = ...,
+    process: ProbabilityPath | None = ...,
     solver: Solver,
     steps: int | None = ...,
     nfe: int | None = ...,
@@ -77,7 +59,7 @@ def sample(
     guidance: Guidance | None = ...,
     steering: Steering | None = ...,
     corrector: Corrector | None = ...,
-    generator: torch.Generator | None = ...,
+    generator: Generators | None = ...,
     dtype: torch.dtype | None = ...,
     device: torch.device | str | None = ...,
     callback: Callable[[Step], None] | None = ...,
@@ -89,9 +71,9 @@ def sample(
 @overload
 def sample(
     denoiser: Model,
-    x_T_or_shape: Tensor | Sequence[int],
+    x_T_or_shape: Tensor | Sequence[int] | Step,
     *,
-    process: Process | None = ...,
+    process: ProbabilityPath | None = ...,
     solver: Solver,
     steps: int | None = ...,
     nfe: int | None = ...,
@@ -99,7 +81,7 @@ def sample(
     guidance: Guidance | None = ...,
     steering: Steering | None = ...,
     corrector: Corrector | None = ...,
-    generator: torch.Generator | None = ...,
+    generator: Generators | None = ...,
     dtype: torch.dtype | None = ...,
     device: torch.device | str | None = ...,
     callback: Callable[[Step], None] | None = ...,
@@ -111,9 +93,9 @@ def sample(
 @torch.no_grad()
 def sample(
     denoiser: Model,
-    x_T_or_shape: Tensor | Sequence[int],
+    x_T_or_shape: Tensor | Sequence[int] | Step,
     *,
-    process: Process | None = None,
+    process: ProbabilityPath | None = None,
     solver: Solver,
     steps: int | None = None,
     nfe: int | None = None,
@@ -121,7 +103,7 @@ def sample(
     guidance: Guidance | None = None,
     steering: Steering | None = None,
     corrector: Corrector | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     callback: Callable[[Step], None] | None = None,
@@ -134,7 +116,8 @@ def sample(
         denoiser: a :class:`Denoiser`, or any callable ``(x, t) -> Prediction``. It is given x in the dtype of the start.
         x_T_or_shape: the start, shape (B, ...), at the first time of the grid; or a shape, whose start is drawn from
             ``process.prior``. With steering a shape counts systems, (batch, ...), and a tensor holds particles,
-            (batch * k, ...).
+            (batch * k, ...). Or a :class:`Step` that a callback was given in an earlier run with the same arguments: go on from
+            there, with what solver, guidance and steering remembered. The step stays as it is.
         process: left out, the denoiser's own.
         solver: how to step.
         steps, nfe: the number of steps, or the largest number of evaluations; exactly one, unless ``grid`` holds times or
@@ -143,11 +126,13 @@ def sample(
         guidance: how the conditional and the unconditional prediction are combined; the denoiser must have both.
         steering: how trajectories are weighed and resampled.
         corrector: changes the predicted clean data, ``(x0, t) -> x0``, after guidance.
-        generator: all randomness comes from it (from torch's default one where it is left out). On the start's device.
-        dtype, device: of the start that is drawn for a shape.
+        generator: all randomness comes from it (from torch's default one where it is left out). On the start's device. A list
+            holds one for each row: a sample then does not depend on its batch.
+        dtype, device: of the start that is drawn for a shape. (For a Step ``dtype`` is what the denoiser is given x in: that of a
+            half precision run, whose own state is in float32.)
         callback: called after each step (after steering) with the solver's :class:`Step`.
         check_finite: look for NaN and infinity in every prediction. Default: on the CPU every time; elsewhere only in the
-            final sample, because each look waits for the device.
+            final sample, because each look waits for the device, and not at all while a CUDA graph is captured.
         return_info: also return a :class:`SamplingInfo`.
 
     Returns:
@@ -161,13 +146,20 @@ def sample(
     process = _process_of(denoiser, process)
     _check_parts(denoiser, process, solver, guidance, steering, corrector)
     if isinstance(grid, str) or grid is None:
-        times = check_times(solver.times(process, steps=steps, nfe=nfe, grid=grid), process)
+        times = process.check_times(solver.times(process, steps=steps, nfe=nfe, grid=grid))
     elif steps is None and nfe is None:
-        times = check_times(grid, process)
+        times = process.check_times(grid)
     else:
         raise ValueError("grid holds the times; leave out steps and nfe")
-    x = _start(process, x_T_or_shape, steering, generator, dtype, device)
-    loop = _Loop(denoiser, x, solver, guidance, steering, corrector, generator, callback, check_finite)
+    if isinstance(x_T_or_shape, Step):
+        began, x = x_T_or_shape, _start(process, x_T_or_shape.x, steering, generator, None, device)
+    else:
+        began, x = None, _start(process, x_T_or_shape, steering, generator, dtype, device)
+    count = None if solver.adaptive else len(times) - 1
+    evaluator = Evaluator(
+        denoiser, guidance=guidance, corrector=corrector, dtype=dtype or x.dtype, check_finite=check_finite, steps=count
+    )
+    loop = _Loop(evaluator, x, solver, steering, generator, callback, began)
     result = loop.run(times, process)
     return (result, loop.info) if return_info else result
 
@@ -176,7 +168,7 @@ def invert(
     denoiser: Model,
     x: Tensor,
     *,
-    process: Process | None = None,
+    process: ProbabilityPath | None = None,
     solver: Solver,
     steps: int | None = None,
     nfe: int | None = None,
@@ -200,27 +192,28 @@ def invert(
     if solver.stochastic:
         raise ValueError(f"only a deterministic solver can be inverted, got {solver!r}")
     _check_parts(denoiser, process, solver, guidance, None, None)
-    times = check_times(solver.times(process, steps=steps, nfe=nfe, grid=grid), process)
+    times = process.check_times(solver.times(process, steps=steps, nfe=nfe, grid=grid))
     with torch.no_grad():
         x = _start(process, x, None, None, None, None)
-        loop = _Loop(denoiser, x, solver, guidance, None, None, None, None, check_finite)
-        return loop.run(times[::-1], process)
+        count = None if solver.adaptive else len(times) - 1
+        evaluator = Evaluator(denoiser, guidance=guidance, dtype=x.dtype, check_finite=check_finite, steps=count)
+        return _Loop(evaluator, x, solver, None, None, None, None).run(times[::-1], process)
 
 
-def _process_of(denoiser: Model, process: Process | None) -> Process:
+def _process_of(denoiser: Model, process: ProbabilityPath | None) -> ProbabilityPath:
     own = getattr(denoiser, "process", None)
     if process is None:
         if own is None:
             raise ValueError("process is needed: this denoiser does not have one")
         return own
-    if own is not None and own is not process and own != process:
+    if own is not None and own != process:
         raise ValueError(f"process must be the denoiser's own, {own!r}, got {process!r}")
     return process
 
 
 def _check_parts(
     denoiser: Model,
-    process: Process,
+    process: ProbabilityPath,
     solver: Solver,
     guidance: Guidance | None,
     steering: Steering | None,
@@ -239,10 +232,10 @@ def _check_parts(
 
 
 def _start(
-    process: Process,
+    process: ProbabilityPath,
     given: Tensor | Sequence[int],
     steering: Steering | None,
-    generator: torch.Generator | None,
+    generator: Generators | None,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
 ) -> Tensor:
@@ -258,8 +251,12 @@ def _start(
         )
     if len(given) % k:
         raise ValueError(f"x_T must hold k={k} particles for each system, got {len(given)} rows")
-    if generator is not None and generator.device.type != given.device.type:
-        raise ValueError(f"generator must be on x_T's device {given.device}, got {generator.device}")
+    several = generator if isinstance(generator, Sequence) else [] if generator is None else [generator]
+    if isinstance(generator, Sequence) and len(generator) != len(given):
+        raise ValueError(f"generator must be one, or one for each of the {len(given)} rows, got {len(generator)}")
+    for one in several:
+        if one.device.type != given.device.type:
+            raise ValueError(f"generator must be on x_T's device {given.device}, got {one.device}")
     return given
 
 
@@ -267,95 +264,138 @@ def _start(
 class _Loop:
     """One run: the answers to a solver's questions, and what has to be remembered between them."""
 
-    denoiser: Model
+    evaluator: Evaluator
     start: Tensor
     solver: Solver
-    guidance: Guidance | None
     steering: Steering | None
-    corrector: Corrector | None
-    generator: torch.Generator | None
+    generator: Generators | None
     callback: Callable[[Step], None] | None
-    check_finite: bool | None
+    began: Step | None
 
     def __post_init__(self) -> None:
         self.info = SamplingInfo()
-        self.guided = self.guidance.init() if self.guidance is not None else None
-        self.first: Prediction | None = None
+        self.steered: Any = None
         if self.steering is not None:
             k = self.steering.particles
-            self.steered = self.steering.init(len(self.start) // k, k)
+            batch, init = len(self.start) // k, self.steering.init
+            told = {"device": self.start.device} if "device" in inspect.signature(init).parameters else {}
+            self.steered = init(batch, k, **told)
+            self.own = _own_generator(self.generator, self.start.device)
+            taken = inspect.signature(self.steering.step).parameters
+            self.everything = any(p.kind is p.VAR_KEYWORD for p in taken.values())
+            self.taken = set(taken)
+        if self.began is not None:
+            self.steered = copy.deepcopy(self.began.steering) or self.steered
+            if self.began.guidance is not None:
+                self.evaluator.state = copy.deepcopy(self.began.guidance)
 
-    def run(self, times: list[float], process: Process) -> Tensor:
-        dtype = self.start.dtype
-        x = self.start.float() if dtype in HALF else self.start
+    def run(self, times: list[float], process: ProbabilityPath) -> Tensor:
+        dtype = self.evaluator.dtype or self.start.dtype
+        x = self.start.float() if self.start.dtype in HALF else self.start
         if len(x):  # networks need not survive an empty batch
-            x = drive(self.solver.run(x, times, process, generator=self.generator), self.answer, self.done)
-            if self.check_finite is None and x.device.type != "cpu" and not bool(x.isfinite().all()):
-                raise ValueError("the sample is not finite; run with check_finite=True to find the evaluation")
+            solver, evaluator = self.solver, self.evaluator
+            unheard = self.steering is None and self.callback is None and self.began is None
+            if unheard and evaluator.plain and tabled(solver):
+                x = self._run_table(solver, x, times, process, dtype)
+                self._look_at_the_end(x)
+                return x.to(dtype)
+            if self.began is None:
+                run = self.solver.run(x, times, process, generator=self.generator)
+            else:
+                run = resume(self.solver, replace(self.began, x=x), times, process, generator=self.generator)
+            x = drive(run, self.evaluator, self.done)
+            self._look_at_the_end(x)
+        self.info.nfe, self.info.evaluations = self.evaluator.nfe, self.evaluator.evaluations
+        self.info.queries = [t if isinstance(t, Tensor) else float(t) for t in self.evaluator.queries]
         x = x.to(dtype)
         if self.steering is None:
             return x
         self.info.steering = self.steered
         return self.steering.select(self.steered, x)
 
-    def answer(self, query: Query) -> Prediction:
-        """denoiser -> guidance -> corrector"""
-        x, t = query.x.to(self.start.dtype), query.t
-        self.info.nfe += 1
-        self.info.queries.append(t)
-        if self.guidance is not None and self.guidance.paired:
-            cond, uncond = (self._checked(p, query) for p in self.denoiser.pair(x, t))  # type: ignore[union-attr]
-            self.info.evaluations += 2
-        else:
-            cond = uncond = self._checked(self.denoiser(x, t), query)
-            self.info.evaluations += 1
-        prediction = cond
-        if self.guidance is not None:
-            prediction = self.guidance(cond, uncond, self.guided, update=query.first)
-        if self.corrector is not None:
-            prediction = prediction.replace(self.corrector(prediction.x0, t), "sample")
-        if query.first:
-            self.first = prediction
-        return prediction
+    def _run_table(
+        self, solver: LinearSolver, x: Tensor, times: list[float], process: ProbabilityPath, dtype: torch.dtype
+    ) -> Tensor:
+        """Nobody has to be asked or told on the way."""
+        check = look if self.evaluator.looks(x) else None
+        denoiser: Any = self.evaluator.denoiser
+        x, stages = run_table(solver, denoiser, x, times, process, dtype=dtype, generator=self.generator, check=check)
+        self.info.nfe = self.info.evaluations = len(stages)
+        self.info.queries = [float(stage.t) for stage in stages]
+        firsts = [float(stage.t) for stage in stages if stage.first]
+        self.info.steps = list(zip(firsts, (float(stage.to) for stage in stages if stage.last), strict=False))
+        return x
 
-    def _checked(self, prediction: Prediction, query: Query) -> Prediction:
-        if not isinstance(prediction, Prediction):
-            raise TypeError(
-                f"denoiser must return a Prediction, got {type(prediction).__name__}; wrap it in Denoiser(...)"
-            )
-        look = prediction.output.device.type == "cpu" if self.check_finite is None else self.check_finite
-        if look and not bool(prediction.output.isfinite().all()):
-            what = "NaN" if bool(prediction.output.isnan().any()) else "infinity"
-            raise ValueError(f"{what} in the prediction of evaluation {self.info.nfe} at t={query.t:.6g}")
-        return prediction if query.x.dtype == self.start.dtype else prediction.rebase(query.x)
+    def _look_at_the_end(self, x: Tensor) -> None:
+        if self.evaluator.check_finite is not None or x.device.type == "cpu":
+            return
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if not bool(x.isfinite().all()):
+            raise ValueError("the sample is not finite; run with check_finite=True to find the evaluation")
 
     def done(self, step: Step) -> Change | None:
         """steering, and then whoever listens"""
         change = None
         if self.steering is not None:
-            change, step = self._steer(step)
-        self.info.steps.append((step.s, step.t))
+            change = self._steer(step)
+        self.info.steps.append((float(step.s), float(step.t)))
         if self.callback is not None:
+            # A copy: the run goes on in its own.
+            step.guidance = copy.deepcopy(self.evaluator.state)
+            step.steering = self.steered
             self.callback(step)
         return change
 
-    def _steer(self, step: Step) -> tuple[Change | None, Step]:
+    def _steer(self, step: Step) -> Change:
         assert self.steering is not None
-        assert self.first is not None
+        evaluator, guided = self.evaluator, self.evaluator.guided
+        known = {"mean": step.mean, "std": step.std, "cond": evaluator.cond, "uncond": evaluator.uncond}
+        if self.everything or "log_ratio" in self.taken:
+            known["log_ratio"] = _log_ratio(step, evaluator)
+        # What moved at an earlier step is not to be moved again.
+        state = self.steered.moved(None) if hasattr(self.steered, "moved") else self.steered
         x, self.steered = self.steering.step(
-            self.steered,
+            state,
             step.x,
-            pred=self.first,
-            x0_hat=self.first.x0,
+            pred=guided,
+            x0_hat=guided.x0,
             step=step.index,
             t=step.s,
             t_next=step.t,
             last=step.last,
-            generator=self.generator,
+            generator=self.own,
+            **{name: value for name, value in known.items() if self.everything or name in self.taken},
         )
         ancestors = self.steered.ancestors
-        if ancestors is None and x is step.x:
-            return None, step
-        if ancestors is not None and self.guidance is not None:
-            self.guided = self.guidance.reindex(self.guided, ancestors)
-        return Change(x, ancestors), Step(x, step.s, step.t, step.index, step.last)
+        if ancestors is not None:
+            if evaluator.guidance is not None:
+                evaluator.state = evaluator.guidance.reindex(evaluator.state, ancestors)
+            if hasattr(step.memory, "take"):
+                step.memory = step.memory.take(ancestors)
+        step.x, step.mean = x, None if step.mean is None or ancestors is None else step.mean.index_select(0, ancestors)
+        return Change(x, ancestors)
+
+
+def _log_ratio(step: Step, evaluator: Evaluator) -> Tensor | None:
+    """log N(x; mean without guidance and correction, std^2 I) - log N(x; mean, std^2 I), (B,), float64 where there is such."""
+    if step.mean is None or step.std is None or step.gain is None:
+        return None
+    view, weight = step.gain
+    kind = wide(step.x.device)
+    z = (step.x - step.mean).flatten(1).to(kind) / step.std
+    if evaluator.guided is evaluator.cond:
+        return z.new_zeros(len(z))
+    moved = getattr(evaluator.cond, view) - getattr(evaluator.guided, view)
+    shift = moved.flatten(1).to(kind) * (weight / step.std)
+    return (z * shift - shift.square() / 2).sum(1)
+
+
+def _own_generator(generator: Generators | None, device: torch.device) -> torch.Generator | None:
+    """A generator for steering, which follows from the run's own without drawing from it."""
+    if generator is None:
+        return None
+    first = generator[0] if isinstance(generator, Sequence) else generator
+    state = first.get_state().numpy().tobytes()
+    seed = int.from_bytes(hashlib.blake2b(state, digest_size=7).digest(), "little")
+    return torch.Generator(device).manual_seed(seed)

@@ -54,7 +54,9 @@ class Steering(Protocol):
         """Whether particles are ever copied; then a deterministic solver is refused, whose copies never separate."""
         ...
 
-    def init(self, batch: int, k: int) -> SteeringState: ...
+    def init(self, batch: int, k: int) -> SteeringState:
+        """The state at the start; one with an argument ``device`` is told where the particles are."""
+        ...
 
     def step(
         self,
@@ -67,16 +69,25 @@ class Steering(Protocol):
         t: float,
         t_next: float,
         last: bool,
+        mean: Tensor | None = None,
+        std: float | None = None,
         log_ratio: Tensor | None = None,
+        cond: Prediction | None = None,
+        uncond: Prediction | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, SteeringState]:
         """Weigh the population after a solver's step from t to t_next, and resample it if its time has come.
 
         Args:
             x_next: (batch * k, ...), the states at t_next.
-            pred, x0_hat: the prediction at the step's start, and its x0.
+            state: as the last step returned it, without its ancestors.
+            pred, x0_hat: the prediction at the step's start, guided and corrected, and its x0.
             step: the step's index, from 0; ``last`` marks the last one.
-            log_ratio: (batch * k,), log of target over proposal density of this transition, where the solver knows it.
+            mean, std: of the Gaussian that x_next was drawn from; None after a deterministic step.
+            log_ratio: (batch * k,), float64: log of the density of this transition without guidance and correction over the one
+                that it was drawn from; None after a deterministic step.
+            cond, uncond: the predictions before guidance; the same one where the guidance needed no second.
+            generator: the steering's own, seeded from the run's; the solver's noise is the same without it.
 
         Returns:
             The states, reordered by ``state.ancestors`` where that is not None, and the new state.

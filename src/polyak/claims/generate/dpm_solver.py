@@ -87,7 +87,7 @@ def _least_budget(reached: Callable[[int], bool], limit: int) -> int:
 
 def _solver(t: Trial) -> Any:
     from polyak.generate import DDIM, RK4, DPMSolver, Heun, Query, RungeKutta, Step
-    from polyak.generate.solver import combine
+    from polyak.generate.update import combine
 
     class RK3(RungeKutta):
         """Heun's method of third order, in the process's time; its nodes are DPM-Solver-3's."""

@@ -12,7 +12,18 @@ Karras et al., arXiv 2206.00364 (EDM, the rho grid); Lipman et al., arXiv 2210.0
 (TrigFlow); Lu et al., arXiv 2206.00927 (inverses in lam, the logSNR grid).
 """
 
-from polyak.generate.process.base import GRIDS, RHO, Process, check_batch, expand, standard_normal
+from polyak.generate.process.base import RHO, Process
+from polyak.generate.process.path import (
+    GRIDS,
+    Generators,
+    Moment,
+    Moments,
+    ProbabilityPath,
+    check_batch,
+    expand,
+    standard_normal,
+    wide,
+)
 from polyak.generate.process.schedules import EDM, OU, VE, VP, CosineVP, Discrete, Flow, TrigFlow
 
 __all__ = [
@@ -25,9 +36,14 @@ __all__ = [
     "CosineVP",
     "Discrete",
     "Flow",
+    "Generators",
+    "Moment",
+    "Moments",
+    "ProbabilityPath",
     "Process",
     "TrigFlow",
     "check_batch",
     "expand",
     "standard_normal",
+    "wide",
 ]

@@ -1,20 +1,19 @@
-"""What every noising process has: the base class, and the conventions of shapes and times."""
+"""Gaussian noising processes ``x_t = alpha(t) x0 + sigma(t) eps``: all that follows from the two schedules."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from polyak.core import checks
+from polyak.generate.process.path import Generators, ProbabilityPath, check_batch, expand, standard_normal, wide
 
-Time = TypeVar("Time", float, Tensor, float | Tensor)
-GRIDS = ("logsnr", "time", "quadratic", "karras")
 RHO = 7.0  # of the "karras" grid (EDM, equation 5)
+_HALVINGS = 100  # of the interval in which t is sought: more than a double has bits
 
 
 def _in_float64(method: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Any], Any]:
@@ -26,7 +25,7 @@ def _in_float64(method: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Any],
             return method(self, torch.tensor(_number(t), dtype=torch.float64)).item()
         if not t.is_floating_point():
             raise ValueError(f"t must be floating point, got a tensor of {t.dtype}")
-        return method(self, t.to(torch.float64)).to(t.dtype)
+        return method(self, t.to(wide(t.device))).to(t.dtype)
 
     return call
 
@@ -39,69 +38,72 @@ def _number(t: Any) -> float:
     return number
 
 
-def expand(coefficient: float | Tensor, x: Tensor) -> float | Tensor:
-    """A per-sample coefficient of shape (B,) made to multiply x of shape (B, ...), in x's dtype; numbers pass through."""
-    if not isinstance(coefficient, Tensor):
-        return coefficient
-    coefficient = coefficient.to(device=x.device, dtype=x.dtype)
-    return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - 1)) if coefficient.ndim else coefficient
+def _slope(schedule: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """The derivative of an elementwise function by automatic differentiation, also where gradients are switched off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        point = t.detach().clone().requires_grad_()
+        value = schedule(point)
+        if not value.requires_grad:
+            return torch.zeros_like(t)
+        (slope,) = torch.autograd.grad(value.sum(), point)
+    return slope.detach()
 
 
-def check_batch(t: float | Tensor, x: Tensor) -> float | Tensor:
-    """t as a number, or a tensor of shape () or (B,) for x of shape (B, ...); ValueError otherwise."""
-    if isinstance(t, Tensor) and t.ndim and t.shape != x.shape[:1]:
-        raise ValueError(f"t must be a number or have shape ({x.shape[0]},) like x's batch, got {tuple(t.shape)}")
-    return t
+class Process(ProbabilityPath):
+    """A noising process. A subclass gives its schedules as functions of float64 tensors; the rest is here.
 
+    It defines either ``_log_alpha`` and ``_log_sigma`` or ``_alpha`` and ``_sigma``, and the times ``t_min < t_max`` between
+    which the model may be evaluated. It may also define, for speed or where an end needs care: ``_t_of_lam`` (else found by
+    bisection: lam must decrease in t), ``_dlog_alpha``, ``_dlam``, ``_dalpha`` and ``_dsigma`` (else by automatic
+    differentiation), and ``prior_std``. :func:`polyak.generate.check_process` tries what was written.
 
-def standard_normal(
-    shape: Sequence[int],
-    *,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """N(0, I) of a shape, drawn on the generator's device; a list of generators draws one row each."""
-    if isinstance(generator, list):
-        if len(generator) != shape[0]:
-            raise ValueError(f"generator must be one, or one for each of the {shape[0]} rows, got {len(generator)}")
-        rows = [standard_normal((1, *shape[1:]), generator=g, dtype=dtype, device=device) for g in generator]
-        return torch.cat(rows)
-    source = device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=source).to(device or source)
-
-
-class Process:
-    """A noising process. Subclasses give the schedules as functions of float64 tensors; the rest is here.
-
-    A subclass defines ``_log_alpha``, ``_log_sigma``, ``_t_of_lam``, ``_dlog_alpha`` and ``_dlam``, the times
-    ``t_min < t_max`` between which it may be evaluated, and ``prior_std``. Where the products ``alpha f`` and
-    ``sigma (f - dlam/dt)`` are 0 * inf at an end, it overrides ``_dalpha`` and ``_dsigma``.
+    Example:
+        >>> class Sine(Process):
+        ...     t_min, t_max = 0.01, 0.99
+        ...     def _alpha(self, t): return torch.cos(torch.pi / 2 * t)
+        ...     def _sigma(self, t): return torch.sin(torch.pi / 2 * t)
     """
 
     is_gaussian: ClassVar[bool] = True
-    t_min: float
-    t_max: float
 
     def _log_alpha(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+        return self._alpha(t).log()
 
     def _log_sigma(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+        return self._sigma(t).log()
+
+    def _alpha(self, t: Tensor) -> Tensor:
+        if type(self)._log_alpha is Process._log_alpha:
+            raise NotImplementedError(f"{type(self).__name__} defines neither _log_alpha nor _alpha")
+        return self._log_alpha(t).exp()
+
+    def _sigma(self, t: Tensor) -> Tensor:
+        if type(self)._log_sigma is Process._log_sigma:
+            raise NotImplementedError(f"{type(self).__name__} defines neither _log_sigma nor _sigma")
+        return self._log_sigma(t).exp()
 
     def _t_of_lam(self, lam: Tensor) -> Tensor:
-        raise NotImplementedError
+        low, high = torch.full_like(lam, self.t_min), torch.full_like(lam, self.t_max)
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            early = self._log_alpha(middle) - self._log_sigma(middle) > lam
+            low, high = torch.where(early, middle, low), torch.where(early, high, middle)
+        return (low + high) / 2
 
     def _dlog_alpha(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+        return _slope(self._log_alpha, t)
 
     def _dlam(self, t: Tensor) -> Tensor:
-        raise NotImplementedError
+        return self._dlog_alpha(t) - _slope(self._log_sigma, t)
 
     def _dalpha(self, t: Tensor) -> Tensor:
+        if type(self)._alpha is not Process._alpha:
+            return _slope(self._alpha, t)
         return self._log_alpha(t).exp() * self._dlog_alpha(t)
 
     def _dsigma(self, t: Tensor) -> Tensor:
+        if type(self)._sigma is not Process._sigma:
+            return _slope(self._sigma, t)
         return self._log_sigma(t).exp() * (self._dlog_alpha(t) - self._dlam(t))
 
     @_in_float64
@@ -117,12 +119,12 @@ class Process:
     @_in_float64
     def alpha(self, t: Tensor) -> Tensor:
         """The scale of the data."""
-        return self._log_alpha(t).exp()
+        return self._alpha(t)
 
     @_in_float64
     def sigma(self, t: Tensor) -> Tensor:
         """The scale of the noise."""
-        return self._log_sigma(t).exp()
+        return self._sigma(t)
 
     @_in_float64
     def lam(self, t: Tensor) -> Tensor:
@@ -157,20 +159,12 @@ class Process:
     @_in_float64
     def diffusion2(self, t: Tensor) -> Tensor:
         """``g(t)^2 = d sigma^2/dt - 2 f sigma^2 = -2 sigma^2 dlam/dt``."""
-        return -2 * (2 * self._log_sigma(t)).exp() * self._dlam(t)
+        return -2 * self._sigma(t).square() * self._dlam(t)
 
     @property
     def prior_std(self) -> float:
         """The standard deviation of the law that sampling starts from, for data of unit variance."""
         return self.sigma(self.t_max)
-
-    def label(self, t: Time) -> Time:
-        """What a network trained with this process is told in place of t: t itself unless the process says otherwise."""
-        return t
-
-    def t_of_label(self, label: Time) -> Time:
-        """The inverse of :meth:`label`."""
-        return label
 
     def perturb(
         self,
@@ -178,7 +172,7 @@ class Process:
         t: float | Tensor,
         noise: Tensor | None = None,
         *,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Draw ``x_t`` given ``x0``.
 
@@ -197,66 +191,43 @@ class Process:
             noise = standard_normal(x0.shape, generator=generator, dtype=x0.dtype, device=x0.device)
         elif noise.shape != x0.shape:
             raise ValueError(f"noise must have x0's shape {tuple(x0.shape)}, got {tuple(noise.shape)}")
-        t = t.to(torch.float64) if isinstance(t, Tensor) else t
+        t = t.to(wide(t.device)) if isinstance(t, Tensor) else t
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise, noise
 
     def prior(
         self,
         shape: Sequence[int],
         *,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Draw what sampling starts from: ``prior_std * N(0, I)`` of the given shape."""
-        device = device or (None if generator is None else generator.device)
-        return self.prior_std * standard_normal(shape, generator=generator, dtype=dtype, device=device)
+        if device is None and generator is not None:
+            one = generator[0] if isinstance(generator, Sequence) and len(generator) else generator
+            device = one.device if isinstance(one, torch.Generator) else None
+        return standard_normal(shape, generator=generator, dtype=dtype, device=device).mul_(self.prior_std)
 
-    def check_time(self, name: str, t: Any) -> float:
-        """t, if it is in [t_min, t_max], or 0 where that is clean data; else ValueError."""
-        number = checks.real(name, t)
-        slack = 1e-12 * max(abs(self.t_min), abs(self.t_max))
-        inside = self.t_min - slack <= number <= self.t_max + slack
-        if not inside and not (number == 0 and self.sigma(0.0) == 0):
-            raise ValueError(f"{name} must be in [{self.t_min:g}, {self.t_max:g}] for {self!r}, got {t!r}")
-        return number
+    def evaluable(self, t: float, kind: str = "flow") -> bool:
+        """Whether an output of a dialect determines the field ``dx/dt`` at t: within [t_min, t_max], and of a dialect that is
+        not divided by a sigma or alpha that is 0 there."""
+        if not self.t_min <= t <= self.t_max:
+            return False
+        if kind in ("sample", "edm", "score") and self.sigma(t) == 0:
+            return False
+        return kind not in ("epsilon", "edm", "score") or self.alpha(t) != 0
 
-    def grid(self, n: int, kind: str = "logsnr", *, start: float | None = None, end: float | None = None) -> Tensor:
-        """n steps: n + 1 strictly decreasing times from ``start`` (default t_max) to ``end`` (default t_min), float64.
-
-        Args:
-            n: number of steps, at least 1.
-            kind: what is equally spaced: "logsnr": lam; "time": t; "quadratic": sqrt(t); "karras": sigma_hat^(1/7).
-            start, end: other ends. ``end=0`` below t_min puts n points on [t_min, start], and then the clean data at 0.
-
-        Raises:
-            ValueError: unknown kind, n < 1, ends out of range, or lam infinite at an end where the kind needs it.
-        """
-        checks.integer("n", n, least=1)
-        checks.one_of("kind", kind, GRIDS)
-        first = self.check_time("start", self.t_max if start is None else start)
-        last = self.check_time("end", self.t_min if end is None else end)
-        if last >= first:
-            raise ValueError(f"end must be below start={first!r}, got {last!r}")
-        if last < self.t_min:
-            head = self.grid(n - 1, kind, start=first) if n > 1 else torch.tensor([first], dtype=torch.float64)
-            return torch.cat([head, torch.tensor([last], dtype=torch.float64)])
-        forward, back = self._scale(kind)
-        ends = forward(torch.tensor([first, last], dtype=torch.float64))
-        if not bool(ends.isfinite().all()):
-            at = first if not bool(ends[0].isfinite()) else last
-            raise ValueError(f"the {kind!r} grid of {self!r} cannot reach t={at:g}, where lam is infinite; use 'time'")
-        # Not linspace: its halves round differently, and a grid of a sub-interval should repeat the whole one's points.
-        times = back(ends[0] + (ends[1] - ends[0]) * torch.arange(n + 1, dtype=torch.float64) / n)
-        times[0], times[-1] = first, last
-        return times
+    def ends_clean(self, t: float) -> bool:
+        return t == 0 < self.t_min and self.sigma(0.0) == 0
 
     def _scale(self, kind: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        """The map from t to what a kind of grid spaces equally, and its inverse."""
         if kind == "logsnr":
             return self.lam, self.t_of_lam
-        if kind == "time":
-            return lambda t: t, lambda t: t
-        if kind == "quadratic":
-            return torch.sqrt, torch.square
-        return lambda t: self.sigma_hat(t) ** (1 / RHO), lambda u: self.t_of_lam(-RHO * u.log())
+        if kind == "karras":
+            return lambda t: self.sigma_hat(t) ** (1 / RHO), lambda u: self.t_of_lam(-RHO * u.log())
+        return super()._scale(kind)
+
+    def grid(self, n: int, kind: str = "logsnr", *, start: float | None = None, end: float | None = None) -> Tensor:
+        return super().grid(n, kind, start=start, end=end)
+
+    grid.__doc__ = ProbabilityPath.grid.__doc__

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from polyak.core import checks
-from polyak.generate.process.base import Process, Time
+from polyak.generate.process.base import Process
+from polyak.generate.process.path import Time, wide
 
 
 class _VariancePreserving(Process):
@@ -129,8 +130,9 @@ class Discrete(_VariancePreserving):
         if table.ndim != 1 or len(table) < 2:
             raise ValueError(f"{given} must be a sequence of at least 2 numbers, got shape {tuple(table.shape)}")
         steps = torch.diff(table, prepend=table.new_zeros(1))
-        if not bool((steps < 0).all()):
-            at = int((~(steps < 0)).nonzero()[0])
+        rising = ~(steps < 0)
+        if bool(rising.any()):
+            at = int(rising.nonzero()[0])
             raise ValueError(f"{given} must make alpha decrease from 1 at every point, it does not at index {at}")
         lam = table - 0.5 * torch.log(-torch.expm1(2 * table))
         kept = int((lam >= lam_min).sum())
@@ -140,12 +142,31 @@ class Discrete(_VariancePreserving):
         self.label_scale = float(self.n) if label_scale is None else checks.positive("label_scale", label_scale)
         self.t_min, self.t_max = 1 / self.n, kept / self.n
         self._table = torch.cat([table.new_zeros(1), table])
+        self._tables: dict[torch.device, Tensor] = {}  # on the devices that times have come from
 
     def __repr__(self) -> str:
         return f"Discrete(n={self.n}, t_max={self.t_max:g})"
 
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same chain: betas and their products round differently, and are one chain all the same."""
+        if not isinstance(other, Discrete):
+            return NotImplemented
+        mine, theirs = (self.n, self.t_max, self.label_scale), (other.n, other.t_max, other.label_scale)
+        return mine == theirs and torch.allclose(self._table, other._table, rtol=1e-12, atol=1e-14)
+
+    def __hash__(self) -> int:
+        return hash((self.n, self.t_max, self.label_scale))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": {}}
+
+    def _on(self, device: torch.device) -> Tensor:
+        if device not in self._tables:
+            self._tables[device] = self._table.to(device, wide(device))
+        return self._tables[device]
+
     def _cell(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        table = self._table.to(t.device)
+        table = self._on(t.device)
         left = torch.floor(t * self.n).clamp(0, self.n - 1).long()
         return left, table[left], table[left + 1]
 
@@ -159,7 +180,7 @@ class Discrete(_VariancePreserving):
 
     def _t_of_lam(self, lam: Tensor) -> Tensor:
         log_alpha = _log_alpha_of_lam(lam)
-        table = self._table.to(lam.device)
+        table = self._on(lam.device)
         right = torch.searchsorted(-table, -log_alpha).clamp(1, self.n)
         low, high = table[right - 1], table[right]
         return (right - 1 + (log_alpha - low) / (high - low)) / self.n

@@ -291,7 +291,7 @@ def _check_sampling(task: SamplingTask, name: str) -> None:
         _need(
             name, "shape", counts and all(isinstance(n, int) and n > 0 for n in task.shape), "(count, ...)", task.shape
         )
-        known = task.process is None or isinstance(task.process, find("polyak.generate:Process"))
+        known = task.process is None or isinstance(task.process, find("polyak.generate:ProbabilityPath"))
         _need(name, "process", known, "a process of polyak.generate, e.g. VP()", task.process)
         floating = isinstance(task.dtype, torch.dtype) and task.dtype.is_floating_point
         _need(name, "dtype", task.dtype is None or floating, "a floating torch dtype, e.g. torch.float64", task.dtype)

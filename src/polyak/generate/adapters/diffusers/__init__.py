@@ -1,0 +1,18 @@
+"""Our solvers as diffusers schedulers.
+
+    pipe = DiffusionPipeline.from_pretrained(...)
+    solver = DPMSolver(order=2, form="data", method="multistep")
+    pipe.scheduler = PolyakScheduler.from_config(pipe.scheduler.config, solver=solver)
+
+:class:`PolyakScheduler` answers a solver's questions with what the pipeline's model says: the same coroutine that
+:func:`polyak.generate.sampling.sample` runs, hence the same numbers.
+"""
+
+try:
+    import diffusers  # noqa: F401
+except ImportError as error:
+    raise ImportError("polyak.generate.adapters.diffusers needs diffusers: pip install 'polyak[diffusers]'") from error
+
+from polyak.generate.adapters.diffusers.scheduler import PolyakScheduler, PolyakSchedulerOutput, as_diffusers
+
+__all__ = ["PolyakScheduler", "PolyakSchedulerOutput", "as_diffusers"]

@@ -1,0 +1,447 @@
+"""The scheduler: a plan, and a run that a pipeline's model answers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from polyak.core import checks
+from polyak.generate.adapters.diffusers import schedule
+from polyak.generate.adapters.diffusers.noise import Noising
+from polyak.generate.adapters.diffusers.options import STEPS
+from polyak.generate.adapters.diffusers.parts import dump, load
+from polyak.generate.adapters.diffusers.plan import (
+    PARTS,
+    WORDS,
+    Plan,
+    defaults_of,
+    names_of,
+    read,
+)
+from polyak.generate.adapters.diffusers.resolve import entries, refuse_idle, resolve, same
+from polyak.generate.adapters.diffusers.runs import Driven, Ground, Leg, begin_at, compose, evaluations_per_step
+from polyak.generate.adapters.diffusers.schedule import Request, Schedule
+from polyak.generate.ddim import DDIM
+from polyak.generate.evaluate import HALF
+from polyak.generate.prediction import Prediction, edm_input_scaling
+from polyak.generate.process import Discrete, Flow, ProbabilityPath, Process
+from polyak.generate.solver import Solver
+from polyak.generate.update import combine
+
+
+@dataclass
+class PolyakSchedulerOutput(BaseOutput):
+    """What a step gives: the next point to ask the model at, and the clean data predicted at the last one."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+
+class Negated(Prediction):
+    """Of a network that answers the opposite: what it says is minus its dialect."""
+
+    def weights(self, view: str) -> tuple[Any, Any]:
+        a, b = super().weights(view)
+        return a, -b
+
+
+class PolyakScheduler(Noising, SchedulerMixin, ConfigMixin):
+    """A solver of this room, or of yours, in the place of a diffusers scheduler.
+
+    Options have the meaning that they have in the diffusers scheduler whose configuration this is (``origin``): its timesteps,
+    its noise levels, its scale of samples, its ``add_noise``. What each option of each scheduler means here is a table in the
+    documentation (``polyak.generate.adapters.diffusers.options``); what cannot be taken is refused by name. Without an origin
+    options are those of DPMSolverMultistepScheduler, and ``set_alpha_to_one``, ``clip_sample``, ``snr_shift_scale``.
+
+    There is one timestep per evaluation: solvers of several stages ask at inner points, or at some twice. A solver that cannot
+    end on clean data, or cannot start where lam is infinite, is helped with first-order steps there; a run that begins in
+    the middle of a step finishes it with first-order steps. The model's outputs are not looked at (no NaN check), so that a
+    step never waits for the GPU; a run that starts somewhere without ``set_begin_index`` does so once.
+
+    Args:
+        solver: not adaptive.
+        process: left out, made from the options.
+        origin: the name of the diffusers scheduler whose options these are; :meth:`from_config` finds it by itself.
+        grid: a kind of time grid of :meth:`Process.grid`, from t_max to t_min, instead of the options' timesteps, which then
+            need not be integers.
+        options: of the origin. Also ``prediction_type="score"`` and "edm" with ``sigma_data``.
+
+    Attributes:
+        timesteps: what the network is told, one for each evaluation.
+        sigmas: the noise levels at these, and at the end: sigma / alpha, of a flow its t.
+        order: evaluations of a full step, for solvers that ask at points that are not on their grid (Runge-Kutta); else 1, also
+            after ``set_timesteps`` with timesteps or sigmas, whose pipelines count evaluations.
+
+    Raises:
+        ValueError: no solver, an adaptive one; options that are refused or unknown.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012 - diffusers' own convention
+    order = 1
+
+    def __init__(
+        self,
+        *,
+        solver: Solver | dict[str, Any] | None = None,
+        process: ProbabilityPath | dict[str, Any] | None = None,
+        origin: str | None = None,
+        grid: str | None = None,
+        **options: Any,
+    ) -> None:
+        if solver is None:
+            raise ValueError("solver is needed: PolyakScheduler.from_config(config, solver=DPMSolver(...))")
+        self.solver: Solver = load(solver, Solver)
+        if self.solver.adaptive:
+            raise ValueError(f"diffusers needs the timesteps beforehand; an adaptive solver has none: {self.solver!r}")
+        if origin is None and "shift" in options and "beta_start" not in options:
+            origin = "FlowMatchEulerDiscreteScheduler"
+        given = None if process is None else load(process, ProbabilityPath)
+        if options.get("prediction_type") in WORDS:
+            options["prediction_type"] = WORDS[options["prediction_type"]]
+        saved: dict[str, Any] = {"solver": dump(self.solver), "process": None, "origin": origin, "grid": grid}
+        if given is not None:
+            saved["process"] = dump(given)
+        if isinstance(given, Discrete):
+            betas = (1 - torch.exp(2 * torch.diff(given._table))).tolist()
+            options = {**options, "trained_betas": betas, "num_train_timesteps": len(betas)}
+        self._given = given
+        hidden = {k: options.pop(k) for k in list(options) if k.startswith("_")}
+        if origin is None and "_use_default_values" not in hidden:
+            refuse_idle(options)
+        self._read({**options, "grid": grid}, origin, grid)
+        filled = {k: v for k, v in defaults_of(origin).items() if k not in options}
+        if self._plan.facts.family == "flow" and "prediction_type" not in options:
+            options["prediction_type"] = "flow_prediction"  # what one goes to next is told
+        unused = [*hidden.pop("_use_default_values", ()), *filled, *saved]
+        self.register_to_config(**filled, **options, **saved, **hidden, _use_default_values=list(dict.fromkeys(unused)))
+        self._seen = dict(self._internal_dict)
+        self.num_inference_steps: int | None = None
+        labels, levels = schedule.training(self._plan)
+        self._times: list[float] = []
+        self._legs: list[Leg] = []
+        self._asked: list[float] = []
+        self.timesteps = self._table_of(labels, None)
+        self.sigmas = torch.tensor(levels, dtype=torch.float32)
+        self._reset()
+
+    def _read(self, options: Mapping[str, Any], origin: str | None, grid: str | None) -> None:
+        """Make the plan, and refuse what does not go together."""
+        self._plan: Plan = read(options, origin, process=self._given, grid=grid)
+        self.process: Any = self._plan.process
+        self.corrector = self._plan.corrector
+        if self.solver.needs_gaussian and not self.process.is_gaussian:
+            raise ValueError(f"{self.solver!r} needs Gaussian noise, which {self.process!r} has not")
+        if options.get("thresholding") and self.corrector is not None and self.solver.no_corrector:
+            raise ValueError(f"thresholding cannot be used: {self.solver.no_corrector}")
+        # What is corrected is the predicted data, whatever the network says.
+        self._kind = self._plan.kind if self.corrector is None else "sample"
+        self._per_step = self.order = evaluations_per_step(self.solver, Ground(self.process, self._kind))
+
+    def _refresh(self) -> None:
+        """Read the configuration again if somebody changed it: its entries, as pipelines do, or its attributes."""
+        now = entries(self._internal_dict, self._seen)
+        if all(name in self._seen and same(value, self._seen[name]) for name, value in now.items()):
+            return
+        known = {*names_of(now.get("origin")), "grid"}
+        config = {k: v for k, v in now.items() if k in known or (k in self._seen and k not in PARTS and k[0] != "_")}
+        self._read(config, now.get("origin"), now.get("grid"))
+        self._seen = now
+
+    def __copy__(self) -> PolyakScheduler:
+        """A copy whose run goes on by itself."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        made._driven = copy.deepcopy(self._driven)
+        return made
+
+    # --- configurations
+
+    @classmethod
+    def from_config(  # type: ignore[override]
+        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """From the configuration of any diffusers scheduler: ``PolyakScheduler.from_config(config, solver=...)``.
+
+        Args:
+            config: of a diffusers scheduler or of a PolyakScheduler; also a plain dict of options.
+            return_unused_kwargs: return what is not understood, instead of refusing it.
+            kwargs: options that override those of the configuration; solver, process, origin, grid.
+
+        Raises:
+            ValueError: what is refused, by name; no solver, or one of your own class in a saved configuration.
+        """
+        if config is None:
+            raise ValueError("config is needed: that of a scheduler, as pipe.scheduler.config")
+        if not isinstance(config, Mapping):
+            config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
+        options, given, used = resolve(config, kwargs)
+        unused: dict[str, Any] = {}
+        if return_unused_kwargs:
+            known = {*PARTS, *names_of(given.get("origin"))}
+            unused = {k: given.pop(k) for k in list(given) if k not in known}
+        if "_class_name" in options:
+            options["_class_name"] = cls.__name__
+        made = cls(**{**options, **given}, _use_default_values=used)
+        return (made, unused) if return_unused_kwargs else made
+
+    def __len__(self) -> int:
+        return self._plan.train_steps
+
+    # --- the plan
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        *,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
+        original_inference_steps: int | None = None,
+        strength: float = 1.0,
+    ) -> None:
+        """Plan a run.
+
+        Args:
+            num_inference_steps: steps (evaluations, for "fast" and "singlestep" DPM-Solvers); or
+            timesteps: what the model is to be told at each step, decreasing; or
+            sigmas: the noise levels of each step (``sigma / alpha``, or a flow's t before its shift), decreasing. A flow takes
+                both, for schedules whose timesteps say something else.
+            device: of ``scheduler.timesteps``.
+            mu: for configurations with dynamic shifting, the log of the shift ("exponential"), or the shift ("linear").
+            original_inference_steps, strength: of consistency models (LCM and TCD).
+        """
+        self._refresh()
+        count = num_inference_steps
+        for values in (timesteps, sigmas):
+            if values is not None and count is not None and len(values) == count and self._plan.facts.family == "flow":
+                count = None
+        both = timesteps is not None and sigmas is not None and self._plan.facts.family == "flow"
+        if sum(v is not None for v in (count, timesteps, sigmas)) != 1 + both or (both and count is not None):
+            raise ValueError("give one of num_inference_steps, timesteps and sigmas")
+        if (original_inference_steps is not None or strength != 1) and self._plan.facts.spacing != "lcm":
+            raise ValueError(
+                "original_inference_steps and strength are for configurations of LCMScheduler and TCDScheduler"
+            )
+        request = Request(count, timesteps, sigmas, mu, original_inference_steps, strength)
+        made = self._scheduled(request)
+        self.process = made.process
+        self._times = made.times
+        self._told = dict(zip(made.times[:-1], made.labels, strict=True))
+        self._ground = Ground(self.process, self._kind)
+        self._legs = compose(self.solver, made.times, self._ground)
+        self._asked = [t for leg in self._legs for t in leg.asked]
+        self._starts = [first for leg in self._legs for first in leg.first]
+        self.num_inference_steps = len(made.times) - 1
+        # With timesteps or levels of their own, pipelines take the number of timesteps for the number of steps.
+        self.order = 1 if request.steps is None else self._per_step
+        labels = [self._label(t) for t in self._asked]
+        self.timesteps = self._table_of(labels, device)
+        levels, self._scales = self._levels([*self._asked, made.times[-1]])
+        self.sigmas = levels.to(torch.float32)
+        self._reset()
+
+    def _scheduled(self, request: Request) -> Schedule:
+        plan = self._plan
+        timed = not plan.given or isinstance(plan.process, Discrete | Flow)
+        if request.steps is not None and (plan.grid is not None or not timed):
+            n = checks.integer("num_inference_steps", request.steps, least=1)
+            process = plan.process
+            if isinstance(process, Flow) and not plan.given:
+                process = Flow(label_scale=process.label_scale)
+            times = self.solver.times(process, steps=n, grid=plan.grid).tolist()
+            return Schedule(times, [schedule.label(plan, plan.process, t) for t in times[:-1]], plan.process)
+        made = schedule.make(plan, request, zero=self.solver.reaches_zero)
+        times = [made.process.check_time(f"times[{i}]", t) for i, t in enumerate(made.times)]
+        return dataclasses.replace(made, times=times)
+
+    def _label(self, t: float) -> float:
+        told = self._told.get(t)
+        return schedule.label(self._plan, self.process, t) if told is None else told
+
+    def _levels(self, times: list[float]) -> tuple[Tensor, list[float] | None]:
+        """The noise levels at times, and what a sample is multiplied by before the network sees it."""
+        t, data = torch.tensor(times, dtype=torch.float64), self._plan.input_data
+        if isinstance(self.process, Flow) or not isinstance(self.process, Process):
+            return (1 - t if self._plan.config.get("invert_sigmas") else t), None
+        sigma = self.process.sigma_hat(t)
+        return sigma, None if data is None else (edm_input_scaling(sigma, data) / self.process.alpha(t)).tolist()
+
+    def _table_of(self, labels: list[float], device: str | torch.device | None) -> Tensor:
+        table = np.array(labels)
+        whole = table.round()
+        integers = self._plan.facts.family == "chain" and self._plan.kind != "edm"
+        if self._plan.given:
+            integers = isinstance(self.process, Discrete)
+        if integers and (np.abs(table - whole) < 1e-6).all():
+            return torch.tensor(whole.astype(np.int64), device=device)
+        return torch.tensor(table.astype(np.float32), device=device)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The standard deviation of the noise that a run starts from, as the origin has it."""
+        family = self._plan.facts.family
+        if family == "chain" or self._plan.given:
+            return getattr(self.process, "prior_std", 1.0)
+        if family == "levels":
+            top = float(self.sigmas.max())
+            return top if self._plan.config["timestep_spacing"] in ("linspace", "trailing") else math.hypot(top, 1.0)
+        return math.hypot(self._plan.config["sigma_max"], 1.0) if family == "edm" else 1.0
+
+    # --- the run
+
+    def _reset(self) -> None:
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._driven: Driven | None = None
+        self._exact: Tensor | None = None
+
+    @property
+    def step_index(self) -> int | None:
+        """How many evaluations are done, counted from the first timestep."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """The index of the first timestep of the run."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at ``timesteps[begin_index]`` (image-to-image pipelines)."""
+        self._begin_index = checks.integer("begin_index", begin_index, least=0)
+
+    def set_shift(self, shift: float) -> None:
+        """Change a flow's shift; :meth:`set_timesteps` then uses it."""
+        self.register_to_config(shift=checks.positive("shift", shift))
+
+    def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
+        """Where a timestep is; where it is there twice, the second one, so that a run does not start within a step."""
+        table = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        wanted = float(timestep)
+        found = [i for i, label in enumerate(table.tolist()) if abs(label - wanted) <= 1e-6 * max(1.0, abs(label))]
+        if not found:
+            raise ValueError(f"timestep {wanted:g} is not one of the timesteps {table.tolist()}")
+        return found[min(1, len(found) - 1)]
+
+    def _start_index(self, timestep: Any) -> int:
+        if not self._times:
+            raise ValueError("call set_timesteps before the first step")
+        if self._begin_index is not None:
+            return self._begin_index
+        wanted = float(timestep)
+        close = [i for i, v in enumerate(self.timesteps.tolist()) if abs(v - wanted) <= 1e-4 * max(1.0, abs(v))]
+        starts = [i for i in close if self._starts[i]]
+        if not close:
+            raise ValueError(f"timestep {wanted:g} is not one of the timesteps {self.timesteps.tolist()}")
+        return starts[0] if starts else close[0]
+
+    def _begin(self, timestep: Any) -> None:
+        index = self._start_index(timestep)
+        self._driven = Driven(begin_at(self._legs, index, self._ground) if index else self._legs, self._ground)
+        self._step_index = index
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample as the model wants it: scaled where the origin's samples are, and for preconditioned networks."""
+        if self._plan.input_data is None:
+            return sample
+        if not self._times:  # nothing is planned, and all timesteps are known
+            at = torch.tensor([float(timestep)], dtype=torch.float64)
+            _, scales = self._levels(schedule.times_of(self._plan, self.process, at).tolist())
+            return sample * scales[0]  # type: ignore[index]
+        index = self._start_index(timestep) if self._step_index is None else self._step_index
+        return sample * self._scales[index]  # type: ignore[index]
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        *,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+        **others: Any,
+    ) -> PolyakSchedulerOutput | tuple[Tensor, ...]:
+        """Take the model's output at the point that the last step returned; give the next point, or the result.
+
+        Args:
+            model_output: shape (B, C, ...), twice the channels with a learned variance.
+            timestep: one of ``timesteps``; looked at only where the run starts without ``set_begin_index``.
+            sample: the point. Where it is not what the last step returned (a callback or an inpainting mask changed it, also
+                in place), the solver goes on from what it is now.
+            generator: of a stochastic solver's noise in this step, or one for each sample.
+            return_dict: give a :class:`PolyakSchedulerOutput`, else a tuple: of the next point, and of the predicted clean
+                data where the origin's step gives them.
+            eta: what DDIM's pipelines pass; only 0, since noise is the solver's own.
+            use_clipped_model_output: what DDIM's pipelines pass: the noise, too, is that of the clipped data.
+            others: what else diffusers' steps take; only values that ask for nothing (``s_churn=0``).
+
+        Raises:
+            ValueError: before ``set_timesteps``, after the last step, or for what else is asked for.
+        """
+        if isinstance(generator, int | float):  # DDIM's fourth argument is eta
+            generator, eta = None, generator
+        if eta:
+            raise ValueError(f"eta must be 0, got {eta}: noise is the solver's own, as in DDIM(eta=...)")
+        for name, value in others.items():
+            allowed = STEPS.get(name, ())
+            if ... not in allowed and not any(value is a or (isinstance(a, float) and value == a) for a in allowed):
+                raise ValueError(
+                    f"{name}={value!r} cannot be taken by step: {'leave it out' if allowed else 'unknown'}"
+                )
+        if self._driven is None:
+            self._begin(timestep)
+        assert self._driven is not None
+        assert self._step_index is not None
+        if self._driven.done:
+            raise ValueError("the run is complete; call set_timesteps before the next one")
+        exact = self._unrounded(sample)
+        prediction = self._predicted(model_output, exact, self._driven.t, bool(use_clipped_model_output))
+        self._exact = self._driven.send(prediction, generator)
+        self._step_index += 1
+        returned = self._exact.to(sample.dtype)
+        if not (return_dict or self._plan.facts.gives_x0) or not isinstance(self.process, Process):
+            return PolyakSchedulerOutput(returned) if return_dict else (returned,)
+        of_x, of_output = prediction.weights("x0")
+        x0 = combine((of_x, prediction.x), (of_output, prediction.output)).to(sample.dtype)
+        return PolyakSchedulerOutput(returned, x0) if return_dict else (returned, x0)
+
+    def _unrounded(self, sample: Tensor) -> Tensor:
+        """The state in at least single precision: of a sample in half precision what it was before it was rounded."""
+        if sample.dtype not in HALF:
+            return sample
+        given = sample.float()
+        if self._exact is None or self._exact.shape != sample.shape or self._exact.dtype != given.dtype:
+            return given
+        return torch.where(self._exact.to(sample.dtype) == sample, self._exact, given)
+
+    def _predicted(self, output: Tensor, x: Tensor, t: float, clipped_eps: bool) -> Prediction:
+        plan = self._plan
+        if plan.learned and output.shape[1] == 2 * x.shape[1]:
+            output = output.chunk(2, dim=1)[0]
+        kind = Prediction if plan.gain > 0 else Negated
+        made = kind(output, x, t, self.process, plan.kind, sigma_data=plan.sigma_data)
+        if self.corrector is None:
+            return made
+        x0 = self.corrector(made.x0, t)
+        if plan.facts.keeps_eps and not clipped_eps and isinstance(self.solver, DDIM):
+            # DDIM's own step keeps the network's eps: the state is moved along, so that x = alpha x0 + sigma eps holds.
+            made = made.rebase(torch.add(x, x0 - made.x0, alpha=self.process.alpha(t)))
+        return Prediction(x0, made.x, t, self.process, "sample")
+
+
+def as_diffusers(solver: Solver, process: Process, prediction_type: str = "epsilon", **options: Any) -> PolyakScheduler:
+    """A diffusers scheduler for a solver and a process; ``options`` are those of :class:`PolyakScheduler`."""
+    return PolyakScheduler(solver=solver, process=process, prediction_type=prediction_type, **options)

@@ -1,0 +1,155 @@
+"""The evaluator: what a network says at a point, after guidance and correction.
+
+:func:`polyak.generate.sample`, the diffusers scheduler and correctors of one's own ask for predictions through the same object,
+so that all of them mean the same by one evaluation: denoiser, guidance, corrector, in this order.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak.core import checks
+from polyak.generate.guidance import Guidance
+from polyak.generate.prediction import Denoiser, Prediction, PredictionLike
+from polyak.generate.solver import Query
+
+Model = Denoiser | Callable[[Tensor, float], PredictionLike]
+Corrector = Callable[[Tensor, float], Tensor]  # (x0, t) -> x0
+HALF = (torch.float16, torch.bfloat16)
+
+
+class DynamicThresholding:
+    """A corrector for pixel data in [-1, 1] (Imagen, arXiv 2205.11487, section 2.3): never for latents.
+
+    Per sample, q = the ``quantile`` of \\|x0\\| over all its elements, at least ``floor`` and at most ``ceiling``; x0 is clipped to
+    [-q, q] and divided by q (times floor: the result lies in [-floor, floor]). diffusers' ``sample_max_value`` is a ceiling.
+    """
+
+    def __init__(self, quantile: float = 0.995, floor: float = 1.0, ceiling: float = math.inf) -> None:
+        self.quantile = checks.between("quantile", quantile, 0.0, 1.0, ends="[]")
+        self.floor = checks.positive("floor", floor)
+        self.ceiling = ceiling if ceiling == math.inf else checks.positive("ceiling", ceiling)
+
+    def __call__(self, x0: Tensor, t: float) -> Tensor:
+        magnitude, _ = x0.abs().flatten(1).sort(1)  # torch.quantile is limited to 2^24 elements
+        position = self.quantile * (magnitude.shape[1] - 1)
+        below = int(position)
+        above = min(below + 1, magnitude.shape[1] - 1)
+        q = torch.lerp(magnitude[:, below], magnitude[:, above], position - below)
+        q = q.clamp(min=self.floor).clamp(max=self.ceiling).reshape(-1, *[1] * (x0.ndim - 1))
+        return torch.clamp(x0, -q, q) * (self.floor / q)
+
+
+class Evaluator:
+    """``query -> prediction``: the denoiser's answer, guided and corrected. Its guidance has one trajectory's state.
+
+    Args:
+        denoiser: a :class:`Denoiser`, or any callable ``(x, t) -> prediction``.
+        guidance, corrector: as for :func:`polyak.generate.sample`.
+        dtype: what the denoiser is given x in, where that is not the state's own type.
+        check_finite: look for NaN and infinity in every prediction; None: on the CPU only.
+        steps: the number of steps of the trajectory, which a guidance may ask for.
+
+    Attributes:
+        nfe, evaluations: points asked at, and calls of a network.
+        queries: the times of the points.
+        cond, uncond: the predictions before guidance, at the last first evaluation of a step.
+        guided: the prediction after guidance and correction there.
+        state: the guidance's.
+
+    Example:
+        >>> evaluate = Evaluator(denoiser, guidance=CFG(3.0))
+        >>> evaluate(Query(x, 0.5)).x0
+    """
+
+    def __init__(
+        self,
+        denoiser: Model,
+        *,
+        guidance: Guidance | None = None,
+        corrector: Corrector | None = None,
+        dtype: torch.dtype | None = None,
+        check_finite: bool | None = None,
+        steps: int | None = None,
+    ) -> None:
+        self.denoiser, self.guidance, self.corrector = denoiser, guidance, corrector
+        self.dtype, self.check_finite = dtype, check_finite
+        self.nfe = self.evaluations = 0
+        self.queries: list[float | Tensor] = []
+        self.cond: Any = None
+        self.uncond: Any = None
+        self.guided: Any = None
+        self.state = None if guidance is None else start_guidance(guidance, steps)
+        self._paired_at = getattr(guidance, "paired_at", None)
+
+    def __call__(self, query: Query) -> Any:
+        """The prediction at a query's point, of the query's x."""
+        x, t = query.x, query.t
+        if self.dtype is not None and self.dtype != x.dtype:
+            x = x.to(self.dtype)
+        self.nfe += 1
+        self.queries.append(t)
+        if self._paired(t):
+            first, second = self.denoiser.pair(x, t)  # type: ignore[union-attr]
+            self.evaluations += 2
+            cond, uncond = self._checked(first, query), self._checked(second, query)
+        else:
+            self.evaluations += 1
+            cond = uncond = self._checked(self.denoiser(x, t), query)
+        return self.finish(query, cond, uncond)
+
+    def finish(self, query: Query, cond: Any, uncond: Any) -> Any:
+        """Guidance and correction of predictions that are there already."""
+        prediction = cond
+        if self.guidance is not None:
+            prediction = self.guidance(cond, uncond, self.state, update=query.first)
+        if self.corrector is not None:
+            prediction = prediction.replace(self.corrector(prediction.x0, query.t), "sample")
+        if query.first:
+            self.cond, self.uncond, self.guided = cond, uncond, prediction
+        return prediction
+
+    def _paired(self, t: float) -> bool:
+        if self.guidance is None:
+            return False
+        return bool(self._paired_at(t)) if self._paired_at is not None else self.guidance.paired
+
+    def _checked(self, prediction: Any, query: Query) -> Any:
+        if type(prediction) is not Prediction and not isinstance(prediction, PredictionLike):
+            raise TypeError(
+                f"denoiser must return a Prediction, got {type(prediction).__name__}; wrap it in Denoiser(...)"
+            )
+        output = prediction.output
+        if self.looks(output):
+            look(output, self.nfe, query.t)
+        return prediction if output.dtype == query.x.dtype else prediction.rebase(query.x)
+
+    def looks(self, x: Tensor) -> bool:
+        """Whether predictions on x's device are looked at."""
+        return x.device.type == "cpu" if self.check_finite is None else self.check_finite
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a network and nothing else."""
+        return type(self.denoiser) is Denoiser and self.guidance is None and self.corrector is None
+
+
+def look(output: Tensor, evaluation: int, t: float | Tensor) -> None:
+    """ValueError where an output is not finite."""
+    # A sum is not finite where a term is not; only then is each one looked at.
+    if not math.isfinite(output.sum().item()) and not bool(output.isfinite().all()):
+        what = "NaN" if bool(output.isnan().any()) else "infinity"
+        when = t.tolist() if isinstance(t, Tensor) else f"{t:.6g}"
+        raise ValueError(f"{what} in the prediction of evaluation {evaluation} at t={when}")
+
+
+def start_guidance(guidance: Guidance, steps: int | None) -> Any:
+    """The state of a guidance at a trajectory's start; one whose ``init`` takes ``steps`` is told their number."""
+    init: Callable[..., Any] = guidance.init
+    return init(steps=steps) if "steps" in inspect.signature(init).parameters else init()
