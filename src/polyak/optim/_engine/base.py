@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import Optimizer
 
-from polyak.optim._engine import checkpoints, compiled, copies, dispatch, kernel, launch, options, running
+from polyak.core.launch import available
+from polyak.optim._engine import checkpoints, compiled, copies, dispatch, launch, options, running
 from polyak.optim._engine.places import Places
 from polyak.optim._engine.plan import Cohort, Plan
 from polyak.optim._engine.tensors import LOW
@@ -181,7 +182,7 @@ class RuleOptimizer(Optimizer):
         for p in group["params"]:
             if not (p.is_floating_point() or p.is_complex()):
                 raise ValueError(f"{type(self).__name__} needs floating-point or complex parameters, got {p.dtype}")
-            if group["fused"] and not kernel.available(p.device):
+            if group["fused"] and not available(p.device):
                 raise ValueError(
                     f"fused=True needs parameters on a CUDA device and Triton; got one on {p.device}. "
                     "On the CPU the default (fused=None) is the fast path."

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from polyak.core.launch import available
 from polyak.optim._engine import compiled, kernel
 from polyak.optim._engine.options import on_device
 from polyak.optim._engine.rounding import Rounding
@@ -45,7 +46,7 @@ def mode_of(optimizer: RuleOptimizer, group: dict[str, Any], device: torch.devic
     if group["differentiable"] or loop or not optimizer._elementwise(group):
         return "eager"
     wanted = group["fused"] or (device.type == "cuda" and not group["foreach"] and group["fused"] is None)
-    if wanted and kernel.available(device):
+    if wanted and available(device):
         return "kernel"
     if device.type == "cpu" and not group["foreach"]:
         return "compiled"

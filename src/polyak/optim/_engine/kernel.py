@@ -10,8 +10,6 @@ learning rate, the norm of all gradients) is computed with in float64 by every p
 
 from __future__ import annotations
 
-import hashlib
-import linecache
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +17,7 @@ from typing import Any
 
 import torch
 
+from polyak.core.launch import build, function
 from polyak.optim._engine.places import EVERY
 from polyak.optim._engine.rounding import Rounding
 from polyak.optim._engine.trace import Expr, Program
@@ -34,15 +33,6 @@ _TRITON_TYPES = {
     torch.float16: "tl.float16",
 }
 _GAPS = {torch.uint8: "tl.uint8", torch.int16: "tl.int16", torch.int32: "tl.int32"}
-
-
-def available(device: torch.device) -> bool:
-    """Whether kernels can run on tensors of this device (CUDA or ROCm; the CPU in Triton's interpreter mode)."""
-    try:
-        from triton import knobs
-    except ImportError:
-        return False
-    return device.type == "cuda" or (device.type == "cpu" and bool(knobs.runtime.interpret))
 
 
 def known(*types: torch.dtype) -> bool:
@@ -149,7 +139,12 @@ class Writer:
         if self.signature.many:
             words = len(self._host) + self._stochastic
             lines.append(f"block = blocks + tl.load(row + {self._block}) * {words}")
-            lines += [f"seed = tl.load(block + {words - 1}).to(tl.int64)"] if self._stochastic else []
+        if self._stochastic:
+            # By another name than the argument's: in a branch a name keeps its type.
+            given = (
+                f"tl.load(block + {words - 1}).to(tl.int64)" if self.signature.many else "tl.full((), seed, tl.int64)"
+            )
+            lines.append(f"stream = {given}")
         for i, node in enumerate(self._host):
             name = f"h{i}" if isinstance(node, Expr) else node
             rest = f" + tl.full((), w{i}, tl.float64)" if self.wide else ""
@@ -177,7 +172,7 @@ class Writer:
             lines.append("size = tl.where(tl.load(found_inf) == 0, size, 0)")
         if self._stochastic:
             # A new draw every step: the host mixes the step into the seed, or the kernel does where only it knows the step.
-            lines += [f"seed = seed + d{n.index}.to(tl.int64) * 7919" for n in self._loaded if n.name == "step"]
+            lines += [f"stream = stream + d{n.index}.to(tl.int64) * 7919" for n in self._loaded if n.name == "step"]
         return lines
 
     def load(self, name: str, masked: bool) -> str:
@@ -220,7 +215,7 @@ class Writer:
             through = "spots" if self.signature.gaps is not None and name == "p" else "offsets"
             if name == "p" and self._stochastic:
                 noise = _noise_mask(self._types[0])
-                lines.append(f"r = tl.randint(seed, drawn).to(tl.int32, bitcast=True) & {noise}")
+                lines.append(f"r = tl.randint(stream, drawn).to(tl.int32, bitcast=True) & {noise}")
                 lines.append(f"bits = ({value}.to(tl.int32, bitcast=True) + r) & {~noise}")
                 lines.append(
                     f"kept = tl.where(tl.abs({value}) < float('inf'), bits.to(tl.float32, bitcast=True), {value})"
@@ -256,11 +251,6 @@ class Writer:
                 first = f"({first} != 0)"
             return _EMIT["where"].format(first, *(self.text(a, kind) for a in node.args[1:]))
         return _EMIT[node.op].format(*(self.text(a, kind) for a in node.args))
-
-
-def function(name: str, arguments: list[str], lines: list[str]) -> str:
-    """A kernel's text."""
-    return f"@triton.jit\ndef {name}({', '.join(arguments)}):\n" + "".join(f"    {line}\n" for line in lines)
 
 
 def _source(program: Program, signature: Signature, aligned: bool) -> str:
@@ -302,25 +292,11 @@ def _tanh(x):
 
 """
 
-_HEAD = "import triton\nimport triton.language as tl\n\n\n" + _TANH
-
-
-@cache
-def build(source: str) -> dict[str, Any]:
-    """The kernels of a text by name; made once."""
-    text = _HEAD + source
-    # Triton reads a kernel's source through inspect: linecache is where generated code is found.
-    name = f"<polyak kernel {hashlib.sha256(text.encode()).hexdigest()[:16]}>"
-    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-    scope: dict[str, Any] = {"__name__": "polyak.optim._engine.generated"}
-    exec(compile(text, name, "exec"), scope)
-    return scope
-
 
 @cache
 def compile_kernel(program: Program, signature: Signature, aligned: bool) -> Any:
     """The Triton kernel of a rule; made once. ``aligned``: all addresses are multiples of 16 bytes."""
-    return build(_source(program, signature, aligned))["rule"]
+    return build(_TANH + _source(program, signature, aligned))["rule"]
 
 
 SPAN = 8 * BLOCK  # elements whose squares a program sums

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from polyak.core.launch import Launcher, is_elsewhere
 from polyak.optim._engine import compiled
 from polyak.optim._engine.cc import function, library
 from polyak.optim._engine.kernel import (
@@ -28,27 +29,6 @@ from polyak.optim._engine.trace import Program
 
 if TYPE_CHECKING:
     from polyak.optim._engine.plan import Cohort
-
-
-class Launcher:
-    """Launches of kernels on always the same kinds of arguments.
-
-    From the second launch of one on, Triton's own look at every argument is skipped, and pointers are handed over as numbers:
-    most of a small step's time on the host.
-    """
-
-    def __init__(self) -> None:
-        self._ready: dict[Any, Any] = {}
-
-    def __call__(self, kernel: Any, grid: int, arguments: Sequence[Any], warps: int, key: Any = None) -> None:
-        """Launch. ``key`` tells arguments that differ in what Triton specializes on: alignment, and divisibility of integers."""
-        ready = self._ready.get((kernel, key))
-        if ready is not None:
-            ready(*[a.data_ptr() if type(a) is torch.Tensor else a for a in arguments])
-            return
-        made = kernel[(grid,)](*arguments, num_warps=warps)
-        if made is not None and hasattr(type(made), "__getitem__"):  # the interpreter makes nothing
-            self._ready[kernel, key] = made[(grid, 1, 1)]
 
 
 @cache
@@ -135,7 +115,7 @@ class Values:
         return [uploaded]
 
     def key(self, given: Sequence[Any]) -> Any:
-        """What Triton specializes on in these values: see :class:`Launcher`."""
+        """What Triton specializes on in these values: see :class:`polyak.core.launch.Launcher`."""
         pointers = tuple(value.data_ptr() % 16 for value in given if isinstance(value, torch.Tensor))
         if self._stochastic and not self._signature.many:
             return (pointers, given[-1] == 1, given[-1] % 16 == 0)
@@ -205,8 +185,8 @@ class Launch:
         first = np.concatenate([[0], np.cumsum(tiles)]).astype(np.int64)
         self._grid = int(first[-1])
         self._launch = Launcher()
-        self._kernels: list[Any] = [None, None]  # for unaligned and for aligned addresses
         self._tiles = tile_owners(tiles, self._device)
+        self._place = self._tiles.get_device()
         words = [
             first[:-1],
             cohort.sizes,
@@ -233,18 +213,18 @@ class Launch:
         """
         if not self._grid:
             return
-        if is_elsewhere(self._device):
-            with torch.cuda.device(self._device):
+        if is_elsewhere(self._place):
+            with torch.cuda.device(self._place):
                 self.run(on_device, scaled)
             return
         table = self._table.now()
-        kernel = self._kernels[self._table.aligned]
-        if kernel is None:
-            kernel = compile_kernel(self._cohort.program, self._cohort.layout, self._table.aligned)
-            self._kernels[self._table.aligned] = kernel
         given = self._values.arguments(on_device, scaled)
         counts = () if self.counts is None else (self.counts,)
-        self._launch(kernel, self._grid, (table, self._tiles, *counts, *given), WARPS, self._values.key(given))
+        key = (self._table.aligned, self._values.key(given))
+        self._launch(self._kernel, self._grid, (table, self._tiles, *counts, *given), WARPS, key)
+
+    def _kernel(self) -> Any:
+        return compile_kernel(self._cohort.program, self._cohort.layout, self._table.aligned)
 
     def parts(self) -> int:
         """How many sums of squares this cohort adds to the norm."""
@@ -265,10 +245,10 @@ class Squares:
         tiles = [-(-n // SPAN) for n in cohort.sizes]
         first = np.concatenate([[0], np.cumsum(tiles)]).astype(np.int64)
         self.count = int(first[-1])
-        self._table, self._device = table, cohort.device
+        self._table = table
         self._owners = tile_owners(tiles, cohort.device)
         self._firsts = torch.from_numpy(first[:-1].copy()).to(cohort.device)
-        self._kernel = norm_kernels(cohort.layout.storage[1], cohort.layout.compute)[0]
+        self._types = (cohort.layout.storage[1], cohort.layout.compute)
         self._words = words
         self._launch = Launcher()
 
@@ -277,29 +257,31 @@ class Squares:
             arguments = (self._table.now(), self._owners, self._firsts, parts, self._words)
             self._launch(self._kernel, self.count, arguments, WARPS, parts.data_ptr() % 16)
 
+    def _kernel(self) -> Any:
+        return norm_kernels(*self._types)[0]
+
+
+def _root() -> Any:
+    return norm_kernels(torch.float32, torch.float32)[1]
+
 
 class Norm:
     """The norm of all gradients on one device, in as many launches as there are cohorts, and one."""
 
     def __init__(self, runners: Sequence[Launch], device: torch.device) -> None:
         counts = [runner.parts() for runner in runners]
-        self._device, self._total, self._launch = device, sum(counts), Launcher()
+        self._total, self._launch = sum(counts), Launcher()
         self._parts = torch.zeros(max(1, self._total), dtype=torch.float64, device=device)
         self._shares = list(zip(runners, self._parts[: self._total].split(counts), strict=True))
         self._out = torch.zeros((), dtype=torch.float64, device=device)
+        self._place = self._out.get_device()
 
     def run(self) -> torch.Tensor:
         """The norm, as a tensor on the device that the next call overwrites."""
-        if is_elsewhere(self._device):
-            with torch.cuda.device(self._device):
+        if is_elsewhere(self._place):
+            with torch.cuda.device(self._place):
                 return self.run()
         for runner, share in self._shares:
             runner.squares(share)
-        root = norm_kernels(torch.float32, torch.float32)[1]
-        self._launch(root, 1, (self._parts, self._total, self._out), WARPS)
+        self._launch(_root, 1, (self._parts, self._total, self._out), WARPS, "norm")
         return self._out
-
-
-def is_elsewhere(device: torch.device) -> bool:
-    """Whether a launch needs another current device: Triton launches there, whatever its arguments are on."""
-    return device.type == "cuda" and device.index != torch.cuda.current_device()

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from polyak.core.launch import Launcher, build, function, is_elsewhere
 from polyak.optim._engine import compiled, kernel
-from polyak.optim._engine.kernel import BLOCK, WARPS, Signature, Writer, function, triton_type
-from polyak.optim._engine.launch import Launcher, Table, Values, counter_addresses, is_elsewhere, tile_owners
+from polyak.optim._engine.kernel import BLOCK, WARPS, Signature, Writer, triton_type
+from polyak.optim._engine.launch import Table, Values, counter_addresses, tile_owners
 from polyak.optim._engine.plan import Cohort
 from polyak.optim._engine.trace import Program
 from polyak.optim.adamp.rules import CHANNEL, LAYER
@@ -289,7 +290,7 @@ def indented(lines: Sequence[str]) -> list[str]:
 
 @cache
 def _kernels(program: Program, signature: Signature, aligned: bool) -> dict[str, Any]:
-    return kernel.build(_Source(program, signature, aligned).text())
+    return build(_Source(program, signature, aligned).text())
 
 
 class Launch:
@@ -306,7 +307,7 @@ class Launch:
     def __init__(self, cohort: Cohort, matrices: Sequence[int], forced: int) -> None:
         self._cohort, self._signature = cohort, cohort.layout
         self._forced = forced
-        self._device = device = cohort.device
+        device = cohort.device
         self._values = Values(cohort, EXTRA)
         self._launch = Launcher()
         # Matrices come first, so that tensors below a number are those.
@@ -320,6 +321,7 @@ class Launch:
         self._grid, self._programs, self._rows = int(first[-1]), int(first_program[-1]), int(first_row[-1])
         self._matrices = int((counts > 0).sum())
         self._tiles, self._owners = tile_owners(tiles.tolist(), device), tile_owners(shares.tolist(), device)
+        self._place = self._tiles.get_device()
         of_each = (cohort.of_block, counter_addresses(cohort), *compiled.address_columns(cohort))
         words = [first[:-1], sizes, lengths, pers, first_program[:-1], first_row[:-1]]
         words += [np.array(of, dtype=np.int64)[order] for of in of_each]
@@ -358,12 +360,11 @@ class Launch:
         """Launch; arguments as in the engine's ``Launch``."""
         if not self._grid:
             return
-        if is_elsewhere(self._device):
-            with torch.cuda.device(self._device):
+        if is_elsewhere(self._place):
+            with torch.cuda.device(self._place):
                 self.run(on_device, scaled)
             return
-        table = self._table.now()
-        kernels = _kernels(self._cohort.program, self._signature, self._table.aligned)
+        table, aligned = self._table.now(), self._table.aligned
         given = self._values.arguments(on_device, scaled)
         many = self._many
         # A pointer is needed in any case: the statistics' is one.
@@ -372,18 +373,19 @@ class Launch:
         )  # fmt: skip
         stats, parts, modes, todos = self._stats, self._parts, self._modes, self._todos
         rows, programs, count, words = self._rows, self._programs, self._matrices, self._words
-        launch, key, kind = self._launch, self._values.key(given), triton_type(self._signature.compute)
+        key, kind = self._values.key(given), triton_type(self._signature.compute)
+
+        def launch(name: str, grid: int, warps: int, *arguments: Any) -> None:
+            def kernel() -> Any:
+                return _kernels(self._cohort.program, self._signature, aligned)[name]
+
+            self._launch(kernel, grid, arguments, warps, (name, aligned, key))
+
         if rows:
-            launch(
-                kernels["sums"],
-                programs,
-                (table, self._owners, stats, parts, modes, rows, programs, *given),
-                ROW_WARPS,
-                key,
-            )
+            launch("sums", programs, ROW_WARPS, table, self._owners, stats, parts, modes, rows, programs, *given)
         if rows and self._forced != CHANNEL:
             decided = (table, parts, modes, todos, programs, blocks, delta, eps, many, words, self._forced, kind)
-            launch(kernels["decide"], count, decided, WARPS)
-            launch(kernels["dot"], programs, (table, self._owners, stats, modes, todos, rows, *given), ROW_WARPS, key)
-            launch(kernels["layer_sum"], count, (table, stats, modes, rows, blocks, eps, many, words, kind), WARPS)
-        launch(kernels["rule"], self._grid, (table, self._tiles, stats, modes, rows, count, *given), WARPS, key)
+            launch("decide", count, WARPS, *decided)
+            launch("dot", programs, ROW_WARPS, table, self._owners, stats, modes, todos, rows, *given)
+            launch("layer_sum", count, WARPS, table, stats, modes, rows, blocks, eps, many, words, kind)
+        launch("rule", self._grid, WARPS, table, self._tiles, stats, modes, rows, count, *given)
