@@ -177,7 +177,7 @@ def apply(
     """
     if not (stage.past or stage.base or stage.std or stage.keep):
         return advance(x, output, stage.of_x, stage.of_output), ()
-    if len(stage.past) > len(values):
+    if any(stage.past[len(values) :]):
         raise ValueError(f"a stage weighs {len(stage.past)} remembered values, and there are {len(values)}")
     rest: list[tuple[float, Tensor]] = list(zip(stage.past, values, strict=False))
     if stage.base:

@@ -312,7 +312,9 @@ class _Told:
     def __init__(self, moments: Moments, key: tuple[int, torch.dtype, torch.device], labels: list[float]) -> None:
         rows, dtype, device = key
         self.moments, self.key = moments, key
-        self._table = torch.tensor(labels, dtype=dtype, device="cpu").to(device)[:, None].repeat(1, rows)
+        # From pinned memory a copy does not wait for the device.
+        told = torch.tensor(labels, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+        self._table = told.to(device, non_blocking=True)[:, None].repeat(1, rows)
         made = self._table.unbind()
         self.rows = [None if math.isnan(label) else row for label, row in zip(labels, made, strict=True)]
         self._version = self._seen()

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.core.launch import Launcher, available, build, function
+from polyak.core.launch import Launcher, available, build, function, is_elsewhere
 
 BLOCK = 1024
 _WARPS = 4
@@ -152,9 +152,6 @@ def _kernel(inputs: int, value: bool, noise: bool, mean: bool) -> Any:
     return build(function("advance", [*names, *outputs, *numbers, "size"], lines))["advance"]
 
 
-_devices = cache(torch.cuda.device_count)
-
-
 def _fused(
     tensors: Sequence[Tensor],
     seen: tuple[int, ...],
@@ -164,8 +161,8 @@ def _fused(
     mean: bool,
 ) -> Update:
     x, (size, place, _, aligned) = tensors[0], seen
-    if place >= 0 and _devices() > 1 and place != torch.cuda.current_device():
-        with torch.cuda.device(place):  # Triton launches on the current device, whatever its arguments are on
+    if is_elsewhere(place):
+        with torch.cuda.device(place):
             return _fused(tensors, seen, numbers, value, std, mean)
     mean = mean and std is not None
     made = Update(torch.empty_like(x))
