@@ -54,7 +54,11 @@ CLAIM = Claim(
     arms=(Arm(name="old", label="Old", role="baseline"), Arm(name="new", label="New", role="method")),
     scales=(Scale(name="small", says="Instant.", seeds=5, options={{"how": "{how}", "last": 4}}),),
     metrics=(Metric(name="loss", label="loss"),),
-    criteria=(Criterion(name="half", says="New halves the loss", task="t", metric="loss", arm="new", against="old", bound=0.5),),
+    criteria=(
+        Criterion(
+            name="half", says="New halves the loss", kind="effect", task="t", metric="loss", arm="new", against="old", bound=0.5,
+        ),
+    ),
 )
 """
 SYSTEMS = {
@@ -117,7 +121,7 @@ def test_list_shows_every_system(call):
     code, out, _ = call("list")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines() if "made-up" in line] == ["broken", "mixed", "bad", "good"]
-    assert out.count("– not run") == 4
+    assert out.count("– not run") == 2 * 4
     assert "[with brackets]" in out
 
 
@@ -128,6 +132,14 @@ def test_list_filters(call):
     assert json.loads(call("list", "--status", "holds", "--json")[1]) == []
     assert len(json.loads(call("list", "--status", "not-run", "--json")[1])) == 4
     assert "No system" in call("list", "--status", "holds")[1]
+
+
+def test_show_says_what_must_be_true(call):
+    out = " ".join(call("show", "good")[1].split())
+    asked = "loss, ratio: New ÷ Old: at most 0.5, the mean over seeds, on Toy"
+    assert f"Criteria of effect New halves the loss {asked} Arms" in out
+    [criterion] = json.loads(call("show", "good", "--json")[1])["criteria"]
+    assert (criterion["asks"], criterion["kind"], criterion["bound"]) == (asked, "effect", 0.5)
 
 
 def test_listing_makes_no_store(call, tmp_path):
@@ -234,7 +246,7 @@ def test_a_run_of_few_seeds_does_not_send_to_the_report(call):
 def test_reproduce_a_claim_that_holds(call):
     code, out, err = call("reproduce", "good", "--jobs", "1")
     assert code == 0
-    assert "✓ holds: Good at scale small, on 5 seeds" in out
+    assert out.startswith("Good at scale small, on 5 seeds\nmechanism: – not asked\neffect: ✓ holds, 1 of 1\n")
     assert "New halves the loss" in out
     assert "0.2 to 0.2" in out
     assert "5 of 5" in out
@@ -242,7 +254,8 @@ def test_reproduce_a_claim_that_holds(call):
     assert "10 of 10 trials" in err
     listed = {s["slug"]: s for s in json.loads(call("list", "--json")[1])}
     assert (listed["good"]["verdict"], listed["good"]["published"]) == ("holds", False)
-    assert "✓ holds: Good" in call("show", "good")[1]
+    assert listed["good"]["verdicts"] == {"effect": {"verdict": "holds", "met": 1, "of": 1}}
+    assert "effect: ✓ holds, 1 of 1" in call("show", "good")[1]
     assert "10 of them before" in call("reproduce", "good")[2]
 
 
@@ -250,7 +263,7 @@ def test_reproduce_exit_status(call):
     assert call("reproduce", "good", "bad", "--jobs", "1")[0] == 1
     code, out, _ = call("reproduce", "mixed", "--jobs", "1")
     assert code == 0
-    assert "? undecided: Mixed" in out
+    assert out.startswith("Mixed at scale small, on 5 seeds\nmechanism: – not asked\neffect: ? undecided, 0 of 1\n")
     assert call("reproduce", "mixed", "--strict")[0] == 1
     assert call("reproduce", "good", "--strict")[0] == 0
 
@@ -259,8 +272,8 @@ def test_reproduce_json_is_all_that_stdout_holds(call, tmp_path):
     code, out, _ = call("reproduce", "good", "--json", "--jobs", "1", "--home", str(tmp_path / "elsewhere"))
     record = json.loads(out)["good"]
     assert code == 0
-    assert record["verdict"] == "holds"
-    assert record["criteria"][0]["seeds_passing"] == 5
+    assert (record["verdict"], record["verdicts"]["effect"]["met"]) == ("holds", 1)
+    assert (record["criteria"][0]["kind"], record["criteria"][0]["seeds_passing"]) == ("effect", 5)
     assert "trials" not in record
     assert (tmp_path / "elsewhere").exists()
     assert not (tmp_path / "home").exists()
@@ -321,8 +334,7 @@ def test_report(call, tmp_path):
     assert out == f"The report: {Path('pages/index.html')}\n"
     assert {p.name for p in (tmp_path / "pages").iterdir()} == {"index.html", *(f"{slug}.html" for slug in SYSTEMS)}
     page = (tmp_path / "pages/good.html").read_text()
-    assert "Both criteria" not in page
-    assert "The criterion is met." in page
+    assert "<title>Good: effect holds, 1 of 1</title>" in page
     assert page.count('<svg class="curves"') == 1
 
 
@@ -362,7 +374,7 @@ def test_record_publishes(call, checkout, rooms, tmp_path):
 
     call("reproduce", "good", "--jobs", "1")
     code, out, _ = call("record", "good")
-    assert (code, out) == (0, "good: holds\n")
+    assert (code, out) == (0, "good: effect holds, 1 of 1\n")
     record = json.loads((rooms / "toys/good.verdict.json").read_text())
     assert record["verdict"] == "holds"
     assert "✓ holds" in (checkout / "SCOREBOARD.md").read_text()
@@ -374,7 +386,7 @@ def test_record_publishes(call, checkout, rooms, tmp_path):
     # With another store the published verdict is what is known.
     listed = {s["slug"]: s for s in json.loads(call("list", "--home", str(tmp_path / "empty"), "--json")[1])}
     assert (listed["good"]["verdict"], listed["good"]["published"]) == ("holds", True)
-    assert "✓ holds (published)" in call("list", "--home", str(tmp_path / "empty"))[1]
+    assert "(published)" in call("list", "--home", str(tmp_path / "empty"))[1]
     assert "published" in call("show", "good", "--home", str(tmp_path / "empty"))[1]
 
     (checkout / "SCOREBOARD.md").write_text("tampered")
@@ -419,8 +431,9 @@ def test_the_list_fits_a_narrow_terminal(call, rooms, monkeypatch):
         monkeypatch.setattr("polyak.cli.terminal.PIPE_WIDTH", width)
         out = call("list")[1]
         assert max(map(len, out.splitlines())) <= width
-        for slug, verdict in (("good", "✓ holds"), (long, "– not run")):
-            assert re.search(rf"^ {slug} .*{verdict} ", out, flags=re.MULTILINE)
+        for slug, verdict in (("good", "✓ holds, 1 of 1"), (long, "– not run")):
+            between = ".*" if width >= 100 else r".*\n.*\n mechanism – not .*\n effect +"
+            assert re.search(rf"^ {slug} {between}{verdict} ", out, flags=re.MULTILINE)
         assert "…" not in out
         assert out.count("toys") == 3
 

@@ -12,6 +12,7 @@ import pytest
 
 from polyak import claims
 from polyak.lab import words
+from polyak.lab.claim import KINDS
 
 from .looks_for_tests import faults, scrolling
 from .test_docs import ROOT, environment, hooks
@@ -65,7 +66,9 @@ def test_every_system_has_a_page_with_its_verdict(site):
         page = Page(site / "systems" / f"{slug}.html")
         result = claims.published(slug)
         assert words_of(claim.says) in page.text
-        assert words_of(words.finding(claim, result)) in page.text
+        assert words_of(" ".join(words.decisions(claim, result))) in page.text
+        told = [f"{kind.capitalize()}: {words.marked(result, kind)}" for kind in KINDS] if result else ["Not run"]
+        assert all(words_of(verdict) in page.text for verdict in told)
         assert words_of(claim.departures[0] if claim.departures else claim.summary) in page.text
         if result is not None:
             assert words.where(result) in page.text
@@ -276,7 +279,7 @@ def test_on_a_phone_a_table_of_text_is_a_list_of_its_rows(chromium, site):
         )
     )
     labels = [label.strip('"') for label, _ in boxes]
-    assert labels[:3] == ["none", "verdict: ", "scale: "]
+    assert labels[:3] == ["none", "mechanism: ", "effect: "]
     assert "decided by: " in labels
     title, *others = (box for _, box in boxes)
     assert title["width"] > 300

@@ -65,6 +65,7 @@ def test_a_published_verdict_is_small_and_of_this_claim(slug):
     assert (result.slug, result.trials) == (slug, ())
     assert [c.name for c in result.criteria] == [c.name for c in claim.criteria]
     assert [c.says for c in result.criteria] == [c.says for c in claim.criteria]
+    assert [c.kind for c in result.criteria] == [c.kind for c in claim.criteria]
     assert [(c.op, c.bound) for c in result.criteria] == [(c.op, c.bound) for c in claim.criteria]
     assert "trials" not in json.loads(claims.verdict_path(slug).read_text(encoding="utf-8"))
 

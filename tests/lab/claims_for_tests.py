@@ -95,7 +95,9 @@ def misbehave(trial: Trial) -> Iterator[Measurement]:
 
 PAPER = Paper(title="On parabolas", year=1964)
 METRICS = (Metric(name="loss", label="loss"), Metric(name="global_draw", label="a global random number"))
-BETTER = Criterion(name="better", says="lower loss", task="parabola", metric="loss", arm="quick", against="plain")
+BETTER = Criterion(
+    name="better", says="lower loss", kind="effect", task="parabola", metric="loss", arm="quick", against="plain"
+)
 
 
 def make(slug: str = "parabola", **changes: Any) -> Claim:

@@ -89,6 +89,7 @@ def optimizer_claim(slug: str = "swift", **changes) -> Claim:
         "criteria": (
             Criterion(
                 name="loss",
+                kind="effect",
                 says="At an equal budget the training loss is at most half of AdamW's",
                 task="digits",
                 metric="train_loss",
@@ -99,6 +100,7 @@ def optimizer_claim(slug: str = "swift", **changes) -> Claim:
             ),
             Criterion(
                 name="half",
+                kind="effect",
                 says="At half the budget the training loss is at most twice AdamW's at the full budget",
                 task="digits",
                 metric="train_loss",
@@ -108,6 +110,7 @@ def optimizer_claim(slug: str = "swift", **changes) -> Claim:
             ),
             Criterion(
                 name="text",
+                kind="effect",
                 says="On letters, the ratio of the losses",
                 task="text",
                 metric="train_loss",
@@ -117,6 +120,7 @@ def optimizer_claim(slug: str = "swift", **changes) -> Claim:
             ),
             Criterion(
                 name="accuracy",
+                kind="effect",
                 says="Held-out accuracy loses no more than a point",
                 task="digits",
                 metric="accuracy",
@@ -164,6 +168,7 @@ def solver_claim(slug: str = "leap", **changes) -> Claim:
         "criteria": (
             Criterion(
                 name="rmse",
+                kind="mechanism",
                 says="At 40 evaluations Leap-3's error is at most a quarter of the best DDIM's",
                 task="mixture",
                 metric="rmse",
@@ -193,6 +198,7 @@ def criterion(
         "says": c.says,
         "verdict": verdict,
         "gating": c.gating,
+        "kind": c.kind,
         "statistic": f"{c.compare} of {c.metric}, {c.arm} / {' or '.join(c.rivals)}",
         "op": c.op,
         "bound": c.bound,

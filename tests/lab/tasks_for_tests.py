@@ -15,7 +15,7 @@ from polyak.lab.compare.comparison import Comparison
 from polyak.lab.compare.experiment import experiment
 from polyak.lab.compare.rows import Setup
 from polyak.lab.compare.task import Facts
-from polyak.lab.result import ClaimResult, TrialResult
+from polyak.lab.result import ClaimResult, TrialResult, verdict
 
 VERSIONS = {"python": "3.11", "torch": "2.13.0"}
 
@@ -173,7 +173,7 @@ def made_up(
         slug=claim.slug,
         scale=claim.scales[0].name,
         device="cpu",
-        verdict=statistics.verdict(criteria),
+        verdict=verdict(criteria),
         criteria=criteria,
         trials=tuple(trials),
         chosen={name: {arm.text: ({"lr": 0.01},) * len(seeds) for arm in arms}},

@@ -77,13 +77,13 @@ def test_every_page_is_well_formed_and_loads_nothing(pages):
 def test_the_first_screen_answers(pages):
     text = " ".join(Checker(pages["swift"].read_text(encoding="utf-8")).text.split())
     assert (
-        "✓ Holds at scale small, on 5 seeds Both criteria are met. At an equal budget the training loss is at most half of "
-        "AdamW's: measured 0.214 (interval 0.172 to 0.268), asked at most 0.5. "
+        "Mechanism: – not asked Effect: ✓ holds, 2 of 2 at scale small, on 5 seeds At an equal budget the training loss is at "
+        "most half of AdamW's: measured 0.214 (interval 0.172 to 0.268), asked at most 0.5. "
         "2 reported trials diverged, counted at the worst value. training loss, ratio: Swift ÷ AdamW"
     ) in text
     assert "Asked Against AdamW, with equal budgets counted in optimizer steps" in text
     assert "Transformer-XL reaches a perplexity of 24.2" in text
-    places = ["Both criteria are met", "0.214 (95 %: 0.172 to 0.268)", "Asked Against", "The paper says", "Criteria"]
+    places = ["holds, 2 of 2", "0.214 (95 %: 0.172 to 0.268)", "Asked Against", "The paper says", "Criteria"]
     assert sorted(places, key=text.index) == places
 
 
@@ -124,7 +124,7 @@ def test_a_page_says_all_that_was_run(pages):
 
 def test_a_control_that_passes_is_told(pages):
     text = " ".join(Checker(pages["sway"].read_text(encoding="utf-8")).text.split())
-    assert "? Undecided" in text
+    assert "Effect: ? undecided, 1 of 2 at scale small" in text
     assert "put in its place, passes, too." in text
     assert "This verdict was published with polyak" in text
     assert "Every trial" not in text
@@ -176,7 +176,8 @@ def test_a_long_list_of_criteria_is_folded():
 def test_the_index_lists_everything(pages, entries):
     page = pages["index"].read_text(encoding="utf-8")
     text = " ".join(Checker(page).text.split())
-    assert "5 systems: 1 ✓ holds 2 ✗ fails 1 ? undecided 1 – not run" in text
+    assert "5 systems. Mechanism: 1 ✗ fails 1 – not run" in text
+    assert "Effect: 1 ✓ holds 1 ✗ not seen 1 ? undecided 1 – not run" in text
     assert page.count('<a href="') == 5
     assert re.findall(r"<td>(optim|generate)</td>", page) == ["generate", "generate", "optim", "optim", "optim"]
     assert "published with polyak" in text

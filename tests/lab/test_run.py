@@ -465,7 +465,14 @@ def test_workers_use_one_thread_and_seed_the_global_generator(tmp_path: Path) ->
 
 def test_criteria_may_need_another_metric_of_a_rival(tmp_path: Path) -> None:
     criterion = Criterion(
-        name="c", says="", task="parabola", metric="loss", arm="quick", against="plain", against_metric="global_draw"
+        name="c",
+        says="",
+        kind="effect",
+        task="parabola",
+        metric="loss",
+        arm="quick",
+        against="plain",
+        against_metric="global_draw",
     )
     with Store(tmp_path) as store, pytest.raises(TrialError, match=r"must hold \['global_draw'\]"):
         run(examples.bad("", criteria=(criterion,)), store=store)

@@ -13,7 +13,8 @@ import polyak
 from polyak import claims
 from polyak.lab import scoreboard as board
 from polyak.lab import statistics, words
-from polyak.lab.result import ClaimResult, TrialResult
+from polyak.lab.claim import KINDS
+from polyak.lab.result import ClaimResult, TrialResult, verdict
 
 from .results_for_tests import criterion, optimizer_claim, optimizer_result, solver_claim, solver_result
 
@@ -32,10 +33,14 @@ def entries() -> list[board.Entry]:
 
 def test_one_row_per_system_then_its_criteria(entries):
     text = board.scoreboard(entries)
-    assert "4 systems: 1 holds, 2 fails, 1 not run." in text
-    assert "| [Swift](#swift) | ✓ holds | small | At an equal budget" in text
+    assert (
+        "4 systems. Mechanism: 1 fails, 2 not asked, 1 not run. Effect: 1 holds, 1 not seen at this scale, 1 not asked, 1 not run."
+        in text
+    )
+    assert "| [Swift](#swift) | – not asked | ✓ holds, 2 of 2 | small | At an equal budget" in text
     assert "0.214 [0.172 to 0.268], asked at most 0.5 | 5 | 2026-11-20 | torch 2.13.0, cpu |" in text
-    assert "| Idle | – not run |" in text
+    assert "| [Leap](#leap) | ✗ fails, 0 of 1 | – not asked | small |" in text
+    assert "| Idle | – not run | – not run |" in text
     assert text.count("\n## ") == 3
     for c in entries[0][1].criteria:
         assert c.says in text
@@ -43,7 +48,7 @@ def test_one_row_per_system_then_its_criteria(entries):
 
 def test_a_system_that_fails_is_named_by_what_fails(entries):
     row = next(line for line in board.scoreboard(entries).splitlines() if line.startswith("| [Swerve"))
-    assert "✗ fails" in row
+    assert "✗ not seen at this scale, 1 of 2" in row
     assert "At half the budget" in row
     assert "∞" in row
 
@@ -149,33 +154,64 @@ def test_duration(seconds, text):
 def test_findings():
     claim = optimizer_claim()
     assert words.finding(claim, None) == "Nothing yet: it has not been run."
-    assert words.finding(claim, optimizer_result(claim)).startswith("Both criteria are met. At an equal budget")
+    assert words.finding(claim, optimizer_result(claim)).startswith("Effect: holds, 2 of 2. At an equal budget")
     fails = words.finding(claim, optimizer_result(claim, "fails"))
-    assert fails.startswith("Of 2 criteria, 1 is met. At half the budget")
+    assert fails.startswith("Effect: not seen at this scale, 1 of 2. At half the budget")
     assert fails.endswith("measured ∞, asked at most 2.")
     assert "the control, which lacks the method's key ingredient, passes too" in words.finding(
         claim, optimizer_result(claim, "undecided")
     )
     one = solver_claim()
-    assert words.finding(one, solver_result(one)).startswith("The criterion is not met.")
+    assert words.finding(one, solver_result(one)).startswith("Mechanism: fails, 0 of 1. At 40")
 
 
-def test_a_finding_counts_what_is_not_met_apart_from_what_is_undecided():
+@pytest.mark.parametrize(
+    ("mechanism", "effect", "told", "named"),
+    [
+        (
+            ("holds", "holds"),
+            ("fails", "holds", "undecided"),
+            "holds, 2 of 2|not seen at this scale, 1 of 3",
+            ["effect0"],
+        ),
+        (("holds", "undecided"), ("holds",), "undecided, 1 of 2|holds, 1 of 1", ["mechanism1"]),
+        (("fails",), ("undecided", "fails"), "fails, 0 of 1|not seen at this scale, 0 of 2", ["mechanism0", "effect1"]),
+        (("holds",), ("holds", "holds"), "holds, 1 of 1|holds, 2 of 2", ["effect0"]),
+        ((), ("holds",), "not asked|holds, 1 of 1", ["effect0"]),
+        (("holds",), (), "holds, 1 of 1|not asked", ["mechanism0"]),
+    ],
+)
+def test_each_kind_has_a_verdict_with_how_many_are_met(mechanism, effect, told, named):
     claim = optimizer_claim()
-    loss, _, *rest = optimizer_result(claim).criteria
+    loss, _, reported, _ = optimizer_result(claim).criteria
+    found = [
+        replace(loss, name=f"{kind}{i}", says=f"{kind} {i}", kind=kind, verdict=v)
+        for kind, verdicts in (("mechanism", mechanism), ("effect", effect)) for i, v in enumerate(verdicts)
+    ]  # fmt: skip
+    aside = [
+        replace(reported, name=f"aside {kind}", kind=kind, verdict="fails") for kind in KINDS
+    ]  # these do not count
+    result = replace(optimizer_result(claim), criteria=(*aside, *found), verdict=verdict(found))
+    assert [words.said_of(result, kind) for kind in KINDS] == told.split("|")
+    assert [c.name for c in words.deciding(result)] == named
+    row = board.systems_table([(claim, result)]).splitlines()[-1]
+    assert row.endswith(" | ".join(words.marked(result, kind) for kind in KINDS) + " |")
+    stated = result.to_json()["verdicts"]
+    assert stated == {v.kind: {"verdict": v.verdict, "met": v.met, "of": v.total} for v in result.verdicts}
+    assert list(stated) == [kind for kind, verdicts in (("mechanism", mechanism), ("effect", effect)) if verdicts]
 
-    def counts(*verdicts: str) -> str:
-        more = [replace(loss, name=f"more{i}", says=f"More {i}", verdict=v) for i, v in enumerate(verdicts)]
-        result = replace(optimizer_result(claim), criteria=(*more, *rest), verdict=statistics.verdict(more))
-        return words.finding(claim, result).partition(". ")[0]
 
-    assert counts("holds", "holds", "holds") == "All 3 criteria are met"
-    assert counts("fails", "fails") == "Of 2 criteria, none is met"
-    assert counts("holds", "fails", "fails") == "Of 3 criteria, 1 is met"
-    assert counts("holds", "undecided", "fails", "undecided") == (
-        "Of 4 criteria, 1 is met, 1 is not met and 2 are undecided"
-    )
-    assert counts("undecided", "undecided") == "Of 2 criteria, 2 are undecided"
+def test_what_was_published_before_there_were_kinds_stays_readable():
+    result = optimizer_result(optimizer_claim())
+    old = json.loads(json.dumps(board.published_record(result)))
+    del old["verdicts"]
+    for c in old["criteria"]:
+        del c["kind"]
+    assert [c.kind for c in ClaimResult.from_json(old, kinds={"half": "mechanism"}).criteria] == [
+        "effect", "mechanism", "effect", "effect",
+    ]  # fmt: skip
+    new = json.loads(json.dumps(board.published_record(result)))
+    assert {c.kind for c in ClaimResult.from_json(new, kinds={"half": "mechanism"}).criteria} == {"effect"}
 
 
 def test_a_verdict_that_the_estimate_does_not_explain_comes_with_its_reason():

@@ -76,10 +76,10 @@ def test_pages_of_a_complete_run(full, serving):
     server, before = serving(full), content(full)
     answer, index = ask(server, "/")
     assert answer.status == 200
-    assert "3 systems: 1 ✓ holds 2 – not run" in plain(index)
+    assert "Effect: 1 ✓ holds 2 – not run" in plain(index)
     assert index.count('href="parabola.html"') == 1
     _, page = ask(server, "/parabola.html")
-    assert "✓ Holds at scale small, on 5 seeds" in plain(page)
+    assert "Effect: ✓ holds, 1 of 1 at scale small, on 5 seeds" in plain(page)
     assert page.count('class="strip"') == 2
     assert "So far" not in page
     _, runs = ask(server, "/runs.html")
@@ -87,7 +87,7 @@ def test_pages_of_a_complete_run(full, serving):
     assert "the present code" in plain(runs)
     assert re.search(r"Parabola small cpu 40 0 ", plain(runs))
     _, named = ask(server, "/parabola.html?scale=small&device=cpu")
-    assert "✓ Holds" in plain(named)
+    assert "Effect: ✓ holds" in plain(named)
     _, other = ask(server, "/parabola.html?scale=paper")
     assert "– Not run" in plain(other)
     assert content(full) == before
@@ -112,12 +112,12 @@ def test_a_run_of_other_code_is_listed_and_no_verdict(full, tmp_path):
     runs = pages.answer("/runs.html").body.decode()
     assert "other code or versions" in plain(runs)
     assert "parabola.html" not in runs
-    assert "3 – not run" in plain(pages.answer("/").body.decode())
+    assert "Effect: 3 – not run" in plain(pages.answer("/").body.decode())
 
 
 def test_a_store_that_does_not_exist_is_shown_as_empty_and_not_made(tmp_path, serving):
     server = serving(tmp_path / "none")
-    assert "3 systems: 3 – not run" in plain(ask(server, "/")[1])
+    assert "3 systems. Mechanism: 3 – not run Effect: 3 – not run" in plain(ask(server, "/")[1])
     assert "The store is empty" in plain(ask(server, "/runs.html")[1])
     assert json.loads(ask(server, "/progress.json")[1])["runs"] == []
     assert list(tmp_path.iterdir()) == []
@@ -270,7 +270,7 @@ def test_a_run_in_another_process_is_seen_from_its_first_trial_to_its_verdict(tm
         other.kill()
         other.communicate()
     assert progress()["runs"] == []
-    assert "✓ Holds at scale small, on 3 seeds" in plain(ask(server, "/slow.html")[1])
+    assert "Effect: ✓ holds, 1 of 1 at scale small, on 3 seeds" in plain(ask(server, "/slow.html")[1])
 
 
 def test_a_killed_run_is_in_flight_no_more(tmp_path, serving):
@@ -381,14 +381,14 @@ def test_progress_in_a_browser(chromium, tmp_path, serving):
         page.locator(".run progress[max='6']:not([value='0'])").wait_for(timeout=20_000)
         assert page.locator(".latest tbody tr").count() >= 1
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        page.locator(".verdict", has_text="✓ Holds at scale small, on 3 seeds").wait_for(timeout=40_000)
+        page.locator(".verdict", has_text="✓ holds, 1 of 1 at scale small, on 3 seeds").wait_for(timeout=40_000)
         assert other.wait(20) == 0
     finally:
         other.kill()
         other.communicate()
     page.locator("#live:empty").wait_for(state="attached", timeout=10_000)
     assert page.evaluate("window.marked") is True
-    assert page.title() == "Slow: holds"
+    assert page.title() == "Slow: effect holds, 1 of 1"
     page.locator("summary", has_text="6 trials").click()
     page.locator("table.trials th", has_text="Seed").get_by_role("button").click()  # what was put in sorts, too
     assert page.locator("table.trials tbody td:nth-child(3)").all_inner_texts() == ["0", "0", "1", "1", "2", "2"]

@@ -13,8 +13,8 @@ import scipy.stats
 
 from polyak.lab import intervals
 from polyak.lab.claim import Arm, Claim, Criterion, Metric, Scale, Task
-from polyak.lab.result import CriterionResult, TrialResult
-from polyak.lab.statistics import corrected, judge, verdict
+from polyak.lab.result import CriterionResult, TrialResult, verdict
+from polyak.lab.statistics import corrected, judge
 
 INF = math.inf
 
@@ -37,6 +37,7 @@ def claim_of(*criteria: Criterion, seeds: int = 5, metrics: tuple[Metric, ...] |
 
 def criterion(**changes: Any) -> Criterion:
     facts = {"name": "c", "says": "", "task": "parabola", "metric": "loss", "arm": "quick", "against": "plain"}
+    facts["kind"] = "effect"
     return Criterion(**{**facts, **changes})
 
 

@@ -12,7 +12,7 @@ import pkgutil
 from pathlib import Path
 
 from polyak.core.checks import suggestion
-from polyak.lab.claim import Claim
+from polyak.lab.claim import Claim, Kind
 from polyak.lab.result import ClaimResult
 
 
@@ -58,4 +58,7 @@ def verdict_path(slug: str) -> Path:
 def published(slug: str) -> ClaimResult | None:
     """The verdict that came with this version of polyak (without trials), if there is one."""
     path = verdict_path(slug)
-    return ClaimResult.from_json(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    if not path.exists():
+        return None
+    kinds: dict[str, Kind] = {c.name: c.kind for c in load(slug).criteria}
+    return ClaimResult.from_json(json.loads(path.read_text(encoding="utf-8")), kinds=kinds)

@@ -4,6 +4,7 @@ import json
 import sys
 import webbrowser
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -121,6 +122,7 @@ def _facts(entry: Entry) -> dict[str, Any]:
     facts = {"slug": claim.slug, "room": claim.room, "name": claim.name, "summary": claim.summary}
     facts |= {"verdict": words.verdict_of(result), "published": entry.published}
     if result is not None:
+        facts |= {"verdicts": result.to_json()["verdicts"]}
         facts |= {"scale": result.scale, "seeds": len(result.seeds), "date": result.date}
     return facts
 
@@ -147,14 +149,14 @@ def _common(
 def list_systems(
     room: Annotated[str, typer.Option(help="Only this room's.", show_default=False)] = "",
     status: Annotated[
-        str, typer.Option(help=f"Only with this verdict: {', '.join(STATUSES)}.", show_default=False)
+        str, typer.Option(help=f"Only with this verdict over both kinds: {', '.join(STATUSES)}.", show_default=False)
     ] = "",
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """List all systems with their latest verdict.
+    """List all systems with their latest verdicts, one for the mechanism and one for the effect.
 
-    It is your own where the store holds a complete run of the current code, else the one published with polyak.
+    They are your own where the store holds a complete run of the current code, else those published with polyak.
     """
     chosen = list(claims.catalogue().values())
     if room:
@@ -174,7 +176,7 @@ def list_systems(
 
 @app.command()
 def show(slug: Slug, home: Home = None, as_json: Json = False) -> None:
-    """Show one system: its claim, verdict, and use."""
+    """Show one system: its claim, verdicts, and use."""
     [entry] = _entries([_load(slug)], home)
     if not as_json:
         terminal.sheet(terminal.console(), entry)
@@ -196,7 +198,7 @@ def show(slug: Slug, home: Home = None, as_json: Json = False) -> None:
     facts["arms"] = [{"name": a.name, "label": a.label, "role": a.role, "says": a.says} for a in claim.arms]
     facts["tasks"] = [{"name": t.name, "label": t.label, "says": t.says} for t in claim.tasks]
     facts["scales"] = [{"name": s.name, "says": s.says, "seeds": s.seeds} for s in claim.scales]
-    facts["criteria"] = [{"name": c.name, "says": c.says, "gating": c.gating} for c in claim.criteria]
+    facts["criteria"] = [asdict(c) | {"asks": words.condition(claim, c)} for c in claim.criteria]
     facts["departures"] = list(claim.departures)
     facts["result"] = board.published_record(entry.result) if entry.result else None
     print_json(facts)
@@ -364,7 +366,7 @@ def record(slugs: Slugs = None, scale: Scale = "small", device: Device = "cpu", 
         if result is not None:
             text = json.dumps(board.published_record(result), indent=1, ensure_ascii=False, allow_nan=False)
             claims.verdict_path(slug).write_text(text + "\n", encoding="utf-8")
-            print(f"{slug}: {result.verdict}")
+            print(f"{slug}: {'; '.join(f'{v.kind} {words.said(v)}' for v in result.verdicts)}")
     _write_generated()
 
 

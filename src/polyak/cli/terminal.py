@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyak.lab import words
-from polyak.lab.claim import Claim
+from polyak.lab.claim import KINDS, Claim, Criterion, Kind
 from polyak.lab.report import Entry
 from polyak.lab.result import ClaimResult
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from polyak.lab.compare.rows import Estimate, Row
     from polyak.lab.run import Progress
 
-STYLES = {"holds": "green", "fails": "red", "undecided": "yellow", "not run": "dim"}
+STYLES = {"holds": "green", "fails": "red", "undecided": "yellow", "not asked": "dim", "not run": "dim"}
 REST_S = 30  # where no terminal redraws a line, progress is told this often
 PIPE_WIDTH = 120
 
@@ -45,17 +45,27 @@ def verdict(name: str, note: str = "") -> Text:
 
 
 def listing(entries: Sequence[Entry], width: int) -> Table:
-    """All systems in a table; in a narrow terminal room and "(published)" stand below slug and verdict."""
+    """All systems in a table, with both verdicts; in a narrow terminal these stand below the slug, one above the other."""
     wide = width >= 100
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for head in ("system", "room", "verdict") if wide else ("system", "verdict"):
+    for head in ("system", "room", *KINDS) if wide else ("system",):
         table.add_column(head, no_wrap=True)
     table.add_column("what it is")
     for e in entries:
-        mark = f"{'' if wide else chr(10)}(published)" if e.published else ""
-        name = [e.claim.slug, e.claim.room] if wide else [Text.assemble(e.claim.slug, (f"\n{e.claim.room}", "dim"))]
-        table.add_row(*name, verdict(words.verdict_of(e.result), mark), Text(e.claim.summary))
+        found = [_kind(e.result, kind) for kind in KINDS]
+        if wide:
+            name = Text.assemble(e.claim.slug, ("\n(published)" if e.published else "", "dim"))
+            table.add_row(name, e.claim.room, *found, Text(e.claim.summary))
+        else:
+            told = [Text.assemble((f"{kind} ", "dim"), one) for kind, one in zip(KINDS, found, strict=True)]
+            more = f"{e.claim.room} (published)" if e.published else e.claim.room
+            table.add_row(Text("\n").join([Text(e.claim.slug), Text(more, "dim"), *told]), Text(e.claim.summary))
     return table
+
+
+def _kind(result: ClaimResult | None, kind: Kind, here: str = "") -> Text:
+    """ "✗ not seen, 1 of 3", coloured."""
+    return Text(words.marked(result, kind, here=here), STYLES[words.of_kind(result, kind)])
 
 
 def results(claim: Claim, result: ClaimResult, width: int) -> Table:
@@ -85,10 +95,13 @@ def results(claim: Claim, result: ClaimResult, width: int) -> Table:
 
 
 def outcome(out: Console, claim: Claim, result: ClaimResult, *, published: bool = False) -> None:
-    """A claim's verdict in one line, what was found in a sentence, its criteria in a table."""
-    head = Text.assemble(verdict(result.verdict), ": ", (claim.name, "bold"), f" {words.where(result)}")
+    """A claim's verdicts, a line each, the criteria to name in a sentence each, all of them in a table."""
+    head = Text.assemble((claim.name, "bold"), f" {words.where(result)}")
     out.print(head.append(f" (published, {words.day(result.date)})" if published else "", "dim"))
-    out.print(Text(words.finding(claim, result)))
+    for kind in KINDS:
+        out.print(Text.assemble(f"{kind}: ", _kind(result, kind, " at this scale")))
+    for sentence in words.decisions(claim, result):
+        out.print(Text(sentence))
     if lost := sum(t.diverged for t in result.trials if t.purpose == "report"):
         out.print(Text(f"{words.count(lost, 'reported trial')} diverged, counted at the worst value.", "yellow"))
     out.print(results(claim, result, out.width))
@@ -220,9 +233,13 @@ def sheet(out: Console, entry: Entry) -> None:
     source = ", ".join(filter(None, (f"{paper.title} ({paper.year})", paper.venue, paper.url, paper.code)))
     _part(out, "The paper says", [claim.says, source])
     _part(out, "Use it", words.usage(claim))
-    names = words.names(claim, claim.criteria)
-    asked = [names[c.name] + ("" if c.gating else " (reported only)") for c in claim.criteria]
-    _part(out, "Criteria", asked)
+    for kind in KINDS:
+        asked = [c for c in claim.criteria if c.kind == kind]
+        for head, some in (
+            ("", [c for c in asked if c.gating]),
+            (", reported only", [c for c in asked if not c.gating]),
+        ):
+            _part(out, f"Criteria of {kind}{head}", [_asked(claim, c) for c in some])
     _part(
         out,
         f"Arms, at equal {claim.budget}",
@@ -238,11 +255,16 @@ def sheet(out: Console, entry: Entry) -> None:
         outcome(out, claim, entry.result, published=entry.published)
 
 
-def _part(out: Console, head: str, lines: Sequence[str]) -> None:
+def _asked(claim: Claim, c: Criterion) -> Text:
+    """A criterion: what it says, and below it what must be true."""
+    return Text.assemble(words.names(claim, claim.criteria)[c.name], (f"\n  {words.condition(claim, c)}", "dim"))
+
+
+def _part(out: Console, head: str, lines: Sequence[str | Text]) -> None:
     if lines:
         out.print(Text(f"\n{head}", "bold"))
         for line in lines:
-            out.print(Padding(Text(line), (0, 0, 0, 2)))
+            out.print(Padding(Text(line) if isinstance(line, str) else line, (0, 0, 0, 2)))
 
 
 class Tally:

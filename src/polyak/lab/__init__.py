@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from polyak.lab.compare.spec import ArmError
     from polyak.lab.compare.task import SamplingTask, TaskError, TrainingTask
     from polyak.lab.data import DataError
+    from polyak.lab.result import verdict
     from polyak.lab.run import Progress, TrialError, collect, run, run_many
-    from polyak.lab.statistics import judge, verdict
+    from polyak.lab.statistics import judge
     from polyak.lab.store import Store, StoreError
     from polyak.lab.trackers import Tracker, TrackerError
 
@@ -52,8 +53,9 @@ _HOMES = {
     "compare.main": ("compare",),
     "compare.task": ("SamplingTask", "TaskError", "TrainingTask"),
     "data": ("DataError",),
+    "result": ("verdict",),
     "run": ("Progress", "TrialError", "collect", "run", "run_many"),
-    "statistics": ("judge", "verdict"),
+    "statistics": ("judge",),
     "store": ("Store", "StoreError"),
     "trackers": ("Tracker", "TrackerError"),
 }

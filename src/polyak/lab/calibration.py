@@ -179,6 +179,7 @@ def _claim(arms: int, points: int) -> Claim:
             Criterion(
                 name=name,
                 says="",
+                kind="effect",
                 task="surface",
                 metric="loss",
                 arm=name,

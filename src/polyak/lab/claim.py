@@ -5,20 +5,23 @@ matplotlib at module level): listings and help read claims, too. What is heavy i
 
 The words: a *system* is one paper's method (one slug); its *claim* says what the paper says; an *arm* is one competitor,
 the paper's baseline first; a *task* is a problem the arms are run on; a *trial* is one arm on one task with one seed; a
-*measurement* is what a trial yields; a *criterion* is what must hold; a *verdict* is ``holds``, ``fails`` or ``undecided``.
+*measurement* is what a trial yields; a *criterion* is what must hold, of the kind *mechanism* (by the method's mathematics) or
+*effect* (what it does for who uses it); a *verdict* is ``holds``, ``fails`` or ``undecided``, one for each kind.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import product
 from typing import Any, Literal
 
 Verdict = Literal["holds", "fails", "undecided"]
+Kind = Literal["mechanism", "effect"]
 Role = Literal["baseline", "method", "ablation", "control"]
 Value = float | int | str | bool | None
+KINDS: tuple[Kind, ...] = ("mechanism", "effect")
 EMPTY: Mapping[str, Any] = {}
 
 
@@ -26,7 +29,7 @@ class Diverged(ArithmeticError):
     """Raised by a trial that cannot go on (NaN, overflow). The lab records every metric at its worst: a measurement."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Paper:
     """Where the method comes from."""
 
@@ -41,7 +44,7 @@ class Paper:
         return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Arm:
     """One competitor.
 
@@ -55,6 +58,7 @@ class Arm:
     role: Role
     options: Mapping[str, Value] = field(default_factory=dict)
     grid: Mapping[str, Sequence[Value]] = field(default_factory=dict)
+    _: KW_ONLY
     says: str = ""
     tasks: tuple[str, ...] = ()  # the tasks that it is run on; empty: all
 
@@ -65,7 +69,7 @@ class Arm:
         return [dict(zip(names, values, strict=True)) for values in product(*(self.grid[n] for n in names))]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Metric:
     """A measured quantity. ``worst`` is what a diverged trial scores (default: infinitely bad).
 
@@ -74,6 +78,7 @@ class Metric:
 
     name: str
     label: str
+    _: KW_ONLY
     better: Literal["lower", "higher"] = "lower"
     unit: str = ""
     worst: float | None = None
@@ -86,19 +91,20 @@ class Metric:
         return math.inf if self.better == "lower" else -math.inf
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Plot:
     """A curve over the course of trials: metric ``y`` against the measurement's coordinate ``x``, one line per arm."""
 
     x: str  # a key of Measurement.at, e.g. "step" or "nfe"
     y: str  # a metric's name
+    title: str = ""
+    _: KW_ONLY
     x_label: str = ""
     log_x: bool = False
     log_y: bool = False
-    title: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Task:
     """A problem the arms are run on. ``tune`` names the metric by which grids are tuned here ("" where none is)."""
 
@@ -106,17 +112,19 @@ class Task:
     label: str
     says: str = ""  # data, model, budget, in a sentence
     options: Mapping[str, Value] = field(default_factory=dict)
+    _: KW_ONLY
     tune: str = ""
     plots: tuple[Plot, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Scale:
     """A size at which a claim can be run; ``small`` is minutes on two CPU cores with data at hand offline."""
 
     name: str
     says: str
     seeds: int
+    _: KW_ONLY
     tuning_seeds: int = 1  # for each reported seed
     options: Mapping[str, Value] = field(default_factory=dict)
     task_options: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)  # per task, over the task's own
@@ -127,6 +135,9 @@ class Scale:
 class Criterion:
     """What must hold, set before the run: ``arm``'s metric on ``task``, compared with ``against``, within ``bound``.
 
+    Claims declare it by :class:`polyak.lab.criteria.Ask`.
+
+    kind: "mechanism" is what must be true by the method's mathematics, "effect" what it does for who uses it. Each has its verdict.
     compare: "ratio" arm/against, "difference" arm - against, "value" arm alone. With several names in ``against``
         (or several arms) the best of them, seed by seed, is compared with.
     op, bound: the statistic must be ``<=``, ``<``, ``>=`` or ``>`` than the bound.
@@ -135,7 +146,7 @@ class Criterion:
         is undecided. Ratios are averaged as logarithms.
     control: an arm that lacks the method's key ingredient; put in ``arm``'s place it must not pass, else the criterion says
         nothing and is ``undecided``.
-    gating: whether the claim's verdict depends on it; a criterion that is not gating is only reported.
+    gating: whether its kind's verdict depends on it; a criterion that is not gating is only reported.
     both_diverged: what a seed says with which the arm and all of its rivals diverged: that the arm is not better, so that it
         "fails" there, or that they are "equal".
     rounding: values of a difference's two sides that are no farther apart, relative to the larger one, are equal.
@@ -143,6 +154,7 @@ class Criterion:
 
     name: str
     says: str
+    kind: Kind
     task: str
     metric: str
     arm: str
@@ -309,6 +321,8 @@ def check_claim(claim: Claim) -> None:
         for metric in (c.metric, *([c.against_metric] if c.against_metric else [])):
             if metric not in metrics:
                 raise ValueError(f"{where}, criterion {c.name!r}: unknown metric {metric!r}; it has {sorted(metrics)}")
+        if c.kind not in KINDS:
+            raise ValueError(f"{where}, criterion {c.name!r}: kind must be one of {', '.join(KINDS)}, got {c.kind!r}")
         if (c.compare == "value") == bool(c.rivals):
             raise ValueError(f"{where}, criterion {c.name!r}: compare={c.compare!r} with against={c.against!r}")
 

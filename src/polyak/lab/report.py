@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from polyak.lab import plots, strips, words
-from polyak.lab.claim import Arm, Claim, Criterion, Metric, Task
+from polyak.lab.claim import KINDS, Arm, Claim, Criterion, Metric, Task
 from polyak.lab.result import ClaimResult, CriterionResult, TrialResult
 
 ROLES = {
@@ -72,7 +73,7 @@ def index_page(
 
     Served, it begins with the latest of so many ``comparisons`` (``compared``, as in the list of runs).
     """
-    counts = {v: sum(words.verdict_of(e.result) == v for e in entries) for v in words.GLYPHS}
+    counts = {kind: Counter(words.of_kind(e.result, kind) for e in entries) for kind in KINDS}
     by_room = sorted(entries, key=lambda e: e.claim.room)
     return render(
         "index.html",
@@ -99,15 +100,18 @@ def view(entry: Entry, *, so_far: ClaimResult | None = None) -> dict[str, Any]:
     # Where a scale leaves a criterion's task out, its outcome does not count whatever the claim declares.
     counts = {c.name: outcomes[c.name].gating if c.name in outcomes else c.gating for c in claim.criteria}
     shown = so_far or result
+    decided = {o.name for o in words.deciding(result)} if result else set()
+    by_kind = sorted(claim.criteria, key=lambda c: KINDS.index(c.kind))
     return {
         "entry": entry,
         "claim": claim,
         "result": result,
         "verdict": words.verdict_of(result),
         "baselines": [arm.label for arm in claim.arms if arm.role == "baseline"],
+        "decided": [(c, outcomes[c.name]) for c in by_kind if c.name in decided],
         "names": words.names(claim, claim.criteria),
-        "asked": [c for c in claim.criteria if counts[c.name]],
-        "others": [c for c in claim.criteria if not counts[c.name]],
+        "asked": [c for c in by_kind if counts[c.name]],
+        "others": [c for c in by_kind if not counts[c.name]],
         "tally": words.tally(o.verdict for o in outcomes.values() if o.gating),
         "aside": words.tally(o.verdict for o in outcomes.values() if not o.gating),
         "outcomes": outcomes,
@@ -279,5 +283,12 @@ def templates(*folders: Path):
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["breakable"] = breakable
-    environment.globals |= {"words": words, "strip": strip, "rules": RULES, "source": source, "live": None}
+    environment.globals |= {
+        "words": words,
+        "strip": strip,
+        "rules": RULES,
+        "kinds": KINDS,
+        "source": source,
+        "live": None,
+    }
     return environment

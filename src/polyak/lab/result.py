@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from polyak.lab.claim import Verdict
+from polyak.lab.claim import EMPTY, KINDS, Kind, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,25 @@ class CriterionResult:
     adjusted: float = 1.0  # the p-value that decides then: corrected for the number of criteria that count (Holm)
     control_verdict: str = ""  # the verdict with the control in the arm's place; "" where there is none
     note: str = ""
+    kind: Kind = "effect"  # what was published before there were kinds does not say it: ClaimResult.from_json
+
+
+def verdict(criteria: Iterable[CriterionResult]) -> Verdict:
+    """Of several: ``fails`` where any gating criterion fails, ``holds`` where all hold, else ``undecided``."""
+    gating = [c.verdict for c in criteria if c.gating]
+    if "fails" in gating:
+        return "fails"
+    return "holds" if gating and all(v == "holds" for v in gating) else "undecided"
+
+
+@dataclass(frozen=True)
+class KindVerdict:
+    """The verdict of one kind of criteria, with how many of those that count are met."""
+
+    kind: Kind
+    verdict: Verdict
+    met: int
+    total: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +75,7 @@ class ClaimResult:
     slug: str
     scale: str
     device: str
-    verdict: Verdict
+    verdict: Verdict  # of all criteria that count, whatever their kind
     criteria: tuple[CriterionResult, ...]
     trials: tuple[TrialResult, ...]
     chosen: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # task -> arm -> the tuned point of each seed
@@ -68,6 +87,18 @@ class ClaimResult:
     machine: Mapping[str, str]  # system, processor, cores, accelerator; never a host's or user's name
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def verdicts(self) -> tuple[KindVerdict, ...]:
+        """One for each kind of which any criterion counts."""
+        counting: list[tuple[Kind, list[CriterionResult]]] = [
+            (kind, [c for c in self.criteria if c.gating and c.kind == kind]) for kind in KINDS
+        ]
+        return tuple(
+            KindVerdict(kind, verdict(asked), sum(c.verdict == "holds" for c in asked), len(asked))
+            for kind, asked in counting
+            if asked
+        )
+
     def finals(self, task: str, arm: str, metric: str) -> list[float]:
         """The reported trials' final values of one metric, in the order of :attr:`seeds`."""
         by_seed = {
@@ -77,20 +108,24 @@ class ClaimResult:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary; infinities and NaN become the strings "inf", "-inf", "nan"."""
-        return plain(asdict(self))
+        verdicts = {v.kind: {"verdict": v.verdict, "met": v.met, "of": v.total} for v in self.verdicts}
+        return plain({**asdict(self), "verdicts": verdicts})
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ClaimResult:
-        """The inverse of :meth:`to_json`. Data without "trials" (a published verdict) gives a result without any."""
+    def from_json(cls, data: Mapping[str, Any], *, kinds: Mapping[str, Kind] = EMPTY) -> ClaimResult:
+        """The inverse of :meth:`to_json`. Data without "trials" (a published verdict) gives a result without any.
+
+        ``kinds`` is what criteria are, by name, that do not say it themselves.
+        """
         seeds = len(data["seeds"])
         return cls(
             **{
-                **data,
+                **{name: value for name, value in data.items() if name != "verdicts"},  # which follow from the criteria
                 "chosen": {
                     task: {arm: _each(points, seeds) for arm, points in arms.items()}
                     for task, arms in data["chosen"].items()
                 },
-                "criteria": tuple(CriterionResult(**_numbers(c)) for c in data["criteria"]),
+                "criteria": tuple(_criterion(c, kinds) for c in data["criteria"]),
                 "trials": tuple(_trial(t) for t in data.get("trials", ())),
                 "seeds": tuple(data["seeds"]),
                 "tuning_seeds": tuple(data["tuning_seeds"]),
@@ -113,6 +148,11 @@ def plain(value: Any) -> Any:
 def _each(points: Any, seeds: int) -> tuple[Mapping[str, Any], ...]:
     """The point of each seed; a verdict that was published when all seeds had one has it once."""
     return (points,) * seeds if isinstance(points, Mapping) else tuple(points)
+
+
+def _criterion(data: Mapping[str, Any], kinds: Mapping[str, Kind]) -> CriterionResult:
+    known = {"kind": kinds[data["name"]]} if data["name"] in kinds else {}
+    return CriterionResult(**{**known, **_numbers(data)})
 
 
 def _trial(data: Mapping[str, Any]) -> TrialResult:

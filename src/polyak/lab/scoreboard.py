@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from polyak.lab import words
-from polyak.lab.claim import Claim
+from polyak.lab.claim import KINDS, Claim
 from polyak.lab.result import ClaimResult
 
 Entry = tuple[Claim, ClaimResult | None]  # a system and its published verdict, if there is one
@@ -33,7 +33,7 @@ def scoreboard(entries: Sequence[Entry]) -> str:
         "A claim that fails at a scale is listed as plainly as one that holds.",
         _tally(entries),
         _table(
-            ["system", "verdict", "scale", "decided by", "result", "seeds", "date", "made with"],
+            ["system", *KINDS, "scale", "decided by", "result", "seeds", "date", "made with"],
             [_row(claim, result) for claim, result in entries],
         ),
         "*Result*: the estimate, its 95 % interval in brackets, and the bound asked for. "
@@ -48,10 +48,10 @@ def scoreboard(entries: Sequence[Entry]) -> str:
 def systems_table(entries: Sequence[Entry]) -> str:
     """The README's table."""
     rows = [
-        [f"`{claim.slug}`", claim.room, _cell(claim.name), _cell(claim.summary), _verdict(result)]
+        [f"`{claim.slug}`", claim.room, _cell(claim.name), _cell(claim.summary), *_verdicts(result)]
         for claim, result in entries
     ]
-    return _table(["slug", "room", "system", "what it is", "verdict"], rows)
+    return _table(["slug", "room", "system", "what it is", *KINDS], rows)
 
 
 def with_table(readme: str, table: str) -> str:
@@ -63,19 +63,25 @@ def with_table(readme: str, table: str) -> str:
 
 
 def _tally(entries: Sequence[Entry]) -> str:
-    counts = Counter(words.verdict_of(result) for _, result in entries)
-    listed = ", ".join(f"{counts[v]} {v}" for v in words.GLYPHS if counts[v])
-    return f"{words.count(len(entries), 'system')}: {listed}." if entries else "No systems yet."
+    if not entries:
+        return "No systems yet."
+    told = [f"{words.count(len(entries), 'system')}."]
+    for kind in KINDS:
+        counts = Counter(words.of_kind(result, kind) for _, result in entries)
+        told.append(
+            f"{kind.capitalize()}: {', '.join(f'{counts[v]} {words.called(kind, v)}' for v in words.GLYPHS if counts[v])}."
+        )
+    return " ".join(told)
 
 
 def _row(claim: Claim, result: ClaimResult | None) -> list[str]:
     name = f"[{_cell(claim.name)}](#{claim.slug})" if result else _cell(claim.name)
     if result is None:
-        return [name, _verdict(None), *[""] * 6]
-    c = words.deciding(result)
+        return [name, *_verdicts(None), *[""] * 6]
+    c = next(iter(words.deciding(result)), None)
     made_with = f"torch {result.versions.get('torch', '?')}, {result.device}"
     decided = [_cell(words.names(claim, result.criteria)[c.name]), _numbers(c)] if c else ["no criterion decides", ""]
-    return [name, _verdict(result), result.scale, *decided, str(len(result.seeds)), words.day(result.date), made_with]
+    return [name, *_verdicts(result), result.scale, *decided, str(len(result.seeds)), words.day(result.date), made_with]
 
 
 def _system(claim: Claim, result: ClaimResult) -> list[str]:
@@ -84,6 +90,7 @@ def _system(claim: Claim, result: ClaimResult) -> list[str]:
     rows = [
         [
             _cell(names[c.name]) + ("" if c.gating else " (reported only)"),
+            c.kind,
             f"{words.GLYPHS[c.verdict]} {c.verdict}",
             _cell(c.statistic),
             words.number(c.estimate),
@@ -97,9 +104,10 @@ def _system(claim: Claim, result: ClaimResult) -> list[str]:
     return [
         f'<a id="{claim.slug}"></a>\n\n## {claim.name}',
         f"{_cell(claim.says)} ({_source(claim)})",
-        f"**{_verdict(result)}** {words.where(result)}. {_cell(words.finding(claim, result))}",
+        f"{_cell(words.finding(claim, result))} All {words.where(result)}.",
         _table(
-            ["criterion", "verdict", "statistic", "estimate", "95 % interval", "bound", "seeds", "its control"], rows
+            ["criterion", "kind", "verdict", "statistic", "estimate", "95 % interval", "bound", "seeds", "its control"],
+            rows,
         ),
         f"Run on {words.day(result.date)}, {words.duration(result.seconds)} in all, device {result.device}; {versions}.",
     ]
@@ -110,9 +118,9 @@ def _source(claim: Claim) -> str:
     return f"{title}, [arXiv {claim.paper.arxiv}]({claim.paper.url})" if claim.paper.arxiv else title
 
 
-def _verdict(result: ClaimResult | None) -> str:
-    verdict = words.verdict_of(result)
-    return f"{words.GLYPHS[verdict]} {verdict}"
+def _verdicts(result: ClaimResult | None) -> list[str]:
+    """A cell for each kind's verdict."""
+    return [words.marked(result, kind) for kind in KINDS]
 
 
 def _numbers(c: Any) -> str:

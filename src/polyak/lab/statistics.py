@@ -86,14 +86,6 @@ def _by_mean(c: CriterionResult, adjusted: float, among: int) -> CriterionResult
     return replace(c, adjusted=adjusted, verdict="holds" if OPERATORS[c.op](c.estimate, c.bound) else "fails", note="")
 
 
-def verdict(criteria: Iterable[CriterionResult]) -> Verdict:
-    """The claim's: ``fails`` where any gating criterion fails, ``holds`` where all hold, else ``undecided``."""
-    gating = [c.verdict for c in criteria if c.gating]
-    if "fails" in gating:
-        return "fails"
-    return "holds" if gating and all(v == "holds" for v in gating) else "undecided"
-
-
 @dataclass(frozen=True)
 class _Judged:
     """A criterion with all that it is judged on."""
@@ -179,6 +171,7 @@ def _outcome(judged: _Judged) -> CriterionResult:
     return CriterionResult(
         name=criterion.name,
         says=criterion.says,
+        kind=criterion.kind,
         verdict=decided or "undecided",
         gating=criterion.gating,
         statistic=_words(criterion),

@@ -16,7 +16,7 @@ from polyak.core import checks
 from polyak.lab import limits, statistics, words
 from polyak.lab import versions as facts
 from polyak.lab.claim import Arm, Claim, Metric
-from polyak.lab.result import ClaimResult, TrialResult
+from polyak.lab.result import ClaimResult, TrialResult, verdict
 from polyak.lab.store import Planned, Store, Stored
 
 FIRST_TUNING_SEED = 10_000
@@ -192,7 +192,7 @@ class Plan:
             slug=self.claim.slug,
             scale=self.scale,
             device=self.device,
-            verdict=statistics.verdict(criteria),
+            verdict=verdict(criteria),
             criteria=criteria,
             trials=trials,
             chosen=self._points(),

@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from polyak.lab.claim import Claim, Criterion
-from polyak.lab.result import ClaimResult, CriterionResult
+from polyak.lab.claim import Claim, Criterion, Kind
+from polyak.lab.result import ClaimResult, CriterionResult, KindVerdict
 from polyak.lab.statistics import OPERATORS, UNCLEAR
 
-GLYPHS = {"holds": "✓", "fails": "✗", "undecided": "?", "not run": "–"}  # never by colour alone
-_STATES = {"holds": "met", "fails": "not met", "undecided": "undecided"}
+GLYPHS = {"holds": "✓", "fails": "✗", "undecided": "?", "not asked": "–", "not run": "–"}  # never by colour alone
+RULES = {"every": "every seed", "mean": "the mean over seeds"}
 BOUNDS = {"<=": "at most", "<": "below", ">=": "at least", ">": "above"}
 
 
@@ -182,8 +182,36 @@ def typical_point(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def verdict_of(result: ClaimResult | None) -> str:
-    """The verdict, or "not run"."""
+    """The verdict over both kinds, or "not run"."""
     return result.verdict if result else "not run"
+
+
+def of_kind(result: ClaimResult | None, kind: Kind) -> str:
+    """The verdict of one kind, "not asked" where none of its criteria counts, or "not run"."""
+    if result is None:
+        return "not run"
+    return next((v.verdict for v in result.verdicts if v.kind == kind), "not asked")
+
+
+def said(v: KindVerdict, *, here: str = " at this scale") -> str:
+    """A kind's verdict with how many criteria are met: "holds, 4 of 4", "not seen at this scale, 1 of 3"."""
+    return f"{called(v.kind, v.verdict, here=here)}, {v.met} of {v.total}"
+
+
+def called(kind: Kind, verdict: str, *, here: str = " at this scale") -> str:
+    """What a kind's verdict is called: an effect that fails was not seen at this scale."""
+    return f"not seen{here}" if (kind, verdict) == ("effect", "fails") else verdict
+
+
+def said_of(result: ClaimResult | None, kind: Kind, *, here: str = " at this scale") -> str:
+    """The same of a result, or "not asked" or "not run"."""
+    found = [said(v, here=here) for v in (result.verdicts if result else ()) if v.kind == kind]
+    return found[0] if found else of_kind(result, kind)
+
+
+def marked(result: ClaimResult | None, kind: Kind, *, here: str = " at this scale") -> str:
+    """The same with its glyph: "✓ holds, 4 of 4"."""
+    return f"{GLYPHS[of_kind(result, kind)]} {said_of(result, kind, here=here)}"
 
 
 def tally(verdicts: Iterable[str]) -> str:
@@ -192,10 +220,13 @@ def tally(verdicts: Iterable[str]) -> str:
     return ", ".join(f"{counts[v]} {GLYPHS[v]} {v}" for v in GLYPHS if counts[v])
 
 
-def deciding(result: ClaimResult) -> CriterionResult | None:
-    """The criterion to name first: one that made the verdict what it is, else the first that counts."""
-    gating = [c for c in result.criteria if c.gating]
-    return next((c for c in gating if c.verdict == result.verdict), gating[0] if gating else None)
+def deciding(result: ClaimResult) -> list[CriterionResult]:
+    """The criteria to name: of each kind that does not hold the first that made it so; where both do, the last kind's first."""
+    chosen = []
+    for v in result.verdicts:
+        counting = [c for c in result.criteria if c.gating and c.kind == v.kind]
+        chosen.append((v.verdict, next(c for c in counting if c.verdict == v.verdict)))
+    return [c for verdict, c in chosen if verdict != "holds"] or [c for _, c in chosen[-1:]]
 
 
 def reason(c: CriterionResult) -> str:
@@ -257,24 +288,24 @@ def quantity(claim: Claim, c: Criterion) -> str:
     return f"{metric.label}{unit}, {c.compare}: {arm} {'÷' if c.compare == 'ratio' else '−'} {rival}"
 
 
+def condition(claim: Claim, c: Criterion) -> str:
+    """What must be true, in full: "Training loss, ratio: Swift ÷ AdamW: at most 0.5, the mean over seeds, on Digits"."""
+    asked = f"{quantity(claim, c)}: {BOUNDS[c.op]} {number(c.bound)}, {RULES[c.rule]}, on {claim.task(c.task).label}"
+    return f"{asked}; {claim.arm(c.control).label}, in its place, must not pass" if c.control else asked
+
+
 def finding(claim: Claim, result: ClaimResult | None) -> str:
-    """What was found, in plain sentences: how many criteria are met, and the one to name first with what decided it."""
+    """What was found, in plain sentences: each kind's verdict, and what decided it."""
+    verdicts = [f"{v.kind.capitalize()}: {said(v)}." for v in (result.verdicts if result else ())]
+    return " ".join([*verdicts, *decisions(claim, result)])
+
+
+def decisions(claim: Claim, result: ClaimResult | None) -> list[str]:
+    """A sentence for each of the criteria to name."""
     if result is None:
-        return "Nothing yet: it has not been run."
-    counts = Counter(c.verdict for c in result.criteria if c.gating)
-    met, total = counts["holds"], counts.total()
-    if total == 1:
-        text = "The criterion is met." if met else f"The criterion is {_STATES[result.verdict]}."
-    elif met == total:
-        text = "Both criteria are met." if met == 2 else f"All {met} criteria are met."
-    else:
-        shown = _STATES if counts["undecided"] else {"holds": "met"}
-        parts = [f"{counts[v]} {'is' if counts[v] == 1 else 'are'} {state}" for v, state in shown.items() if counts[v]]
-        text = f"Of {total} criteria, {listing(parts) or 'none is met'}."
-    c = deciding(result)
-    if c is not None:
-        text += f" {names(claim, result.criteria)[c.name].rstrip('.')}: {measured(c)}."
-    return text
+        return ["Nothing yet: it has not been run."]
+    named = names(claim, result.criteria)
+    return [f"{named[c.name].rstrip('.')}: {measured(c)}." for c in deciding(result)]
 
 
 def usage(claim: Claim) -> list[str]:

@@ -7,7 +7,8 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial, measure
+from polyak.lab.claim import Arm, Claim, Measurement, Metric, Paper, Plot, Scale, Task, Trial, measure
+from polyak.lab.criteria import Ask
 
 BUDGETS = (10, 12, 20, 40)
 DDIMS = ("ddim_logsnr", "ddim_time", "ddim_quadratic")
@@ -124,137 +125,80 @@ FAST = {"solver": "dpm", "order": 3, "form": "eps", "method": "fast", "grid": "l
 MULTI = {"solver": "dpm", "form": "data", "method": "multistep", "grid": "logsnr"}
 
 ARMS = (
+    Arm("ddim_logsnr", "DDIM, logSNR grid", "baseline", {"solver": "ddim", "grid": "logsnr"}),
+    Arm("ddim_time", "DDIM, uniform grid", "baseline", {"solver": "ddim", "grid": "time"}),
+    Arm("ddim_quadratic", "DDIM, quadratic grid", "baseline", {"solver": "ddim", "grid": "quadratic"}),
     Arm(
-        name="ddim_logsnr", label="DDIM, logSNR grid", role="baseline", options={"solver": "ddim", "grid": "logsnr"},
-    ),
-    Arm(
-        name="ddim_time", label="DDIM, uniform grid", role="baseline", options={"solver": "ddim", "grid": "time"},
-    ),
-    Arm(
-        name="ddim_quadratic", label="DDIM, quadratic grid", role="baseline",
-        options={"solver": "ddim", "grid": "quadratic"},
-    ),
-    Arm(
-        name="fast3", label="DPM-Solver-3 (fast)", role="method", options=FAST,
+        "fast3", "DPM-Solver-3 (fast)", "method", FAST,
         says="eps form, singlestep of order 3 with lower orders at the end, logSNR grid",
     ),
+    Arm("dpmpp_2m", "DPM-Solver++ 2M", "method", {**MULTI, "order": 2}, says="data form, multistep, logSNR grid"),
     Arm(
-        name="dpmpp_2m", label="DPM-Solver++ 2M", role="method", options={**MULTI, "order": 2},
-        says="data form, multistep, logSNR grid",
-    ),
-    Arm(
-        name="dpmpp_3m", label="DPM-Solver++ 3M", role="method", options={**MULTI, "order": 3},
+        "dpmpp_3m", "DPM-Solver++ 3M", "method", {**MULTI, "order": 3},
         says="data form, multistep, logSNR grid; the third-order formula",
     ),
     Arm(
-        name="dpmpp_3m_official", label="DPM-Solver++ 3M, as in the official code", role="method",
-        options={**MULTI, "order": 3, "parity": "official"}, says="its second difference is halved",
+        "dpmpp_3m_official", "DPM-Solver++ 3M, as in the official code", "method",
+        {**MULTI, "order": 3, "parity": "official"}, says="its second difference is halved",
     ),
+    Arm("heun_time", "Heun in t", "baseline", {"solver": "heun", "grid": "time"}, says="classical, order 2, uniform grid"),
     Arm(
-        name="heun_time", label="Heun in t", role="baseline", options={"solver": "heun", "grid": "time"},
-        says="classical, order 2, uniform grid",
-    ),
-    Arm(
-        name="rk3_time", label="RK3 in t", role="control", options={"solver": "rk3", "grid": "time"},
+        "rk3_time", "RK3 in t", "control", {"solver": "rk3", "grid": "time"},
         says="DPM-Solver-3's order and nodes without the exponential integrator: the paper's RK3 (t); uniform grid",
     ),
     Arm(
-        name="rk3_lambda", label="RK3 in half log-SNR", role="ablation",
-        options={"solver": "rk3_lambda", "grid": "logsnr"}, says="the paper's RK3 (lambda); logSNR grid",
+        "rk3_lambda", "RK3 in half log-SNR", "ablation", {"solver": "rk3_lambda", "grid": "logsnr"},
+        says="the paper's RK3 (lambda); logSNR grid",
     ),
+    Arm("rk4_time", "RK4 in t", "baseline", {"solver": "rk4", "grid": "time"}, says="classical, order 4, uniform grid"),
     Arm(
-        name="rk4_time", label="RK4 in t", role="baseline", options={"solver": "rk4", "grid": "time"},
-        says="classical, order 4, uniform grid",
-    ),
-    Arm(
-        name="rk4_quadratic", label="RK4 in t, quadratic grid", role="baseline",
-        options={"solver": "rk4", "grid": "quadratic"}, says="on the grid that is DDIM's best here",
+        "rk4_quadratic", "RK4 in t, quadratic grid", "baseline", {"solver": "rk4", "grid": "quadratic"},
+        says="on the grid that is DDIM's best here",
     ),
 )  # fmt: skip
 
-PLOTS = (Plot(x="nfe", y="rmse", x_label="network evaluations", log_x=True, log_y=True, title="Path RMSE"),)
-
+PLOTS = (Plot("nfe", "rmse", "Path RMSE", x_label="network evaluations", log_x=True, log_y=True),)
 TASKS = (
     Task(
-        name="ring",
-        label="Ring of 8 Gaussians",
-        says="2-D mixture of 8 modes on radius 2, variance 0.04; exact score; VP(0.1, 20), t from 1 to 1e-3; 2000 paths",
-        options={"samples": 2000, "reference_nfe": 900, "target": 4e-3, "limit": 400},
-        plots=PLOTS,
+        "ring", "Ring of 8 Gaussians",
+        "2-D mixture of 8 modes on radius 2, variance 0.04; exact score; VP(0.1, 20), t from 1 to 1e-3; 2000 paths",
+        {"samples": 2000, "reference_nfe": 900, "target": 4e-3, "limit": 400}, plots=PLOTS,
     ),
     Task(
-        name="digits",
-        label="Digits, kernel density estimate",
-        says="600 of scikit-learn's digits in [-1, 1]^64, bandwidth 0.15; exact score; VP(0.1, 20), t from 1 to 1e-3; 300 paths",
-        options={"samples": 300, "reference_nfe": 600, "images": 600, "bandwidth": 0.15},
-        plots=PLOTS,
+        "digits", "Digits, kernel density estimate",
+        "600 of scikit-learn's digits in [-1, 1]^64, bandwidth 0.15; exact score; VP(0.1, 20), t from 1 to 1e-3; 300 paths",
+        {"samples": 300, "reference_nfe": 600, "images": 600, "bandwidth": 0.15}, plots=PLOTS,
     ),
+)  # fmt: skip
+
+METRICS = (
+    Metric("rmse", "Path RMSE"),
+    *(Metric(f"rmse_{nfe}", f"Path RMSE, {nfe} evaluations", exact=True) for nfe in BUDGETS),
+    Metric("nfe_to_target", "Evaluations to an RMSE of 0.004 (401: not within 400)", exact=True),
 )
-
-
-def _reported(name: str, says: str, task: str, nfe: int, arm: str, against: str | tuple[str, ...] = DDIMS, **more: Any):
-    """A comparison that is reported whatever it says: by default, that the arm's RMSE is at most the best rival's."""
-    return Criterion(
-        name=name,
-        says=says,
-        task=task,
-        metric=f"rmse_{nfe}",
-        arm=arm,
-        against=against,
-        rule="every",
-        gating=False,
-        **more,
-    )
-
+DDIM_S, FOUR_TIMES = (
+    "DDIM's on its best grid",
+    "Ring: to reach an RMSE of 0.004, DDIM on its best grid needs at least 4 times",
+)
+ASK = Ask(METRICS, kind="mechanism", arm="fast3", over=DDIMS, rule="every")
+REPORTED = ASK.but(gating=False)
+LABELS = {"ring": "Ring", "digits": "Digits"}
 
 CRITERIA = (
-    Criterion(
-        name="ring_40",
-        says="Ring, 40 evaluations: DPM-Solver-3's RMSE is at most a quarter of DDIM's on its best grid",
-        task="ring",
-        metric="rmse_40",
-        arm="fast3",
-        against=DDIMS,
-        bound=0.25,
-        rule="every",
-        control="rk3_time",
-    ),
-    Criterion(
-        name="ring_target",
-        says="Ring: to reach an RMSE of 0.004, DDIM on its best grid needs at least 4 times DPM-Solver-3's evaluations",
-        task="ring",
-        metric="nfe_to_target",
-        arm="fast3",
-        against=DDIMS,
-        bound=0.25,
-        rule="every",
-        control="rk3_time",
-    ),
-    Criterion(
-        name="digits_20",
-        says="Digits, 20 evaluations: DPM-Solver-3's RMSE is at most 0.75 of DDIM's on its best grid",
-        task="digits",
-        metric="rmse_20",
-        arm="fast3",
-        against=DDIMS,
-        bound=0.75,
-        rule="every",
-        control="rk3_time",
-    ),
-    Criterion(
-        name="digits_12",
-        says="Digits, 12 evaluations: DPM-Solver-3's RMSE is at most 0.9 of DDIM's on its best grid",
-        task="digits",
-        metric="rmse_12",
-        arm="fast3",
-        against=DDIMS,
-        bound=0.9,
-        rule="every",
+    *ASK.table(
+        "at_most", "name bound task metric says",
+        ("ring_40", 0.25, "ring", "rmse_40", f"Ring, 40 evaluations: DPM-Solver-3's RMSE is at most a quarter of {DDIM_S}"),
+        ("ring_target", 0.25, "ring", "nfe_to_target", f"{FOUR_TIMES} DPM-Solver-3's evaluations"),
+        ("digits_20", 0.75, "digits", "rmse_20", f"Digits, 20 evaluations: DPM-Solver-3's RMSE is at most 0.75 of {DDIM_S}"),
+        ("digits_12", 0.9, "digits", "rmse_12", f"Digits, 12 evaluations: DPM-Solver-3's RMSE is at most 0.9 of {DDIM_S}"),
         control="rk3_time",
     ),
     *(
-        _reported(f"{task}_10_{arm}", f"{label}, 10 evaluations: {who}'s RMSE is at most DDIM's on its best grid", task, 10, arm)
-        for task, label in (("ring", "Ring"), ("digits", "Digits"))
+        REPORTED.at_most(
+            f"{task}_10_{arm}", 1.0, f"{label}, 10 evaluations: {who}'s RMSE is at most {DDIM_S}",
+            task=task, metric="rmse_10", arm=arm,
+        )
+        for task, label in LABELS.items()
         for arm, who in (
             ("fast3", "DPM-Solver-3"),
             ("dpmpp_2m", "DPM-Solver++ 2M"),
@@ -262,44 +206,25 @@ CRITERIA = (
             ("dpmpp_3m_official", "official 3M"),
         )
     ),
-    _reported(
-        "digits_20_rk3",
-        "Digits, 20 evaluations: RK3 in t, too, is at most 0.75 of DDIM on its best grid",
-        "digits", 20, "rk3_time", bound=0.75,
-    ),
-    _reported(
-        "digits_12_rk3",
-        "Digits, 12 evaluations: RK3 in t, too, is at most 0.9 of DDIM on its best grid",
-        "digits", 12, "rk3_time", bound=0.9,
-    ),
-    _reported(
-        "ring_40_rk3_lambda",
-        "Ring, 40 evaluations: RK3 in half log-SNR, too, is at most a quarter of DDIM on its best grid",
-        "ring", 40, "rk3_lambda", bound=0.25,
-    ),
-    _reported(
-        "ring_40_rk4",
-        "Ring, 40 evaluations: RK4 in t, too, is at most a quarter of DDIM on its best grid",
-        "ring", 40, "rk4_time", bound=0.25,
-    ),
-    Criterion(
-        name="ring_target_rk3",
-        says="Ring: to reach an RMSE of 0.004, DDIM on its best grid needs at least 4 times RK3's evaluations (in t), too",
-        task="ring",
-        metric="nfe_to_target",
-        arm="rk3_time",
-        against=DDIMS,
-        bound=0.25,
-        rule="every",
-        gating=False,
+    *REPORTED.table(
+        "at_most", "name bound task metric arm says",
+        ("digits_20_rk3", 0.75, "digits", "rmse_20", "rk3_time",
+         "Digits, 20 evaluations: RK3 in t, too, is at most 0.75 of DDIM on its best grid"),
+        ("digits_12_rk3", 0.9, "digits", "rmse_12", "rk3_time",
+         "Digits, 12 evaluations: RK3 in t, too, is at most 0.9 of DDIM on its best grid"),
+        ("ring_40_rk3_lambda", 0.25, "ring", "rmse_40", "rk3_lambda",
+         "Ring, 40 evaluations: RK3 in half log-SNR, too, is at most a quarter of DDIM on its best grid"),
+        ("ring_40_rk4", 0.25, "ring", "rmse_40", "rk4_time",
+         "Ring, 40 evaluations: RK4 in t, too, is at most a quarter of DDIM on its best grid"),
+        ("ring_target_rk3", 0.25, "ring", "nfe_to_target", "rk3_time", f"{FOUR_TIMES} RK3's evaluations (in t), too"),
     ),
     *(
-        _reported(
-            f"{task}_{nfe}_classical",
+        REPORTED.at_most(
+            f"{task}_{nfe}_classical", 1.0,
             f"{label}, {nfe} evaluations: DPM-Solver-3's RMSE is at most that of the best of five classical methods",
-            task, nfe, "fast3", CLASSICAL,
+            task=task, metric=f"rmse_{nfe}", over=CLASSICAL,
         )
-        for task, label in (("ring", "Ring"), ("digits", "Digits"))
+        for task, label in LABELS.items()
         for nfe in (20, 40)
     ),
 )  # fmt: skip
@@ -315,22 +240,15 @@ CLAIM = Claim(
         "(DDIM, Runge-Kutta, Analytic-DDPM, PNDM) need for the same FID."
     ),
     paper=Paper(
-        title="DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps",
-        year=2022,
-        arxiv="2206.00927",
-        venue="NeurIPS 2022",
-        code="https://github.com/LuChengTHU/dpm-solver",
+        "DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps", 2022, "2206.00927",
+        "NeurIPS 2022", "https://github.com/LuChengTHU/dpm-solver",
     ),
     part="polyak.generate.dpm_solver:DPMSolver",
     budget="network evaluations",
     tasks=TASKS,
     arms=ARMS,
-    scales=(Scale(name="small", says="two laws whose scores are known, under a minute on two cores", seeds=3),),
-    metrics=(
-        Metric(name="rmse", label="Path RMSE"),
-        *(Metric(name=f"rmse_{nfe}", label=f"Path RMSE, {nfe} evaluations", exact=True) for nfe in BUDGETS),
-        Metric(name="nfe_to_target", label="Evaluations to an RMSE of 0.004 (401: not within 400)", exact=True),
-    ),
+    scales=(Scale("small", "two laws whose scores are known, under a minute on two cores", 3),),
+    metrics=METRICS,
     criteria=CRITERIA,
     trial=trial,
     departures=(
@@ -353,4 +271,4 @@ CLAIM = Claim(
         "from polyak.generate import VP, Denoiser, DPMSolver, sample\n\n"
         "x = sample(Denoiser(network, VP()), (16, 3, 32, 32), solver=DPMSolver(), nfe=12)  # network(x, t) predicts the noise"
     ),
-)
+)  # fmt: skip

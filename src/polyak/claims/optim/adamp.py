@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial
+from polyak.lab.criteria import Ask
 
 PAPER_TASKS = ("resnet18", "resnet50", "mobilenetv2")
 
@@ -112,98 +113,70 @@ NESTEROV = {"momentum": 0.9, "nesterov": True}
 ADAM_PAPER = {"lr": 1e-3, "weight_decay": 1e-4}
 SGD_PAPER = {"lr": 0.1, "weight_decay": 1e-4, **NESTEROV}
 
+PROJECTED = {"optimizer": "sgdp", "momentum": 0.9, **TOY}
+ALWAYS, NEVER = {**PROJECTED, "delta": INFINITE}, {**PROJECTED, "delta": 0.0}
+NETWORK = ("convnet",)
+
 ARMS = (
+    Arm("adamw", "AdamW", "baseline", {"optimizer": "adamw"}, ADAM_GRID, tasks=NETWORK),
     Arm(
-        name="adamw", label="AdamW", role="baseline", tasks=("convnet",), grid=ADAM_GRID, options={"optimizer": "adamw"},
+        "adamp", "AdamP", "method", {"optimizer": "adamp", "delta": 0.1}, ADAM_GRID, tasks=NETWORK,
+        says="delta 0.1, as in the paper",
     ),
     Arm(
-        name="adamp", label="AdamP", role="method", tasks=("convnet",), grid=ADAM_GRID,
-        options={"optimizer": "adamp", "delta": 0.1}, says="delta 0.1, as in the paper",
+        "adamp_0", "AdamP, delta 0", "control", {"optimizer": "adamp", "delta": 0.0}, ADAM_GRID, tasks=NETWORK,
+        says="never projects: AdamW through AdamP's code",
     ),
     Arm(
-        name="adamp_0", label="AdamP, delta 0", role="control", tasks=("convnet",), grid=ADAM_GRID,
-        options={"optimizer": "adamp", "delta": 0.0}, says="never projects: AdamW through AdamP's code",
+        "sgd", "SGD", "baseline", {"optimizer": "sgd", **NESTEROV}, SGD_GRID, tasks=NETWORK,
+        says="Nesterov's momentum 0.9; decay as an L2 penalty",
     ),
     Arm(
-        name="sgd", label="SGD", role="baseline", tasks=("convnet",), grid=SGD_GRID,
-        options={"optimizer": "sgd", **NESTEROV}, says="Nesterov's momentum 0.9; decay as an L2 penalty",
+        "sgdp", "SGDP", "method", {"optimizer": "sgdp", "delta": 0.1, **NESTEROV}, SGD_GRID, tasks=NETWORK,
+        says="Nesterov's momentum 0.9; decay lr wd / (1 - 0.9)",
     ),
+    Arm("gd", "GD", "baseline", {"optimizer": "sgd", "momentum": 0.0, **TOY}, tasks=("toy",), says="no momentum"),
     Arm(
-        name="sgdp", label="SGDP", role="method", tasks=("convnet",), grid=SGD_GRID,
-        options={"optimizer": "sgdp", "delta": 0.1, **NESTEROV}, says="Nesterov's momentum 0.9; decay lr wd / (1 - 0.9)",
+        "gdm", "GD, momentum", "baseline", {"optimizer": "sgd", "momentum": 0.9, **TOY}, tasks=("toy",),
+        says="momentum 0.9, torch.optim.SGD",
     ),
-    Arm(
-        name="gd", label="GD", role="baseline", tasks=("toy",), options={"optimizer": "sgd", "momentum": 0.0, **TOY},
-        says="no momentum",
-    ),
-    Arm(
-        name="gdm", label="GD, momentum", role="baseline", tasks=("toy",),
-        options={"optimizer": "sgd", "momentum": 0.9, **TOY}, says="momentum 0.9, torch.optim.SGD",
-    ),
-    Arm(
-        name="gdp", label="SGDP, always", role="method", tasks=("toy",),
-        options={"optimizer": "sgdp", "momentum": 0.9, "delta": INFINITE, **TOY}, says="momentum 0.9, delta inf",
-    ),
-    Arm(
-        name="gdp_0", label="SGDP, never", role="control", tasks=("toy",),
-        options={"optimizer": "sgdp", "momentum": 0.9, "delta": 0.0, **TOY}, says="momentum 0.9, delta 0",
-    ),
-    Arm(
-        name="adamw_100", label="AdamW, 100 epochs", role="baseline", tasks=PAPER_TASKS,
-        options={"optimizer": "adamw", **ADAM_PAPER},
-    ),
-    Arm(
-        name="adamp_100", label="AdamP, 100 epochs", role="method", tasks=PAPER_TASKS,
-        options={"optimizer": "adamp", "delta": 0.1, **ADAM_PAPER},
-    ),
-    Arm(
-        name="sgd_100", label="SGD, 100 epochs", role="baseline", tasks=PAPER_TASKS,
-        options={"optimizer": "sgd", **SGD_PAPER},
-    ),
-    Arm(
-        name="sgdp_100", label="SGDP, 100 epochs", role="method", tasks=PAPER_TASKS,
-        options={"optimizer": "sgdp", "delta": 0.1, **SGD_PAPER},
-    ),
+    Arm("gdp", "SGDP, always", "method", ALWAYS, tasks=("toy",), says="momentum 0.9, delta inf"),
+    Arm("gdp_0", "SGDP, never", "control", NEVER, tasks=("toy",), says="momentum 0.9, delta 0"),
+    Arm("adamw_100", "AdamW, 100 epochs", "baseline", {"optimizer": "adamw", **ADAM_PAPER}, tasks=PAPER_TASKS),
+    Arm("adamp_100", "AdamP, 100 epochs", "method", {"optimizer": "adamp", "delta": 0.1, **ADAM_PAPER}, tasks=PAPER_TASKS),
+    Arm("sgd_100", "SGD, 100 epochs", "baseline", {"optimizer": "sgd", **SGD_PAPER}, tasks=PAPER_TASKS),
+    Arm("sgdp_100", "SGDP, 100 epochs", "method", {"optimizer": "sgdp", "delta": 0.1, **SGD_PAPER}, tasks=PAPER_TASKS),
 )  # fmt: skip
 
 NETWORK_PLOTS = (
-    Plot(x="step", y="train_loss", log_y=True, title="Training loss (mean since the last point)"),
-    Plot(x="step", y="growth", title="Norm of the convolutions' weights, relative to the initial one"),
-    Plot(x="step", y="turn", log_y=True, title="Effective step at the base rate, radians"),
+    Plot("step", "train_loss", "Training loss (mean since the last point)", log_y=True),
+    Plot("step", "growth", "Norm of the convolutions' weights, relative to the initial one"),
+    Plot("step", "turn", "Effective step at the base rate, radians", log_y=True),
 )
 TASKS = (
     Task(
-        name="toy",
-        label="Rayleigh quotient",
-        says=(
-            "the Rayleigh quotient of diag(0.1 ... 1) in ten dimensions at w / ||w||, from 20 random directions of norm 0.5 for "
-            "each seed; float64, rate 0.5, momentum 0.9"
-        ),
-        options={"starts": 20, "dims": 10, "norm": 0.5, "steps": 2000, "target": 1e-6},
+        "toy", "Rayleigh quotient",
+        "the Rayleigh quotient of diag(0.1 ... 1) in ten dimensions at w / ||w||, from 20 random directions of norm 0.5 for each "
+        "seed; float64, rate 0.5, momentum 0.9",
+        {"starts": 20, "dims": 10, "norm": 0.5, "steps": 2000, "target": 1e-6},
         plots=(
-            Plot(x="step", y="gap", log_x=True, log_y=True, title="Gap to the minimum (median over starts)"),
-            Plot(x="step", y="norm", log_x=True, log_y=True, title="Norm of the weight (median over starts)"),
-            Plot(x="step", y="turn", log_x=True, log_y=True, title="Effective step, radians (median over starts)"),
+            Plot("step", "gap", "Gap to the minimum (median over starts)", log_x=True, log_y=True),
+            Plot("step", "norm", "Norm of the weight (median over starts)", log_x=True, log_y=True),
+            Plot("step", "turn", "Effective step, radians (median over starts)", log_x=True, log_y=True),
         ),
     ),
     Task(
-        name="convnet",
-        label="Digits, convolutions with batch norm",
-        says=(
-            "10,000 of MNIST's images at 14 x 14 (4,000 trained on, 2,000 for tuning, 4,000 for testing); 3 x 3 convolutions with "
-            "16-16-32-32 channels, each with batch norm; batch 128, 8 epochs, cosine; rate and decay tuned by validation loss"
-        ),
-        options={"widths": "16-16-32-32", "side": 14, "images": 10_000, "batch": 128, "epochs": 8},
-        tune="validation_loss",
+        "convnet", "Digits, convolutions with batch norm",
+        "10,000 of MNIST's images at 14 x 14 (4,000 trained on, 2,000 for tuning, 4,000 for testing); 3 x 3 convolutions with "
+        "16-16-32-32 channels, each with batch norm; batch 128, 8 epochs, cosine; rate and decay tuned by validation loss",
+        {"widths": "16-16-32-32", "side": 14, "images": 10_000, "batch": 128, "epochs": 8}, tune="validation_loss",
         plots=NETWORK_PLOTS,
     ),
     *(
         Task(
-            name=name,
-            label=f"{label} on ImageNet-1k",
-            says=f"timm's {model}, random crops and flips; batch 256, {epochs} epochs, cosine",
-            options={"model": model, "epochs": epochs, "adam_factor": factor},
-            plots=(*NETWORK_PLOTS, Plot(x="step", y="accuracy", title="Validation accuracy")),
+            name, f"{label} on ImageNet-1k", f"timm's {model}, random crops and flips; batch 256, {epochs} epochs, cosine",
+            {"model": model, "epochs": epochs, "adam_factor": factor},
+            plots=(*NETWORK_PLOTS, Plot("step", "accuracy", "Validation accuracy")),
         )
         for name, label, model, epochs, factor in (
             ("resnet18", "ResNet18", "resnet18", 100, 1.0),
@@ -211,65 +184,62 @@ TASKS = (
             ("mobilenetv2", "MobileNetV2", "mobilenetv2_100", 150, 2.0),
         )
     ),
+)  # fmt: skip
+
+METRICS = (
+    Metric("gap", "Gap to the minimum"),
+    Metric("norm", "Norm of the weight"),
+    Metric("steps", "Steps to a gap of 1e-6", unit="steps", exact=True),
+    Metric("growth_ratio", "Growth of ||w||^2 by squared steps (median)"),
+    Metric("off_1", "Largest distance of that growth to 1", exact=True),
+    Metric("off_19", "Largest distance of that growth to 19", exact=True),
+    Metric("train_loss", "Training loss"),
+    Metric("validation_loss", "Loss on the tuning images"),
+    Metric("test_loss", "Test loss"),
+    Metric("accuracy", "Test accuracy", better="higher", worst=0.0),
+    Metric("growth", "Norm of the convolutions, relative to the initial one"),
+    Metric("turn", "Effective step", better="higher", unit="radians", worst=0.0),
 )
+PROVED = Ask(METRICS, kind="mechanism", task="toy", rule="every", control="gdp_0")
 
 
 def _pair(projected: str, plain: str, names: str, gating: bool) -> Iterator[Criterion]:
     """What is asked, or only reported, of a projected optimizer and its baseline on the network."""
-    yield Criterion(
-        name=f"{projected}_accuracy",
-        says=f"{names}: mean test accuracy is at most 0.2 points below the baseline's",
-        task="convnet", metric="accuracy", arm=projected, against=plain, compare="difference", op=">=", bound=-0.002,
-        gating=gating,
-    )  # fmt: skip
-    yield Criterion(
-        name=f"{projected}_norm",
-        says=f"{names}: the convolutions' weights grow to less than 0.8 of the baseline's norm",
-        task="convnet", metric="growth", arm=projected, against=plain, op="<", bound=0.8,
-        control="adamp_0" if gating else "", gating=gating,
-    )  # fmt: skip
-    yield Criterion(
-        name=f"{projected}_effective_step",
-        says=f"{names}: at the end, the effective step is larger than the baseline's for every seed",
-        task="convnet", metric="turn", arm=projected, against=plain, op=">", bound=1.0, rule="every", gating=gating,
-    )  # fmt: skip
-    yield Criterion(
-        name=f"{projected}_gain",
-        says=f"{names}: mean test accuracy is above the baseline's",
-        task="convnet", metric="accuracy", arm=projected, against=plain, compare="difference", op=">", bound=0.0,
-        gating=False,
-    )  # fmt: skip
+    ask = Ask(METRICS, kind="effect", task="convnet", arm=projected, over=plain, gating=gating)
+    accurate, control = ask.but(metric="accuracy", minus=plain), "adamp_0" if gating else ""
+    below = f"{names}: mean test accuracy is at most 0.2 points below the baseline's"
+    slower = f"{names}: the convolutions' weights grow to less than 0.8 of the baseline's norm"
+    larger = f"{names}: at the end, the effective step is larger than the baseline's for every seed"
+    yield accurate.at_least(f"{projected}_accuracy", -0.002, below)
+    yield ask.below(f"{projected}_norm", 0.8, slower, metric="growth", control=control)
+    yield ask.beats(f"{projected}_effective_step", larger, metric="turn", rule="every")
+    yield accurate.beats(f"{projected}_gain", f"{names}: mean test accuracy is above the baseline's", gating=False)
 
 
 CRITERIA = (
-    Criterion(
-        name="toy_plain",
-        says="Without momentum, ||w||^2 grows by the sum of the squared steps, to 1e-6",
-        task="toy", metric="off_1", arm="gd", compare="value", bound=1e-6, rule="every", control="gdm",
+    PROVED.at_most(
+        "toy_plain", 1e-6, "Without momentum, ||w||^2 grows by the sum of the squared steps, to 1e-6",
+        metric="off_1", arm="gd", control="gdm",
     ),
-    Criterion(
-        name="toy_momentum",
-        says="With momentum 0.9, ||w||^2 grows by 19.00 times the sum of the squared steps, to 0.01",
-        task="toy", metric="off_19", arm="gdm", compare="value", bound=0.01, rule="every", control="gd",
+    PROVED.at_most(
+        "toy_momentum", 0.01, "With momentum 0.9, ||w||^2 grows by 19.00 times the sum of the squared steps, to 0.01",
+        metric="off_19", arm="gdm", control="gd",
     ),
-    Criterion(
-        name="toy_projected",
-        says="With momentum 0.9 and the projection, ||w||^2 grows by the sum of the squared steps, to 1e-6",
-        task="toy", metric="off_1", arm="gdp", compare="value", bound=1e-6, rule="every", control="gdp_0",
+    PROVED.at_most(
+        "toy_projected", 1e-6, "With momentum 0.9 and the projection, ||w||^2 grows by the sum of the squared steps, to 1e-6",
+        metric="off_1", arm="gdp",
     ),
-    Criterion(
-        name="toy_steps",
-        says="With the projection, the median number of steps to a gap of 1e-6 is at most 0.4 of that with momentum alone",
-        task="toy", metric="steps", arm="gdp", against="gdm", bound=0.4, rule="every", control="gdp_0",
+    PROVED.at_most(
+        "toy_steps", 0.4,
+        "With the projection, the median number of steps to a gap of 1e-6 is at most 0.4 of that with momentum alone",
+        metric="steps", arm="gdp", over="gdm",
     ),
     *_pair("adamp", "adamw", "AdamP against AdamW", gating=True),
     *_pair("sgdp", "sgd", "SGDP against SGD", gating=False),
     *(
-        Criterion(
-            name=f"{task}_{method}",
-            says=f"{words} on ImageNet ({task}): validation accuracy is above the baseline's",
-            task=task, metric="accuracy", arm=f"{method}_100", against=f"{plain}_100", compare="difference", op=">",
-            bound=0.0, rule="every",
+        Ask(METRICS, kind="effect", task=task, metric="accuracy", rule="every").beats(
+            f"{task}_{method}", f"{words} on ImageNet ({task}): validation accuracy is above the baseline's",
+            arm=f"{method}_100", minus=f"{plain}_100",
         )
         for task in PAPER_TASKS
         for method, plain, words in (("adamp", "adamw", "AdamP"), ("sgdp", "sgd", "SGDP"))
@@ -289,11 +259,8 @@ CLAIM = Claim(
         "ResNet50 76.5 and 76.9 with AdamW and AdamP; MobileNetV2 71.2 and 72.5."
     ),
     paper=Paper(
-        title="AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights",
-        year=2020,
-        arxiv="2006.08217",
-        venue="ICLR 2021",
-        code="https://github.com/clovaai/AdamP",
+        "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights", 2020, "2006.08217", "ICLR 2021",
+        "https://github.com/clovaai/AdamP",
     ),
     part="polyak.optim.adamp:AdamP",
     budget="optimizer steps",
@@ -301,33 +268,16 @@ CLAIM = Claim(
     arms=ARMS,
     scales=(
         Scale(
-            name="small",
-            says="an exactly solvable toy, and a small network on digits: about three minutes on two cores",
-            seeds=5,
+            "small", "an exactly solvable toy, and a small network on digits: about three minutes on two cores", 5,
             tasks=("toy", "convnet"),
         ),
         Scale(
-            name="paper",
-            says="ImageNet-1k with three networks, days on one accelerator; needs timm, and ImageNet in a folder or from the hub",
-            seeds=1,
-            tasks=PAPER_TASKS,
-            options={"batch": 256, "micro_batch": 256, "workers": 16},
+            "paper",
+            "ImageNet-1k with three networks, days on one accelerator; needs timm, and ImageNet in a folder or from the hub",
+            1, tasks=PAPER_TASKS, options={"batch": 256, "micro_batch": 256, "workers": 16},
         ),
     ),
-    metrics=(
-        Metric(name="gap", label="Gap to the minimum"),
-        Metric(name="norm", label="Norm of the weight"),
-        Metric(name="steps", label="Steps to a gap of 1e-6", unit="steps", exact=True),
-        Metric(name="growth_ratio", label="Growth of ||w||^2 by squared steps (median)"),
-        Metric(name="off_1", label="Largest distance of that growth to 1", exact=True),
-        Metric(name="off_19", label="Largest distance of that growth to 19", exact=True),
-        Metric(name="train_loss", label="Training loss"),
-        Metric(name="validation_loss", label="Loss on the tuning images"),
-        Metric(name="test_loss", label="Test loss"),
-        Metric(name="accuracy", label="Test accuracy", better="higher", worst=0.0),
-        Metric(name="growth", label="Norm of the convolutions, relative to the initial one"),
-        Metric(name="turn", label="Effective step", better="higher", unit="radians", worst=0.0),
-    ),
+    metrics=METRICS,
     criteria=CRITERIA,
     trial=trial,
     departures=(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial
+from polyak.lab.criteria import Ask
 
 SMALL = ("vit", "char_lm", "autoencoder")
 
@@ -61,173 +62,101 @@ CONTROL_RATES = {"lr": (1e-2, 2e-2, 4e-2)}
 ADAMW_DEIT = {**ADAMW, "lr": 2e-3, "weight_decay": 0.05, "warmup_epochs": 5, "warmup_lr": 1e-6}
 ADAN_DEIT = {**ADAN, "lr": 1.5e-2, "weight_decay": 0.02, "warmup_epochs": 60, "warmup_lr": 1e-8, "max_grad_norm": 5.0}
 
+HALF, NO_DIFFERENCE = {**ADAN, "budget": 0.5}, {**ADAN, "b2": 0.0, "budget": 1.0}
+
 ARMS = (
+    Arm("adamw", "AdamW", "baseline", {**ADAMW, "budget": 1.0}, ADAMW_RATES, tasks=SMALL, says="betas (0.9, 0.999)"),
+    Arm("adan", "Adan", "method", {**ADAN, "budget": 1.0}, ADAN_RATES, tasks=SMALL, says="betas (0.98, 0.92, 0.99)"),
+    Arm("adamw_half", "AdamW, half budget", "baseline", {**ADAMW, "budget": 0.5}, ADAMW_RATES, tasks=SMALL),
+    Arm("adan_half", "Adan, half budget", "method", HALF, ADAN_RATES, tasks=SMALL),
     Arm(
-        name="adamw", label="AdamW", role="baseline", tasks=SMALL, grid=ADAMW_RATES,
-        options={**ADAMW, "budget": 1.0}, says="betas (0.9, 0.999)",
-    ),
-    Arm(
-        name="adan", label="Adan", role="method", tasks=SMALL, grid=ADAN_RATES,
-        options={**ADAN, "budget": 1.0}, says="betas (0.98, 0.92, 0.99)",
-    ),
-    Arm(
-        name="adamw_half", label="AdamW, half budget", role="baseline", tasks=SMALL, grid=ADAMW_RATES,
-        options={**ADAMW, "budget": 0.5},
-    ),
-    Arm(
-        name="adan_half", label="Adan, half budget", role="method", tasks=SMALL, grid=ADAN_RATES,
-        options={**ADAN, "budget": 0.5},
-    ),
-    Arm(
-        name="no_difference", label="Adan without the gradient difference", role="control", tasks=("vit",),
-        grid=CONTROL_RATES, options={**ADAN, "b2": 0.0, "budget": 1.0},
+        "no_difference", "Adan without the gradient difference", "control", NO_DIFFERENCE, CONTROL_RATES, tasks=("vit",),
         says="b2 = 0: Adam with betas (0.98, 0.99), and proximal decay",
     ),
     Arm(
-        name="adamw_deit", label="AdamW, 300 epochs", role="baseline", tasks=("imagenet",),
-        options={**ADAMW_DEIT, "budget": 1.0}, says="DeiT's own recipe: lr 2e-3 for batches of 2048, decay 0.05",
+        "adamw_deit", "AdamW, 300 epochs", "baseline", {**ADAMW_DEIT, "budget": 1.0}, tasks=("imagenet",),
+        says="DeiT's own recipe: lr 2e-3 for batches of 2048, decay 0.05",
     ),
     Arm(
-        name="adan_deit", label="Adan, 300 epochs", role="method", tasks=("imagenet",),
-        options={**ADAN_DEIT, "budget": 1.0}, says="the paper's setting II: lr 1.5e-2, decay 0.02, clip 5",
+        "adan_deit", "Adan, 300 epochs", "method", {**ADAN_DEIT, "budget": 1.0}, tasks=("imagenet",),
+        says="the paper's setting II: lr 1.5e-2, decay 0.02, clip 5",
     ),
-    Arm(
-        name="adan_deit_half", label="Adan, 150 epochs", role="method", tasks=("imagenet",),
-        options={**ADAN_DEIT, "budget": 0.5},
+    Arm("adan_deit_half", "Adan, 150 epochs", "method", {**ADAN_DEIT, "budget": 0.5}, tasks=("imagenet",)),
+)  # fmt: skip
+
+MEAN = "(mean since the last point)"
+TASKS = (
+    Task(
+        "vit", "ViT on digits",
+        "1,437 of scikit-learn's 8 x 8 digits as 16 patches; ViT of width 32, depth 2, 4 heads; batch 128, 40 epochs",
+        {"steps": 440}, tune="train_loss",
+        plots=(Plot("step", "train_loss", f"Training loss {MEAN}", log_y=True), Plot("step", "test_loss", "Test loss")),
+    ),
+    Task(
+        "char_lm", "Character language model",
+        "Tiny Shakespeare, or else Python's standard library; GPT of width 48, depth 2, context 64; batch 16, 400 steps",
+        {"steps": 400}, tune="train_loss",
+        plots=(Plot("step", "train_loss", f"Training loss, nats per character {MEAN}"),),
+    ),
+    Task(
+        "autoencoder", "Autoencoder of digits",
+        "1,437 digits, 64-100-50-12-50-100-64 with tanh, mean squared error; full batch, 600 steps",
+        {"steps": 600}, tune="train_loss", plots=(Plot("step", "train_loss", f"Training loss {MEAN}", log_y=True),),
+    ),
+    Task(
+        "imagenet", "DeiT-small on ImageNet-1k",
+        "timm's deit_small_patch16_224 with DeiT's augmentation; batch 2048, 300 epochs (Adan at half budget: 150)",
+        {"epochs": 300, "batch": 2048, "min_lr": 1e-5, "model": "deit_small_patch16_224"},
+        plots=(Plot("step", "train_loss", "Training loss"), Plot("step", "accuracy", "Validation accuracy")),
     ),
 )  # fmt: skip
 
-TASKS = (
-    Task(
-        name="vit",
-        label="ViT on digits",
-        says="1,437 of scikit-learn's 8 x 8 digits as 16 patches; ViT of width 32, depth 2, 4 heads; batch 128, 40 epochs",
-        options={"steps": 440},
-        tune="train_loss",
-        plots=(
-            Plot(x="step", y="train_loss", log_y=True, title="Training loss (mean since the last point)"),
-            Plot(x="step", y="test_loss", title="Test loss"),
-        ),
-    ),
-    Task(
-        name="char_lm",
-        label="Character language model",
-        says="Tiny Shakespeare, or else Python's standard library; GPT of width 48, depth 2, context 64; batch 16, 400 steps",
-        options={"steps": 400},
-        tune="train_loss",
-        plots=(Plot(x="step", y="train_loss", title="Training loss, nats per character (mean since the last point)"),),
-    ),
-    Task(
-        name="autoencoder",
-        label="Autoencoder of digits",
-        says="1,437 digits, 64-100-50-12-50-100-64 with tanh, mean squared error; full batch, 600 steps",
-        options={"steps": 600},
-        tune="train_loss",
-        plots=(Plot(x="step", y="train_loss", log_y=True, title="Training loss (mean since the last point)"),),
-    ),
-    Task(
-        name="imagenet",
-        label="DeiT-small on ImageNet-1k",
-        says="timm's deit_small_patch16_224 with DeiT's augmentation; batch 2048, 300 epochs (Adan at half budget: 150)",
-        options={"epochs": 300, "batch": 2048, "min_lr": 1e-5, "model": "deit_small_patch16_224"},
-        plots=(
-            Plot(x="step", y="train_loss", title="Training loss"),
-            Plot(x="step", y="accuracy", title="Validation accuracy"),
-        ),
-    ),
+METRICS = (
+    Metric("train_loss", "Training loss"),
+    Metric("test_loss", "Test loss"),
+    Metric("accuracy", "Test accuracy", better="higher", worst=0.0),
 )
+VIT = Ask(METRICS, kind="effect", task="vit", metric="train_loss", over="adamw", rule="every")
+ACCURATE = Ask(METRICS, kind="effect", task="vit", metric="accuracy", minus="adamw", gating=False)
+IMAGENET = Ask(METRICS, kind="effect", task="imagenet", metric="accuracy", minus="adamw_deit", rule="every")
 
 
 def _reported(task: str, metric: str, what: str) -> tuple[Criterion, ...]:
     """The three comparisons of one quantity that are reported whatever they say."""
-    pairs = (
-        ("equal", "adan", "adamw", f"At the full budget, Adan's {what} is at most AdamW's"),
-        ("equal_half", "adan_half", "adamw_half", f"At half the budget for both, Adan's {what} is at most AdamW's"),
-        ("half_cost", "adan_half", "adamw", f"At half AdamW's budget, Adan's {what} is at most AdamW's: half the cost"),
-    )
-    return tuple(
-        Criterion(
-            name=f"{task}_{metric}_{name}", says=says, task=task, metric=metric, arm=arm, against=against, gating=False
-        )
-        for name, arm, against, says in pairs
-    )
+    name, less = f"{task}_{metric}", f"Adan's {what} is at most AdamW's"
+    return Ask(METRICS, kind="effect", task=task, metric=metric, gating=False).table(
+        "at_most", "name arm over says",
+        (f"{name}_equal", "adan", "adamw", f"At the full budget, {less}"),
+        (f"{name}_equal_half", "adan_half", "adamw_half", f"At half the budget for both, {less}"),
+        (f"{name}_half_cost", "adan_half", "adamw", f"At half AdamW's budget, {less}: half the cost"),
+        bound=1.0,
+    )  # fmt: skip
 
 
 CRITERIA = (
-    Criterion(
-        name="equal_budget",
-        says="At an equal budget, Adan's final training loss of the ViT is at most half of AdamW's",
-        task="vit",
-        metric="train_loss",
-        arm="adan",
-        against="adamw",
-        bound=0.5,
-        rule="every",
-        control="no_difference",
+    VIT.at_most(
+        "equal_budget", 0.5, "At an equal budget, Adan's final training loss of the ViT is at most half of AdamW's",
+        arm="adan", control="no_difference",
     ),
-    Criterion(
-        name="half_budget",
-        says="At half AdamW's budget, Adan's final training loss of the ViT is at most twice AdamW's",
-        task="vit",
-        metric="train_loss",
+    VIT.at_most(
+        "half_budget", 2.0, "At half AdamW's budget, Adan's final training loss of the ViT is at most twice AdamW's",
         arm="adan_half",
-        against="adamw",
-        bound=2.0,
-        rule="every",
     ),
     *_reported("vit", "train_loss", "training loss")[1:],
     *_reported("vit", "test_loss", "test loss"),
-    Criterion(
-        name="vit_accuracy_equal",
-        says="At the full budget, Adan's test accuracy is at least AdamW's",
-        task="vit",
-        metric="accuracy",
-        arm="adan",
-        against="adamw",
-        compare="difference",
-        op=">=",
-        bound=0.0,
-        gating=False,
-    ),
-    Criterion(
-        name="vit_accuracy_half_cost",
-        says="At half AdamW's budget, Adan's test accuracy is at least AdamW's: half the cost",
-        task="vit",
-        metric="accuracy",
+    ACCURATE.at_least("vit_accuracy_equal", 0.0, "At the full budget, Adan's test accuracy is at least AdamW's", arm="adan"),
+    ACCURATE.at_least(
+        "vit_accuracy_half_cost", 0.0, "At half AdamW's budget, Adan's test accuracy is at least AdamW's: half the cost",
         arm="adan_half",
-        against="adamw",
-        compare="difference",
-        op=">=",
-        bound=0.0,
-        gating=False,
     ),
     *_reported("char_lm", "test_loss", "test loss"),
     *_reported("autoencoder", "train_loss", "training loss"),
-    Criterion(
-        name="imagenet_equal",
-        says="After 300 epochs, Adan's validation accuracy is at least AdamW's",
-        task="imagenet",
-        metric="accuracy",
-        arm="adan_deit",
-        against="adamw_deit",
-        compare="difference",
-        op=">=",
-        bound=0.0,
-        rule="every",
-    ),
-    Criterion(
-        name="imagenet_half_cost",
-        says="After 150 epochs, Adan's validation accuracy is at least AdamW's after 300: half the cost",
-        task="imagenet",
-        metric="accuracy",
+    IMAGENET.at_least("imagenet_equal", 0.0, "After 300 epochs, Adan's validation accuracy is at least AdamW's", arm="adan_deit"),
+    IMAGENET.at_least(
+        "imagenet_half_cost", 0.0, "After 150 epochs, Adan's validation accuracy is at least AdamW's after 300: half the cost",
         arm="adan_deit_half",
-        against="adamw_deit",
-        compare="difference",
-        op=">=",
-        bound=0.0,
-        rule="every",
     ),
-)
+)  # fmt: skip
 
 CLAIM = Claim(
     slug="adan",
@@ -241,37 +170,21 @@ CLAIM = Claim(
         "ImageNet, 300 epochs: 81.1% and 80.7% in two settings, DeiT's AdamW 79.9%."
     ),
     paper=Paper(
-        title="Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing Deep Models",
-        year=2022,
-        arxiv="2208.06677",
-        venue="IEEE TPAMI 2024",
-        code="https://github.com/sail-sg/Adan",
+        "Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing Deep Models", 2022, "2208.06677", "IEEE TPAMI 2024",
+        "https://github.com/sail-sg/Adan",
     ),
     part="polyak.optim.adan:Adan",
     budget="optimizer steps",
     tasks=TASKS,
     arms=ARMS,
     scales=(
+        Scale("small", "three small models, minutes on two cores", 5, tasks=SMALL, options={"weight_decay": 0.02}),
         Scale(
-            name="small",
-            says="three small models, minutes on two cores",
-            seeds=5,
-            tasks=SMALL,
-            options={"weight_decay": 0.02},
-        ),
-        Scale(
-            name="paper",
-            says="DeiT-small on ImageNet-1k, days on one accelerator; needs timm, and ImageNet in a folder or from the hub",
-            seeds=1,
-            tasks=("imagenet",),
-            options={"micro_batch": 256, "workers": 16},
+            "paper", "DeiT-small on ImageNet-1k, days on one accelerator; needs timm, and ImageNet in a folder or from the hub", 1,
+            tasks=("imagenet",), options={"micro_batch": 256, "workers": 16},
         ),
     ),
-    metrics=(
-        Metric(name="train_loss", label="Training loss"),
-        Metric(name="test_loss", label="Test loss"),
-        Metric(name="accuracy", label="Test accuracy", better="higher", worst=0.0),
-    ),
+    metrics=METRICS,
     criteria=CRITERIA,
     trial=trial,
     departures=(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial, measure
+from polyak.lab.claim import Arm, Claim, Measurement, Metric, Paper, Plot, Scale, Task, Trial, measure
+from polyak.lab.criteria import Ask
 
 BETAS = {"half": 0.5, "two": 2.0, "eight": 8.0}
 ROUNDS = 3
@@ -114,18 +115,17 @@ def _vowels(t: Trial) -> Iterator[Measurement]:
 
 
 ARMS = (
-    Arm(name="dpo", label="Iterative DPO", role="baseline", options={"arm": "dpo"}, says="alpha = 0"),
+    Arm("dpo", "Iterative DPO", "baseline", {"arm": "dpo"}, says="alpha = 0"),
     Arm(
-        name="apo", label="APO", role="method", options={"arm": "apo"},
+        "apo", "APO", "method", {"arm": "apo"},
         says="alpha = 0.5 on tables, 0.3 on the network; judged by the trained policies, not by the extrapolated ones",
     ),
     Arm(
-        name="random", label="Iterative DPO, random steps", role="control", options={"arm": "random"},
+        "random", "Iterative DPO, random steps", "control", {"arm": "random"},
         says="between rounds a step as long as extrapolation's, in a random direction",
     ),
     Arm(
-        name="from_reference", label="Extrapolation from the reference", role="control", tasks=("exact",),
-        options={"arm": "from_reference"},
+        "from_reference", "Extrapolation from the reference", "control", {"arm": "from_reference"}, tasks=("exact",),
         says="theta^_{t+1} + alpha (theta^_{t+1} - theta_t): a constant step, 1 + alpha times as long",
     ),
 )  # fmt: skip
@@ -133,100 +133,93 @@ ARMS = (
 WORDS = {"half": "0.5", "two": "2", "eight": "8"}
 TASKS = (
     Task(
-        name="exact",
-        label="Tables, exact rounds",
-        says="200 problems with 50 responses each, rewards from N(0, 1), uniform reference; beta 0.5, 2 and 8",
-        options={"problems": 200, "responses": 50, "alpha": 0.5, "target": 0.01, "most": 400},
-        plots=tuple(
-            Plot(x="round", y=f"gap_{name}", log_y=True, title=f"Mean sub-optimality, beta {beta}")
-            for name, beta in WORDS.items()
-        ),
+        "exact", "Tables, exact rounds",
+        "200 problems with 50 responses each, rewards from N(0, 1), uniform reference; beta 0.5, 2 and 8",
+        {"problems": 200, "responses": 50, "alpha": 0.5, "target": 0.01, "most": 400},
+        plots=tuple(Plot("round", f"gap_{n}", f"Mean sub-optimality, beta {b}", log_y=True) for n, b in WORDS.items()),
     ),
     Task(
-        name="sampled",
-        label="Tables, sampled pairs",
-        says="30 problems with 50 responses each; 2000 pairs a round from pi_t, DPO with beta 0.5 by 200 steps of Adam",
-        options={
-            "problems": 30, "responses": 50, "alpha": 0.5, "beta": 0.5, "pairs": 2000, "steps": 200, "lr": 0.05, "slack": 0.01,
-        },
-        plots=(Plot(x="round", y="expected", title="Expected reward, mean over the problems"),),
+        "sampled", "Tables, sampled pairs",
+        "30 problems with 50 responses each; 2000 pairs a round from pi_t, DPO with beta 0.5 by 200 steps of Adam",
+        {"problems": 30, "responses": 50, "alpha": 0.5, "beta": 0.5, "pairs": 2000, "steps": 200, "lr": 0.05, "slack": 0.01},
+        plots=(Plot("round", "expected", "Expected reward, mean over the problems"),),
     ),
     Task(
-        name="vowels",
-        label="A character model writes vowels",
-        says=(
-            "GPT of width 64, depth 2, pretrained for 300 steps; 3 rounds of 256 prompts, 2 continuations of 32 characters each, "
-            "40 DPO steps of 16 pairs (AdamW 1e-4, beta 0.1)"
-        ),
-        options={
+        "vowels", "A character model writes vowels",
+        "GPT of width 64, depth 2, pretrained for 300 steps; 3 rounds of 256 prompts, 2 continuations of 32 characters each, "
+        "40 DPO steps of 16 pairs (AdamW 1e-4, beta 0.1)",
+        {
             "alpha": 0.3, "given": 16, "length": 32, "dim": 64, "pretraining": 300, "pretraining_lr": 3e-3, "prompts": 256,
             "batch": 16, "updates": 40, "beta": 0.1, "lr": 1e-4, "judged": 512, "at_kl": 15.0,
         },
         plots=(
-            Plot(x="round", y="reward", title="Vowels in 32 characters"),
-            Plot(x="round", y="kl", title="KL divergence to the pretrained model, nats"),
+            Plot("round", "reward", "Vowels in 32 characters"),
+            Plot("round", "kl", "KL divergence to the pretrained model, nats"),
         ),
     ),
 )  # fmt: skip
 
-EXACT = (
+METRICS = (
+    *(Metric(f"gap_{n}", f"Mean sub-optimality, beta {b}") for n, b in WORDS.items()),
+    *(Metric(f"rounds_{n}", f"Rounds to 1%, beta {b}", unit="rounds", exact=True) for n, b in WORDS.items()),
+    *(Metric(f"allowed_{n}", f"0.65 T + 1, beta {b}", unit="rounds", exact=True) for n, b in WORDS.items()),
+    Metric("error", "Largest distance to the closed form", exact=True),
+    Metric("matches", "Problems where two rounds match DPO's three", better="higher"),
+    Metric("expected", "Expected reward", better="higher"),
+    Metric("expected_two", "Expected reward after two rounds", better="higher"),
+    Metric("reward", "Vowels in 32 characters", better="higher"),
+    Metric("kl", "KL divergence to the pretrained model", unit="nats"),
+    *(Metric(f"gain_{k}", f"Vowels gained, {k} round{'s' if k > 1 else ''}", better="higher") for k in range(1, ROUNDS + 1)),
+    Metric("gain_extrapolated", "Vowels gained by the extrapolated model", better="higher"),
+    Metric("gain_at_kl", "Vowels gained at 15 nats", better="higher"),
+)  # fmt: skip
+EXACT = Ask(METRICS, kind="mechanism", task="exact", arm="apo", rule="every")
+SAMPLED = Ask(METRICS, kind="effect", task="sampled", arm="apo", control="random")
+VOWELS = Ask(METRICS, kind="effect", task="vowels", arm="apo", control="random")
+
+CRITERIA = (
     *(
-        Criterion(
-            name=f"exact_rounds_{name}",
-            says=f"At beta {beta}, APO with alpha 0.5 needs at most 0.65 T + 1 rounds where iterative DPO needs T, to 1%",
-            task="exact", metric=f"rounds_{name}", arm="apo", against="dpo", against_metric=f"allowed_{name}", rule="every",
+        EXACT.at_most(
+            f"exact_rounds_{name}", 1.0,
+            f"At beta {beta}, APO with alpha 0.5 needs at most 0.65 T + 1 rounds where iterative DPO needs T, to 1%",
+            metric=f"rounds_{name}", over="dpo", against_metric=f"allowed_{name}",
             control="from_reference" if name == "eight" else "random",
         )
         for name, beta in WORDS.items()
     ),
-    Criterion(
-        name="exact_closed_form",
-        says="Ten rounds of the part and of its table agree with pi_ref exp(s_T r / beta) to 1e-10",
-        task="exact", metric="error", arm="apo", compare="value", bound=1e-10, rule="every",
+    EXACT.at_most(
+        "exact_closed_form", 1e-10, "Ten rounds of the part and of its table agree with pi_ref exp(s_T r / beta) to 1e-10",
+        metric="error",
     ),
-)  # fmt: skip
-SAMPLED = (
-    Criterion(
-        name="sampled_two_for_three",
-        says="Two rounds of APO come within 0.01 of three of iterative DPO on at least 80% of 30 problems",
-        task="sampled", metric="matches", arm="apo", compare="value", op=">=", bound=0.8, rule="every", control="random",
+    SAMPLED.at_least(
+        "sampled_two_for_three", 0.8,
+        "Two rounds of APO come within 0.01 of three of iterative DPO on at least 80% of 30 problems",
+        metric="matches", rule="every",
     ),
-    *(
-        Criterion(
-            name=f"sampled_equal_{word}",
-            says=f"After {word} rounds APO's expected reward is above iterative DPO's",
-            task="sampled", metric=metric, arm="apo", against="dpo", compare="difference", op=">", bound=0.0,
-            control="random", gating=False,
-        )
-        for word, metric in (("two", "expected_two"), ("three", "expected"))
+    *SAMPLED.but(gating=False, minus="dpo").table(
+        "beats", "name metric says",
+        ("sampled_equal_two", "expected_two", "After two rounds APO's expected reward is above iterative DPO's"),
+        ("sampled_equal_three", "expected", "After three rounds APO's expected reward is above iterative DPO's"),
     ),
-)  # fmt: skip
-VOWELS = (
-    Criterion(
-        name="vowels_two_for_three",
-        says="Two rounds of APO gain at least 90% of what three rounds of iterative DPO gain",
-        task="vowels", metric="gain_2", arm="apo", against="dpo", against_metric="gain_3", op=">=", bound=0.9,
-        control="random",
+    VOWELS.at_least(
+        "vowels_two_for_three", 0.9, "Two rounds of APO gain at least 90% of what three rounds of iterative DPO gain",
+        metric="gain_2", over="dpo", against_metric="gain_3",
     ),
-    *(
-        Criterion(
-            name=f"vowels_equal_{number}",
-            says=f"After {number} rounds APO has gained more than iterative DPO",
-            task="vowels", metric=f"gain_{number}", arm="apo", against="dpo", compare="difference", op=">", bound=0.0,
-            control="random",
-        )
-        for number in (2, 3)
+    *VOWELS.table(
+        "beats", "name metric says",
+        ("vowels_equal_2", "gain_2", "After 2 rounds APO has gained more than iterative DPO"),
+        ("vowels_equal_3", "gain_3", "After 3 rounds APO has gained more than iterative DPO"),
+        minus="dpo",
     ),
-    Criterion(
-        name="vowels_equal_kl",
-        says="At 15 nats from the pretrained model APO's gain is at least 90% of iterative DPO's: a faster way, not a worse one",
-        task="vowels", metric="gain_at_kl", arm="apo", against="dpo", op=">=", bound=0.9, gating=False,
+    VOWELS.at_least(
+        "vowels_equal_kl", 0.9,
+        "At 15 nats from the pretrained model APO's gain is at least 90% of iterative DPO's: a faster way, not a worse one",
+        metric="gain_at_kl", over="dpo", control="", gating=False,
     ),
-    Criterion(
-        name="vowels_extrapolated",
-        says="The extrapolated model after three rounds, which is not the method's output, gains more than the trained one",
-        task="vowels", metric="gain_extrapolated", arm="apo", against="apo", against_metric="gain_3", compare="difference",
-        op=">", bound=0.0, gating=False,
+    VOWELS.beats(
+        "vowels_extrapolated",
+        "The extrapolated model after three rounds, which is not the method's output, gains more than the trained one",
+        metric="gain_extrapolated", minus="apo", against_metric="gain_3", control="", gating=False,
     ),
 )  # fmt: skip
 
@@ -241,46 +234,18 @@ CLAIM = Claim(
         "points above iterative DPO and 5.34 above Snorkel-Mistral-PairRM-DPO; APO after two rounds matches iterative DPO after "
         "three."
     ),
-    paper=Paper(
-        title="Accelerated Preference Optimization for Large Language Model Alignment",
-        year=2024,
-        arxiv="2410.06293",
-    ),
+    paper=Paper("Accelerated Preference Optimization for Large Language Model Alignment", 2024, "2410.06293"),
     part="polyak.optim.apo:APO",
     budget="rounds of sampling, labelling and training",
     tasks=TASKS,
     arms=ARMS,
     scales=(
         Scale(
-            name="small",
-            says="tables with known optima, and a character model with a reward that can be counted: minutes on two cores",
-            seeds=5,
+            "small", "tables with known optima, and a character model with a reward that can be counted: minutes on two cores", 5,
         ),
     ),
-    metrics=(
-        *(Metric(name=f"gap_{n}", label=f"Mean sub-optimality, beta {b}") for n, b in WORDS.items()),
-        *(
-            Metric(name=f"rounds_{n}", label=f"Rounds to 1%, beta {b}", unit="rounds", exact=True)
-            for n, b in WORDS.items()
-        ),
-        *(
-            Metric(name=f"allowed_{n}", label=f"0.65 T + 1, beta {b}", unit="rounds", exact=True)
-            for n, b in WORDS.items()
-        ),
-        Metric(name="error", label="Largest distance to the closed form", exact=True),
-        Metric(name="matches", label="Problems where two rounds match DPO's three", better="higher"),
-        Metric(name="expected", label="Expected reward", better="higher"),
-        Metric(name="expected_two", label="Expected reward after two rounds", better="higher"),
-        Metric(name="reward", label="Vowels in 32 characters", better="higher"),
-        Metric(name="kl", label="KL divergence to the pretrained model", unit="nats"),
-        *(
-            Metric(name=f"gain_{k}", label=f"Vowels gained, {k} round{'s' if k > 1 else ''}", better="higher")
-            for k in range(1, ROUNDS + 1)
-        ),
-        Metric(name="gain_extrapolated", label="Vowels gained by the extrapolated model", better="higher"),
-        Metric(name="gain_at_kl", label="Vowels gained at 15 nats", better="higher"),
-    ),
-    criteria=(*EXACT, *SAMPLED, *VOWELS),
+    metrics=METRICS,
+    criteria=CRITERIA,
     trial=trial,
     departures=(
         "There is no paper scale: it needs Mistral-7B, a ranker of 0.4B weights and sampling in three rounds, and the paper's "
@@ -304,4 +269,4 @@ CLAIM = Claim(
         "apo = APO(alpha=0.3); reference = apo.start(model)\n"
         "reference = apo.after_round(model, reference)  # after each round of DPO; in the end apo.swap(model)"
     ),
-)
+)  # fmt: skip

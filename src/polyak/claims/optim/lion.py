@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial
+from polyak.lab.criteria import Ask
 
 VECTOR = ("sign", "l2", "dead_zone", "huber", "entropic")
 MATRIX = ("group", "nuclear")
@@ -164,134 +165,120 @@ SAYS = {
     "group": "every row's norm <= 1/wd",
     "nuclear": "the spectral norm <= 1/wd",
 }
+NETWORK = ("network",)
 ARMS = (
-    Arm(name="adamw", label="AdamW", role="baseline", tasks=ALL, options={"optimizer": "adamw"}),
+    Arm("adamw", "AdamW", "baseline", {"optimizer": "adamw"}, tasks=ALL),
+    Arm("sgd", "SGD, decoupled decay", "baseline", {"optimizer": "sgd"}, tasks=ALL, says="momentum 0.9"),
+    Arm("lion", "Lion-K", "method", LION, tasks=ALL, says="one run for every K"),
     Arm(
-        name="sgd", label="SGD, decoupled decay", role="baseline", tasks=ALL, options={"optimizer": "sgd"},
-        says="momentum 0.9",
-    ),
-    Arm(name="lion", label="Lion-K", role="method", tasks=ALL, options=LION, says="one run for every K"),
-    Arm(
-        name="coupled", label="Lion-K, coupled decay", role="control", tasks=("logistic", "least_squares"), options=COUPLED,
+        "coupled", "Lion-K, coupled decay", "control", COUPLED, tasks=("logistic", "least_squares"),
         says="wd x is added to the gradient, and so passes through K",
     ),
     Arm(
-        name="reversed", label="Lion-K, b1 > b2", role="control", tasks=ALL, options={"optimizer": "reversed"},
+        "reversed", "Lion-K, b1 > b2", "control", {"optimizer": "reversed"}, tasks=ALL,
         says="betas (0.99, 0.9), for which the theory does not hold; H alone is watched",
     ),
     Arm(
-        name="network_adamw", label="AdamW, wd 0.01", role="baseline", tasks=("network",),
-        options={"optimizer": "adamw", "weight_decay": 0.01}, grid={"lr": (2e-2, 4e-2, 8e-2)},
+        "network_adamw", "AdamW, wd 0.01", "baseline", {"optimizer": "adamw", "weight_decay": 0.01}, {"lr": (2e-2, 4e-2, 8e-2)},
+        tasks=NETWORK,
     ),
-    Arm(
-        name="network_lion_1", label="Lion, wd 1", role="method", tasks=("network",),
-        options={**LION, "weight_decay": 1.0}, grid={"lr": (3e-3, 1e-2, 3e-2)},
-    ),
-    Arm(
-        name="network_lion_3", label="Lion, wd 3", role="method", tasks=("network",),
-        options={**LION, "weight_decay": 3.0}, grid={"lr": (1e-2, 3e-2, 1e-1)},
-    ),
+    Arm("network_lion_1", "Lion, wd 1", "method", {**LION, "weight_decay": 1.0}, {"lr": (3e-3, 1e-2, 3e-2)}, tasks=NETWORK),
+    Arm("network_lion_3", "Lion, wd 3", "method", {**LION, "weight_decay": 3.0}, {"lr": (1e-2, 3e-2, 1e-1)}, tasks=NETWORK),
 )  # fmt: skip
 
 
 def _task(name: str, label: str, says: str, **options: float) -> Task:
-    plots = (
-        Plot(x="step", y=f"gap_{kappa}", log_y=True, title=f"{kappa.replace('_', ' ')}: gap to the minimum")
-        for kappa in CONVEX[name]
-    )
-    return Task(name=name, label=label, says=says, options=options, plots=tuple(plots))
+    plots = (Plot("step", f"gap_{k}", f"{k.replace('_', ' ')}: gap to the minimum", log_y=True) for k in CONVEX[name])
+    return Task(name, label, says, options, plots=tuple(plots))
 
 
 TASKS = (
     _task(
-        "logistic",
-        "Logistic regression",
+        "logistic", "Logistic regression",
         "breast_cancer, 30 standardized features, full batch; wd 1, which puts 16 of 30 weights on sign's bound",
-        weight_decay=1.0,
-        width=2e-3,
+        weight_decay=1.0, width=2e-3,
     ),
     _task(
-        "least_squares",
-        "Least squares",
+        "least_squares", "Least squares",
         "diabetes, 10 standardized features, full batch; wd 5, which puts 4 of 10 weights on sign's bound",
-        weight_decay=5.0,
-        width=2e-2,
+        weight_decay=5.0, width=2e-2,
     ),
     _task(
-        "softmax",
-        "Softmax regression",
+        "softmax", "Softmax regression",
         "the first 300 digits, a 10 x 64 matrix, full batch; wd 1, which puts all rows and 9 of 10 singular values on the bound",
-        weight_decay=1.0,
-        width=0.0,
+        weight_decay=1.0, width=0.0,
     ),
     Task(
-        name="network",
-        label="Network on digits",
-        says="1,437 digits, 64-128-10 with ReLU, batch 128, 60 epochs; rates tuned by the test loss of another seed",
-        options={"steps": 660},
-        tune="test_loss",
+        "network", "Network on digits",
+        "1,437 digits, 64-128-10 with ReLU, batch 128, 60 epochs; rates tuned by the test loss of another seed",
+        {"steps": 660}, tune="test_loss",
         plots=(
-            Plot(x="step", y="largest_weight", log_y=True, title="Largest weight"),
-            Plot(x="step", y="train_loss", log_y=True, title="Training loss (mean since the last point)"),
+            Plot("step", "largest_weight", "Largest weight", log_y=True),
+            Plot("step", "train_loss", "Training loss (mean since the last point)", log_y=True),
         ),
     ),
+)  # fmt: skip
+
+METRICS = (
+    *(Metric(f"gap_{k}", f"Gap to the minimum, {k.replace('_', ' ')}", exact=True) for k in (*VECTOR, *MATRIX)),
+    Metric("infeasibility", "Distance to the domain", exact=True),
+    Metric("contraction", "Contraction above 1 - lr wd", exact=True),
+    Metric("rises", "Steps that raise H", unit="steps", exact=True),
+    Metric("train_loss", "Training loss"),
+    Metric("test_loss", "Test loss"),
+    Metric("accuracy", "Test accuracy", better="higher", worst=0.0),
+    Metric("largest_weight", "Largest weight"),
+    Metric("use_of_bound", "Largest weight times wd", exact=True),
 )
 
 
 def _criteria(task: str) -> Iterator[Criterion]:
+    proved = Ask(METRICS, kind="mechanism", task=task, arm="lion", rule="every")
     coupled = "coupled" if task != "softmax" else ""
     for name in CONVEX[task]:
-        words, metric = name.replace("_", " "), f"gap_{name}"
-        yield Criterion(
-            name=f"{task}_{name}_minimum",
-            says=f"Lion-K with K = {words} ends at the minimum under {SAYS[name]}: its relative gap is below 1e-5",
-            task=task, metric=metric, arm="lion", compare="value", op="<", bound=1e-5, rule="every", control=coupled or "sgd",
+        words, ask = name.replace("_", " "), proved.but(metric=f"gap_{name}")
+        yield ask.below(
+            f"{task}_{name}_minimum", 1e-5,
+            f"Lion-K with K = {words} ends at the minimum under {SAYS[name]}: its relative gap is below 1e-5",
+            control=coupled or "sgd",
         )  # fmt: skip
-        yield Criterion(
-            name=f"{task}_{name}_baselines",
-            says=f"AdamW's and SGD's gaps to the minimum under {SAYS[name]} are more than ten times that of Lion-K ({words})",
-            task=task, metric=metric, arm="lion", against=("adamw", "sgd"), op="<", bound=0.1, rule="every",
-            control=coupled,
+        yield ask.below(
+            f"{task}_{name}_baselines", 0.1,
+            f"AdamW's and SGD's gaps to the minimum under {SAYS[name]} are more than ten times that of Lion-K ({words})",
+            over=("adamw", "sgd"), control=coupled,
         )  # fmt: skip
-    yield Criterion(
-        name=f"{task}_feasible",
-        says="For every K, in the run's second half wd x is never 1e-6 or more outside the domain of K*",
-        task=task, metric="infeasibility", arm="lion", compare="value", op="<", bound=1e-6, rule="every",
+    yield proved.below(
+        f"{task}_feasible", 1e-6, "For every K, in the run's second half wd x is never 1e-6 or more outside the domain of K*",
+        metric="infeasibility",
     )  # fmt: skip
-    yield Criterion(
-        name=f"{task}_contraction",
-        says="For every K, until wd x is inside the domain of K*, each step shrinks its distance by 1 - lr wd or more",
-        task=task, metric="contraction", arm="lion", compare="value", op="<=", bound=1e-9, rule="every",
-    )  # fmt: skip
-    yield Criterion(
-        name=f"{task}_descent",
-        says="For every K, from a feasible start no step raises H by more than the theory's term of second order",
-        task=task, metric="rises", arm="lion", compare="value", op="<=", bound=0.0, rule="every", control="reversed",
+    yield from proved.table(
+        "at_most", "name bound metric control says",
+        (f"{task}_contraction", 1e-9, "contraction", "",
+         "For every K, until wd x is inside the domain of K*, each step shrinks its distance by 1 - lr wd or more"),
+        (f"{task}_descent", 0.0, "rises", "reversed",
+         "For every K, from a feasible start no step raises H by more than the theory's term of second order"),
     )  # fmt: skip
 
 
-NETWORK = (
+BOUND = Ask(METRICS, kind="mechanism", task="network", metric="use_of_bound", rule="every", gating=False)
+TRAINED = Ask(METRICS, kind="effect", task="network", gating=False)
+CRITERIA = (
+    *(c for task in CONVEX for c in _criteria(task)),
     *(
-        Criterion(
-            name=f"network_bound_{wd}",
-            says=f"Lion with wd {wd} keeps every weight of the network within 1/wd",
-            task="network", metric="use_of_bound", arm=f"network_lion_{wd}", compare="value", bound=1 + 1e-6, rule="every",
-            gating=False,
+        BOUND.at_most(
+            f"network_bound_{wd}", 1 + 1e-6, f"Lion with wd {wd} keeps every weight of the network within 1/wd",
+            arm=f"network_lion_{wd}",
         )
         for wd in (1, 3)
     ),
-    Criterion(
-        name="network_adamw_beyond",
-        says="AdamW's weights go beyond 1/3, the bound of Lion with wd 3",
-        task="network", metric="largest_weight", arm="network_adamw", compare="value", op=">", bound=1 / 3, rule="every",
-        gating=False,
+    TRAINED.above(
+        "network_adamw_beyond", 1 / 3, "AdamW's weights go beyond 1/3, the bound of Lion with wd 3",
+        arm="network_adamw", metric="largest_weight", rule="every",
     ),
     *(
-        Criterion(
-            name=f"network_accuracy_{wd}",
-            says=f"Lion with wd {wd} is at most one point of accuracy below AdamW",
-            task="network", metric="accuracy", arm=f"network_lion_{wd}", against="network_adamw", compare="difference",
-            op=">=", bound=-0.01, gating=False,
+        TRAINED.at_least(
+            f"network_accuracy_{wd}", -0.01, f"Lion with wd {wd} is at most one point of accuracy below AdamW",
+            arm=f"network_lion_{wd}", minus="network_adamw", metric="accuracy",
         )
         for wd in (1, 3)
     ),
@@ -308,39 +295,19 @@ CLAIM = Claim(
         "second a Lyapunov function H decreases, up to a term of second order in the step. The paper's claim is this theory, "
         "with pictures of networks' weights, and no table of accuracies."
     ),
-    paper=Paper(
-        title="Lion Secretly Solves Constrained Optimization: As Lyapunov Predicts",
-        year=2023,
-        arxiv="2310.05898",
-        venue="ICLR 2024",
-    ),
+    paper=Paper("Lion Secretly Solves Constrained Optimization: As Lyapunov Predicts", 2023, "2310.05898", "ICLR 2024"),
     part="polyak.optim.lion:LionK",
     budget="optimizer steps",
     tasks=TASKS,
     arms=ARMS,
     scales=(
         Scale(
-            name="small",
-            says="three convex problems whose constrained minima are known, and a small network: a minute on two cores",
-            seeds=5,
+            "small", "three convex problems whose constrained minima are known, and a small network: a minute on two cores", 5,
             options={"steps": 20_000, "lr": 1e-2, "last_lr": 1e-5, "watched_steps": 500},
         ),
     ),
-    metrics=(
-        *(
-            Metric(name=f"gap_{name}", label=f"Gap to the minimum, {name.replace('_', ' ')}", exact=True)
-            for name in (*VECTOR, *MATRIX)
-        ),
-        Metric(name="infeasibility", label="Distance to the domain", exact=True),
-        Metric(name="contraction", label="Contraction above 1 - lr wd", exact=True),
-        Metric(name="rises", label="Steps that raise H", unit="steps", exact=True),
-        Metric(name="train_loss", label="Training loss"),
-        Metric(name="test_loss", label="Test loss"),
-        Metric(name="accuracy", label="Test accuracy", better="higher", worst=0.0),
-        Metric(name="largest_weight", label="Largest weight"),
-        Metric(name="use_of_bound", label="Largest weight times wd", exact=True),
-    ),
-    criteria=(*(c for task in CONVEX for c in _criteria(task)), *NETWORK),
+    metrics=METRICS,
+    criteria=CRITERIA,
     trial=trial,
     departures=(
         "The paper shows networks on ImageNet and language models, whose details it does not give: there is no paper scale here. "
@@ -360,4 +327,4 @@ CLAIM = Claim(
         "from polyak.optim import Lion\n\n"
         "optimizer = Lion(model.parameters(), lr=1e-4, weight_decay=1.0)  # every weight stays within 1 / weight_decay"
     ),
-)
+)  # fmt: skip

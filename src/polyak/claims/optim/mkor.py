@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial, measure
+from polyak.lab.criteria import Ask
 
 TRAINED = ("autoencoder", "mnist")
 
@@ -145,86 +146,78 @@ SAYS = {
 }
 
 
-def _arm(name: str, label: str, role: Any, optimizer: str) -> Arm:
-    return Arm(
-        name=name, label=label, role=role, tasks=TRAINED, options={"optimizer": optimizer}, grid=RATES,
-        says=SAYS.get(name, "momentum 0.9"),
-    )  # fmt: skip
+def _arm(name: str, label: str, role: Any) -> Arm:
+    return Arm(name, label, role, {"optimizer": name}, RATES, tasks=TRAINED, says=SAYS.get(name, "momentum 0.9"))
 
 
 def _wide(name: str, label: str, role: Any) -> Arm:
-    options = {"optimizer": name, "lr": 0.03}
-    return Arm(name=f"{name}_wide", label=f"{label}, width 1024", role=role, tasks=("width",), options=options)
+    return Arm(f"{name}_wide", f"{label}, width 1024", role, {"optimizer": name, "lr": 0.03}, tasks=("width",))
 
 
 ARMS = (
-    _arm("sgd", "SGD", "baseline", "sgd"),
-    _arm("mkor", "MKOR", "method", "mkor"),
-    _arm("mkorh", "MKOR-H", "method", "mkorh"),
-    _arm("kfac", "K-FAC", "baseline", "kfac"),
-    _arm("no_update", "MKOR without updates", "control", "no_update"),
+    _arm("sgd", "SGD", "baseline"),
+    _arm("mkor", "MKOR", "method"),
+    _arm("mkorh", "MKOR-H", "method"),
+    _arm("kfac", "K-FAC", "baseline"),
+    _arm("no_update", "MKOR without updates", "control"),
     _wide("sgd", "SGD", "baseline"),
     _wide("mkor", "MKOR", "method"),
     _wide("kfac", "K-FAC", "baseline"),
 )
 PLOTS = (
-    Plot(x="step", y="train_loss", log_y=True, title="Training loss"),
-    Plot(x="seconds", y="train_loss", x_label="seconds of training", log_y=True, title="Training loss over time"),
+    Plot("step", "train_loss", "Training loss", log_y=True),
+    Plot("seconds", "train_loss", "Training loss over time", x_label="seconds of training", log_y=True),
 )
 TASKS = (
     Task(
-        name="autoencoder",
-        label="Autoencoder of digits",
-        says="1,437 digits, not centred, 64-128-32-128-64 with tanh, mean squared error; batch 256, 300 steps",
-        options={"steps": 300, "target": 0.0057},
-        tune="train_loss",
-        plots=PLOTS,
+        "autoencoder", "Autoencoder of digits",
+        "1,437 digits, not centred, 64-128-32-128-64 with tanh, mean squared error; batch 256, 300 steps",
+        {"steps": 300, "target": 0.0057}, tune="train_loss", plots=PLOTS,
     ),
     Task(
-        name="mnist",
-        label="MNIST, 10,000 images",
-        says="9,000 of MNIST's test images, not centred, and 1,000 held out; 784-256-128-10 with ReLU; batch 256, 150 steps",
-        options={"steps": 150, "target": 0.129},
-        tune="train_loss",
-        plots=PLOTS,
+        "mnist", "MNIST, 10,000 images",
+        "9,000 of MNIST's test images, not centred, and 1,000 held out; 784-256-128-10 with ReLU; batch 256, 150 steps",
+        {"steps": 150, "target": 0.129}, tune="train_loss", plots=PLOTS,
     ),
     Task(
-        name="width",
-        label="Time at width 1024",
-        says="784-1024-1024-10, batch 256; 30 steps, every second of which updates the factors; weighed as one in ten",
-        options={"steps": 30, "inv_freq": 2},
+        "width", "Time at width 1024",
+        "784-1024-1024-10, batch 256; 30 steps, every second of which updates the factors; weighed as one in ten",
+        {"steps": 30, "inv_freq": 2},
     ),
+)  # fmt: skip
+
+METRICS = (
+    Metric("train_loss", "Training loss"),
+    Metric("test_loss", "Test loss"),
+    Metric("steps", "Steps to the target loss", unit="steps"),
+    Metric("seconds", "Time to the target loss", unit="s"),
+    Metric("step_ms", "Time of a step", unit="ms"),
 )
 
 
 def _criteria(task: str, name: str) -> Iterator[Criterion]:
-    yield Criterion(
-        name=f"{task}_steps", says=f"{name}: MKOR reaches the target loss in at most 0.75 of SGD's steps",
-        task=task, metric="steps", arm="mkor", against="sgd", bound=0.75, control="no_update",
-    )  # fmt: skip
-    yield Criterion(
-        name=f"{task}_hybrid", says=f"{name}: MKOR-H's final training loss is below SGD's",
-        task=task, metric="train_loss", arm="mkorh", against="sgd", op="<", control="no_update",
-    )  # fmt: skip
-    reported = (
-        ("steps_loose", "MKOR reaches the target loss in fewer than 0.9 of SGD's steps", "steps", "mkor", "sgd", 0.9),
-        ("seconds", "MKOR reaches the target loss sooner than SGD, by the clock", "seconds", "mkor", "sgd", 1.0),
-        ("kfac_steps", "MKOR reaches the target loss in fewer steps than K-FAC", "steps", "mkor", "kfac", 1.0),
-        ("test", "MKOR's final test loss is below SGD's", "test_loss", "mkor", "sgd", 1.0),
+    ask = Ask(METRICS, kind="effect", task=task, arm="mkor", over="sgd", control="no_update")
+    yield ask.at_most(
+        f"{task}_steps", 0.75, f"{name}: MKOR reaches the target loss in at most 0.75 of SGD's steps", metric="steps"
     )
-    for end, says, metric, arm, against, bound in reported:
-        yield Criterion(
-            name=f"{task}_{end}", says=f"{name}: {says}", task=task, metric=metric, arm=arm, against=against, op="<",
-            bound=bound, gating=False,
-        )  # fmt: skip
+    yield ask.beats(
+        f"{task}_hybrid", f"{name}: MKOR-H's final training loss is below SGD's", arm="mkorh", metric="train_loss"
+    )
+    yield from ask.but(control="", gating=False).table(
+        "below", "name bound metric over says",
+        (f"{task}_steps_loose", 0.9, "steps", "sgd", f"{name}: MKOR reaches the target loss in fewer than 0.9 of SGD's steps"),
+        (f"{task}_seconds", 1.0, "seconds", "sgd", f"{name}: MKOR reaches the target loss sooner than SGD, by the clock"),
+        (f"{task}_kfac_steps", 1.0, "steps", "kfac", f"{name}: MKOR reaches the target loss in fewer steps than K-FAC"),
+        (f"{task}_test", 1.0, "test_loss", "sgd", f"{name}: MKOR's final test loss is below SGD's"),
+    )  # fmt: skip
 
 
 CRITERIA = (
     *_criteria("autoencoder", "Autoencoder"),
     *_criteria("mnist", "MNIST"),
-    Criterion(
-        name="width_step", says="At width 1024, a step of MKOR takes at most half the time of one of K-FAC",
-        task="width", metric="step_ms", arm="mkor_wide", against="kfac_wide", bound=0.5,
+    Ask(METRICS, kind="effect", task="width", metric="step_ms").at_most(
+        "width_step", 0.5, "At width 1024, a step of MKOR takes at most half the time of one of K-FAC",
+        arm="mkor_wide", over="kfac_wide",
     ),
 )  # fmt: skip
 
@@ -239,11 +232,8 @@ CLAIM = Claim(
         "90.50 in 1,000 and 5.25, MKOR-H 90.64 in 600 and 3.10. GLUE's average: LAMB 0.8023, MKOR 0.8214, MKOR-H 0.811."
     ),
     paper=Paper(
-        title="MKOR: Momentum-Enabled Kronecker-Factor-Based Optimizer Using Rank-1 Updates",
-        year=2023,
-        arxiv="2306.01685",
-        venue="NeurIPS 2023",
-        code="https://github.com/Mohammad-Mozaffari/mkor",
+        "MKOR: Momentum-Enabled Kronecker-Factor-Based Optimizer Using Rank-1 Updates", 2023, "2306.01685", "NeurIPS 2023",
+        "https://github.com/Mohammad-Mozaffari/mkor",
     ),
     part="polyak.optim.mkor:MKOR",
     budget="optimizer steps",
@@ -251,19 +241,11 @@ CLAIM = Claim(
     arms=ARMS,
     scales=(
         Scale(
-            name="small",
-            says="two small networks and a timing, minutes on two cores",
-            seeds=5,
+            "small", "two small networks and a timing, minutes on two cores", 5,
             options={"batch": 256, "every": 5, "inv_freq": 10},
         ),
     ),
-    metrics=(
-        Metric(name="train_loss", label="Training loss"),
-        Metric(name="test_loss", label="Test loss"),
-        Metric(name="steps", label="Steps to the target loss", unit="steps"),
-        Metric(name="seconds", label="Time to the target loss", unit="s"),
-        Metric(name="step_ms", label="Time of a step", unit="ms"),
-    ),
+    metrics=METRICS,
     criteria=CRITERIA,
     trial=trial,
     departures=(
@@ -285,4 +267,4 @@ CLAIM = Claim(
         "import torch\nfrom polyak.optim import MKOR\n\n"
         "optimizer = MKOR(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))  # then as any optimizer"
     ),
-)
+)  # fmt: skip

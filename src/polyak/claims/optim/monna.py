@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial, measure
+from polyak.lab.criteria import Ask
 
 ATTACKS = ("sign_flip", "foe", "alie", "label_flip")
 DIGITS, MNIST = ("digits_1", "digits_5"), ("mnist_1", "mnist_5")
@@ -170,88 +171,105 @@ def constant(n: int, f: int, lr: float, momentum: float, steps: int = 100_000) -
     return 2 * f / (n - f) * lr / (1 - a * (1 + lr)) * total
 
 
-LEARNING = {"ceiling": False, "tau": 2.0}
 ALL = (*DIGITS, *MNIST)
+SOME = ("digits_1", *MNIST)
+
+
+def _arm(name: str, label: str, role: Any, rule: str, momentum: float, tasks: Any = SOME, says: str = "") -> Arm:
+    options = {"ceiling": name == "ceiling", "tau": 2.0, "rule": rule, "momentum": momentum}
+    return Arm(name, label, role, options, tasks=tasks, says=says)
+
+
 ARMS = (
-    Arm(
-        name="ceiling", label="D-SGD without attack", role="baseline", tasks=ALL,
-        options={**LEARNING, "ceiling": True, "rule": "mean", "momentum": 0.0}, says="the n - f honest workers alone",
-    ),
-    Arm(
-        name="dsgd", label="D-SGD", role="baseline", tasks=(*ALL, "quadratic"),
-        options={**LEARNING, "rule": "mean", "momentum": 0.0}, says="plain averaging",
-    ),
-    Arm(
-        name="monna", label="MoNNA", role="method", tasks=(*ALL, "quadratic"),
-        options={**LEARNING, "rule": "nna", "momentum": 0.99}, says="nearest neighbours, momentum 0.99",
-    ),
-    Arm(
-        name="nna", label="NNA without momentum", role="ablation", tasks=("digits_1", *MNIST),
-        options={**LEARNING, "rule": "nna", "momentum": 0.0},
-    ),
-    Arm(
-        name="bridge", label="Trimmed mean (BRIDGE)", role="baseline", tasks=("digits_1", *MNIST),
-        options={**LEARNING, "rule": "trimmed_mean", "momentum": 0.0},
-    ),
-    Arm(
-        name="trimmed", label="Trimmed mean, momentum 0.99", role="baseline", tasks=("digits_1", *MNIST),
-        options={**LEARNING, "rule": "trimmed_mean", "momentum": 0.99},
-    ),
-    Arm(
-        name="gm", label="Geometric median, momentum 0.99", role="baseline", tasks=("digits_1", *MNIST),
-        options={**LEARNING, "rule": "geometric_median", "momentum": 0.99},
-    ),
-    Arm(
-        name="scc", label="Self-centred clipping", role="baseline", tasks=("digits_1", *MNIST),
-        options={**LEARNING, "rule": "self_centered_clip", "momentum": 0.9}, says="tau 2, momentum 0.9",
-    ),
-    Arm(
-        name="learn", label="LEARN", role="baseline", tasks=MNIST,
-        options={**LEARNING, "rule": "learn", "momentum": 0.0},
-        says="batches of t + 1; gradients are mixed, then parameters, by trimmed means",
+    _arm("ceiling", "D-SGD without attack", "baseline", "mean", 0.0, ALL, "the n - f honest workers alone"),
+    _arm("dsgd", "D-SGD", "baseline", "mean", 0.0, (*ALL, "quadratic"), "plain averaging"),
+    _arm("monna", "MoNNA", "method", "nna", 0.99, (*ALL, "quadratic"), "nearest neighbours, momentum 0.99"),
+    _arm("nna", "NNA without momentum", "ablation", "nna", 0.0),
+    _arm("bridge", "Trimmed mean (BRIDGE)", "baseline", "trimmed_mean", 0.0),
+    _arm("trimmed", "Trimmed mean, momentum 0.99", "baseline", "trimmed_mean", 0.99),
+    _arm("gm", "Geometric median, momentum 0.99", "baseline", "geometric_median", 0.99),
+    _arm("scc", "Self-centred clipping", "baseline", "self_centered_clip", 0.9, says="tau 2, momentum 0.9"),
+    _arm(
+        "learn", "LEARN", "baseline", "learn", 0.0, MNIST,
+        "batches of t + 1; gradients are mixed, then parameters, by trimmed means",
     ),
 )  # fmt: skip
 RIVALS = ("nna", "bridge", "trimmed", "gm", "scc")
 
 
 def _task(name: str, data: str, share: float) -> Task:
-    return Task(
-        name=name,
-        label=f"{data}, Dirichlet {share:g}",
-        says=f"each worker's classes from Dirichlet({share:g}); attacks: sign flip, FOE, ALIE, label flip",
-        options={"dirichlet": share, "l2": 1e-4, "batch": 25, "decay": 50},
-        plots=tuple(
-            Plot(x="step", y=f"accuracy_{a}", title=f"Mean accuracy of honest workers, {a.replace('_', ' ')}")
-            for a in ATTACKS
-        ),
-    )
+    says = f"each worker's classes from Dirichlet({share:g}); attacks: sign flip, FOE, ALIE, label flip"
+    options = {"dirichlet": share, "l2": 1e-4, "batch": 25, "decay": 50}
+    title = "Mean accuracy of honest workers"
+    plots = (Plot("step", f"accuracy_{a}", f"{title}, {a.replace('_', ' ')}") for a in ATTACKS)
+    return Task(name, f"{data}, Dirichlet {share:g}", says, options, plots=tuple(plots))
+
+
+TASKS = (
+    _task("digits_1", "Digits", 1.0),
+    _task("digits_5", "Digits", 5.0),
+    Task(
+        "quadratic", "Quadratic losses",
+        "||x - c_i||^2 / 2 in 10 dimensions, full gradients, 11 workers of whom 2 attack; seven attacks",
+        {"n": 11, "f": 2, "lr": 0.05, "momentum": 0.9, "steps": 400},
+    ),
+    _task("mnist_1", "MNIST", 1.0),
+    _task("mnist_5", "MNIST", 5.0),
+)  # fmt: skip
+
+
+def _accuracy(name: str, label: str) -> Metric:
+    return Metric(name, label, better="higher", worst=0.0)
+
+
+METRICS = (
+    _accuracy("worst", "Accuracy under the worst attack"),
+    _accuracy("worst_flip_foe", "Accuracy under the worse of sign flip and FOE"),
+    _accuracy("accuracy", "Accuracy without attack"),
+    *(_accuracy(f"accuracy_{a}", f"Accuracy under {a.replace('_', ' ')}") for a in ATTACKS),
+    Metric("gradients", "Sample gradients evaluated", exact=True),
+    Metric("alpha", "Largest spread after over before mixing"),
+    Metric("lam", "Largest squared shift of the mean over the spread"),
+    Metric("excess", "Distance to the optimum over the bound", exact=True),
+    Metric("nonlinearity", "D-SGD's distance over what is linear in z, minus one", exact=True),
+)
+PROVED = Ask(METRICS, kind="mechanism", task="quadratic", arm="monna", rule="every")
 
 
 def _criteria(one: str, five: str) -> Iterator[Criterion]:
-    yield Criterion(
-        name=f"{five}_near_ceiling", says="MoNNA's worst accuracy under attack is at most 5 points below D-SGD's without attack",
-        task=five, metric="worst", arm="monna", against="ceiling", against_metric="accuracy", compare="difference", op=">=",
-        bound=-0.05, rule="every", control="dsgd",
+    ask = Ask(METRICS, kind="effect", task=one, metric="worst", arm="monna", rule="every")
+    yield ask.at_least(
+        f"{five}_near_ceiling", -0.05, "MoNNA's worst accuracy under attack is at most 5 points below D-SGD's without attack",
+        task=five, minus="ceiling", against_metric="accuracy", control="dsgd",
     )  # fmt: skip
-    yield Criterion(
-        name=f"{one}_best", says="MoNNA's accuracy under its worst attack is at most a point below every baseline's under theirs",
-        task=one, metric="worst", arm="monna", against=RIVALS, compare="difference", op=">=", bound=-0.01, rule="every",
-        control="dsgd",
+    yield ask.at_least(
+        f"{one}_best", -0.01, "MoNNA's accuracy under its worst attack is at most a point below every baseline's under theirs",
+        minus=RIVALS, control="dsgd",
     )  # fmt: skip
-    yield Criterion(
-        name=f"{one}_dsgd_falls", says="Sign flip or FOE costs D-SGD more than 20 points",
-        task=one, metric="worst_flip_foe", arm="dsgd", against="ceiling", against_metric="accuracy", compare="difference",
-        op="<", bound=-0.2, rule="every",
+    yield ask.below(
+        f"{one}_dsgd_falls", -0.2, "Sign flip or FOE costs D-SGD more than 20 points",
+        arm="dsgd", metric="worst_flip_foe", minus="ceiling", against_metric="accuracy",
     )  # fmt: skip
-    yield Criterion(
-        name=f"{one}_momentum", says="Under ALIE, momentum makes NNA more accurate",
-        task=one, metric="accuracy_alie", arm="monna", against="nna", compare="difference", op=">", bound=0.0, rule="every",
-    )  # fmt: skip
-    yield Criterion(
-        name=f"{one}_gradients", says="MoNNA evaluates no more gradients than D-SGD",
-        task=one, metric="gradients", arm="monna", against="dsgd", compare="ratio", op="<=", bound=1.0, rule="every",
-    )  # fmt: skip
+    yield ask.beats(
+        f"{one}_momentum", "Under ALIE, momentum makes NNA more accurate", metric="accuracy_alie", minus="nna"
+    )
+    counted = PROVED.but(task=one, metric="gradients", over="dsgd")
+    yield counted.at_most(f"{one}_gradients", 1.0, "MoNNA evaluates no more gradients than D-SGD")
 
+
+CRITERIA = (
+    *_criteria("digits_1", "digits_5"),
+    PROVED.at_most(
+        "quadratic_bounded", 1.0,
+        "Whatever is sent, MoNNA's honest mean ends within the theory's constant times the spread of the optima",
+        metric="excess", control="dsgd",
+    ),
+    PROVED.at_most(
+        "quadratic_dsgd_linear", 1e-6, "ALIE moves D-SGD by f / n z times the optima's deviation, without limit",
+        arm="dsgd", metric="nonlinearity",
+    ),
+    *_criteria("mnist_1", "mnist_5"),
+)  # fmt: skip
 
 CLAIM = Claim(
     slug="monna",
@@ -265,71 +283,25 @@ CLAIM = Claim(
         "figures only, no table."
     ),
     paper=Paper(
-        title="Robust Collaborative Learning with Linear Gradient Overhead",
-        year=2022,
-        arxiv="2209.10931",
-        venue="ICML 2023",
-        code="https://github.com/LPD-EPFL/robust-collaborative-learning",
+        "Robust Collaborative Learning with Linear Gradient Overhead", 2022, "2209.10931", "ICML 2023",
+        "https://github.com/LPD-EPFL/robust-collaborative-learning",
     ),
     part="polyak.optim.monna:MoNNA",
     budget="optimizer steps",
-    tasks=(
-        _task("digits_1", "Digits", 1.0),
-        _task("digits_5", "Digits", 5.0),
-        Task(
-            name="quadratic",
-            label="Quadratic losses",
-            says="||x - c_i||^2 / 2 in 10 dimensions, full gradients, 11 workers of whom 2 attack; seven attacks",
-            options={"n": 11, "f": 2, "lr": 0.05, "momentum": 0.9, "steps": 400},
-        ),
-        _task("mnist_1", "MNIST", 1.0),
-        _task("mnist_5", "MNIST", 5.0),
-    ),
+    tasks=TASKS,
     arms=ARMS,
     scales=(
         Scale(
-            name="small",
-            says="digits, 64-32-10, 11 workers of whom 2 attack, 300 steps: minutes on two cores",
-            seeds=3,
-            tasks=(*DIGITS, "quadratic"),
-            options={"n": 11, "f": 2, "lr": 0.5, "steps": 300},
+            "small", "digits, 64-32-10, 11 workers of whom 2 attack, 300 steps: minutes on two cores", 3,
+            tasks=(*DIGITS, "quadratic"), options={"n": 11, "f": 2, "lr": 0.5, "steps": 300},
         ),
         Scale(
-            name="paper",
-            says="MNIST, the paper's network and 26 workers of whom 5 attack, 600 steps: hours on one accelerator",
-            seeds=5,
-            tasks=MNIST,
-            options={"n": 26, "f": 5, "lr": 0.75, "steps": 600},
+            "paper", "MNIST, the paper's network and 26 workers of whom 5 attack, 600 steps: hours on one accelerator", 5,
+            tasks=MNIST, options={"n": 26, "f": 5, "lr": 0.75, "steps": 600},
         ),
     ),
-    metrics=(
-        Metric(name="worst", label="Accuracy under the worst attack", better="higher", worst=0.0),
-        Metric(name="worst_flip_foe", label="Accuracy under the worse of sign flip and FOE", better="higher", worst=0.0),
-        Metric(name="accuracy", label="Accuracy without attack", better="higher", worst=0.0),
-        *(
-            Metric(name=f"accuracy_{a}", label=f"Accuracy under {a.replace('_', ' ')}", better="higher", worst=0.0)
-            for a in ATTACKS
-        ),
-        Metric(name="gradients", label="Sample gradients evaluated", exact=True),
-        Metric(name="alpha", label="Largest spread after over before mixing"),
-        Metric(name="lam", label="Largest squared shift of the mean over the spread"),
-        Metric(name="excess", label="Distance to the optimum over the bound", exact=True),
-        Metric(name="nonlinearity", label="D-SGD's distance over what is linear in z, minus one", exact=True),
-    ),
-    criteria=(
-        *_criteria("digits_1", "digits_5"),
-        Criterion(
-            name="quadratic_bounded",
-            says="Whatever is sent, MoNNA's honest mean ends within the theory's constant times the spread of the optima",
-            task="quadratic", metric="excess", arm="monna", compare="value", op="<=", bound=1.0, rule="every", control="dsgd",
-        ),
-        Criterion(
-            name="quadratic_dsgd_linear",
-            says="ALIE moves D-SGD by f / n z times the optima's deviation, without limit",
-            task="quadratic", metric="nonlinearity", arm="dsgd", compare="value", op="<=", bound=1e-6, rule="every",
-        ),
-        *_criteria("mnist_1", "mnist_5"),
-    ),
+    metrics=METRICS,
+    criteria=CRITERIA,
     trial=trial,
     departures=(
         "Small scale: scikit-learn's digits and a network 64-32-10 in place of MNIST's convolutional one; 11 workers, 300 steps. "

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial
+from polyak.lab.criteria import Ask
 
 SMALL = ("entries", "tensors")
 PAPER_TASKS = ("llama_60m", "llama_130m", "llama_350m", "llama_1b")
@@ -108,73 +109,62 @@ SPAM = {**ADAM, "optimizer": "spam", "density": 1.0}
 HIGH = {"lr": (6e-3, 1.2e-2, 2.4e-2)}
 LOW = {"lr": (3e-3, 6e-3, 1.2e-2)}
 
+ONE = ("entries",)
+
 ARMS = (
-    Arm(name="adam", label="Adam", role="baseline", tasks=SMALL, grid=HIGH, options=ADAM),
+    Arm("adam", "Adam", "baseline", ADAM, HIGH, tasks=SMALL),
     Arm(
-        name="adam_norm", label="Adam, norm clipped", role="baseline", tasks=SMALL, grid=HIGH,
-        options={**ADAM, "clip_norm": 1.0}, says="the gradient's norm is at most 1",
+        "adam_norm", "Adam, norm clipped", "baseline", {**ADAM, "clip_norm": 1.0}, HIGH, tasks=SMALL,
+        says="the gradient's norm is at most 1",
     ),
     Arm(
-        name="adam_value", label="Adam, values clipped", role="baseline", tasks=("entries",), grid=HIGH,
-        options={**ADAM, "clip_value": 0.01}, says="every entry of the gradient is at most 0.01 in size",
+        "adam_value", "Adam, values clipped", "baseline", {**ADAM, "clip_value": 0.01}, HIGH, tasks=ONE,
+        says="every entry of the gradient is at most 0.01 in size",
     ),
     Arm(
-        name="spam", label="SPAM", role="method", tasks=SMALL, grid=LOW, options=SPAM,
+        "spam", "SPAM", "method", SPAM, LOW, tasks=SMALL,
         says="resets every 100 steps, then 20 of warmup and of grace; threshold 5000",
     ),
     Arm(
-        name="spam_no_reset", label="SPAM without resets", role="ablation", tasks=SMALL, grid=HIGH,
-        options={**SPAM, "reset_interval": NEVER}, says="clipping alone",
+        "spam_no_reset", "SPAM without resets", "ablation", {**SPAM, "reset_interval": NEVER}, HIGH, tasks=SMALL,
+        says="clipping alone",
     ),
     Arm(
-        name="spam_no_clip", label="SPAM without clipping", role="ablation", tasks=SMALL, grid=LOW,
-        options={**SPAM, "threshold": 0.0}, says="resets alone; the control: it does not look at spikes",
+        "spam_no_clip", "SPAM without clipping", "ablation", {**SPAM, "threshold": 0.0}, LOW, tasks=SMALL,
+        says="resets alone; the control: it does not look at spikes",
     ),
     Arm(
-        name="spam_sparse", label="SPAM, a quarter of the moments", role="method", tasks=("entries",), grid=HIGH,
-        options={**SPAM, "density": 0.25}, says="density 0.25 in the linear layers of attention and feed-forward",
+        "spam_sparse", "SPAM, a quarter of the moments", "method", {**SPAM, "density": 0.25}, HIGH, tasks=ONE,
+        says="density 0.25 in the linear layers of attention and feed-forward",
     ),
+    Arm("adam_clean", "Adam, no spikes", "baseline", {**ADAM, "spikes": False}, HIGH, tasks=ONE),
+    Arm("spam_clean", "SPAM, no spikes", "method", {**SPAM, "spikes": False}, LOW, tasks=ONE),
+    Arm("adam_c4", "Adam", "baseline", {"optimizer": "adam"}, tasks=PAPER_TASKS),
     Arm(
-        name="adam_clean", label="Adam, no spikes", role="baseline", tasks=("entries",), grid=HIGH,
-        options={**ADAM, "spikes": False},
-    ),
-    Arm(
-        name="spam_clean", label="SPAM, no spikes", role="method", tasks=("entries",), grid=LOW,
-        options={**SPAM, "spikes": False},
-    ),
-    Arm(name="adam_c4", label="Adam", role="baseline", tasks=PAPER_TASKS, options={"optimizer": "adam"}),
-    Arm(
-        name="spam_c4", label="SPAM", role="method", tasks=PAPER_TASKS, options={"optimizer": "spam", "density": 1.0},
+        "spam_c4", "SPAM", "method", {"optimizer": "spam", "density": 1.0}, tasks=PAPER_TASKS,
         says="resets every 500 steps, then 150 of warmup; threshold 5000",
     ),
 )  # fmt: skip
 
 MODEL = "Tiny Shakespeare, characters; GPT of width 32, depth 2, 4 heads, context 32; batch 16, 800 steps, cosine"
-PLOTS = (Plot(x="step", y="train_loss", title="Training loss, nats per character (mean since the last point)"),)
+PLOTS = (Plot("step", "train_loss", "Training loss, nats per character (mean since the last point)"),)
 TASKS = (
     Task(
-        name="entries",
-        label="Spikes in entries",
-        says=f"{MODEL}; in one step of fifty, 1% of the entries of a random tensor's gradient are 1000 times as large",
-        options={"part": 0.01},
-        tune="train_loss",
-        plots=PLOTS,
+        "entries", "Spikes in entries",
+        f"{MODEL}; in one step of fifty, 1% of the entries of a random tensor's gradient are 1000 times as large",
+        {"part": 0.01}, tune="train_loss", plots=PLOTS,
     ),
     Task(
-        name="tensors",
-        label="Spikes in whole tensors",
-        says=f"{MODEL}; in one step of fifty, a random tensor's whole gradient is 1000 times as large",
-        options={"part": 1.0},
-        tune="train_loss",
-        plots=PLOTS,
+        "tensors", "Spikes in whole tensors",
+        f"{MODEL}; in one step of fifty, a random tensor's whole gradient is 1000 times as large",
+        {"part": 1.0}, tune="train_loss", plots=PLOTS,
     ),
     *(
         Task(
-            name=name,
-            label=f"LLaMA-{size.upper()} on C4",
-            says=f"C4, documents of 256 tokens, 512 in a batch, {steps:,} steps; bfloat16, rate {rate:g}",
-            options={"size": size, "lr": rate, "steps": steps},
-            plots=(Plot(x="step", y="train_loss", title="Training loss, nats per token"),),
+            name, f"LLaMA-{size.upper()} on C4",
+            f"C4, documents of 256 tokens, 512 in a batch, {steps:,} steps; bfloat16, rate {rate:g}",
+            {"size": size, "lr": rate, "steps": steps},
+            plots=(Plot("step", "train_loss", "Training loss, nats per token"),),
         )
         for name, size, rate, steps in (
             ("llama_60m", "60m", 1e-3, 10_000),
@@ -183,62 +173,66 @@ TASKS = (
             ("llama_1b", "1b", 2e-3, 100_000),
         )
     ),
+)  # fmt: skip
+
+METRICS = (
+    Metric("train_loss", "Training loss", unit="nats"),
+    Metric("test_loss", "Test loss", unit="nats"),
+    Metric("clipped", "Entries clipped in the run"),
+    Metric("state_bytes", "State for an entry of the linear layers", unit="bytes", exact=True),
+    Metric("perplexity", "Perplexity"),
 )
+LOSS = Ask(METRICS, kind="effect", task="entries", metric="test_loss", arm="spam")
+MEMORY = Ask(METRICS, kind="mechanism", task="entries", metric="state_bytes", rule="every")
 
 
-def _spike_criteria(task: str, where: str, gating: bool) -> Iterator[Criterion]:
+def _spike_criteria(task: str, where: str, gating: bool) -> tuple[Criterion, ...]:
     """What is asked, or only reported, of SPAM under one kind of spikes."""
-    for against, words in (("adam", "Adam's"), ("adam_norm", "that of Adam with its gradient's norm clipped")):
-        yield Criterion(
-            name=f"{task}_{against}",
-            says=f"With spikes in {where}, SPAM's test loss is more than 0.02 nats below {words}",
-            task=task, metric="test_loss", arm="spam", against=against, compare="difference", op="<", bound=-0.02,
-            control="spam_no_clip", gating=gating,
-        )  # fmt: skip
-    for part, words in (("spam_no_reset", "without resets"), ("spam_no_clip", "without clipping")):
-        yield Criterion(
-            name=f"{task}_{part}",
-            says=f"With spikes in {where}, SPAM's test loss is at most 0.01 nats above that {words}",
-            task=task, metric="test_loss", arm="spam", against=part, compare="difference", bound=0.01, gating=gating,
-        )  # fmt: skip
+    ask, spikes = LOSS.but(task=task, gating=gating), f"With spikes in {where}, SPAM's test loss is"
+    norm = "that of Adam with its gradient's norm clipped"
+    return (
+        *ask.but(control="spam_no_clip").table(
+            "below", "name minus says",
+            (f"{task}_adam", "adam", f"{spikes} more than 0.02 nats below Adam's"),
+            (f"{task}_adam_norm", "adam_norm", f"{spikes} more than 0.02 nats below {norm}"),
+            bound=-0.02,
+        ),
+        *ask.table(
+            "at_most", "name minus says",
+            (f"{task}_spam_no_reset", "spam_no_reset", f"{spikes} at most 0.01 nats above that without resets"),
+            (f"{task}_spam_no_clip", "spam_no_clip", f"{spikes} at most 0.01 nats above that without clipping"),
+            bound=0.01,
+        ),
+    )  # fmt: skip
 
 
 CRITERIA = (
     *_spike_criteria("entries", "1% of a tensor's entries", gating=True),
-    Criterion(
-        name="no_spikes",
-        says="Without spikes, SPAM's test loss is at most 0.02 nats above Adam's",
-        task="entries", metric="test_loss", arm="spam_clean", against="adam_clean", compare="difference", bound=0.02,
+    LOSS.at_most(
+        "no_spikes", 0.02, "Without spikes, SPAM's test loss is at most 0.02 nats above Adam's",
+        arm="spam_clean", minus="adam_clean",
     ),
-    Criterion(
-        name="sparse_loss",
-        says="With spikes and a quarter of the moments, SPAM's test loss is at most 0.05 nats above Adam's",
-        task="entries", metric="test_loss", arm="spam_sparse", against="adam", compare="difference", bound=0.05,
+    LOSS.at_most(
+        "sparse_loss", 0.05, "With spikes and a quarter of the moments, SPAM's test loss is at most 0.05 nats above Adam's",
+        arm="spam_sparse", minus="adam",
     ),
-    Criterion(
-        name="sparse_memory",
-        says="A quarter of the moments takes at most 0.3 of the memory of Adam's, where they are kept, in bytes",
-        task="entries", metric="state_bytes", arm="spam_sparse", against="adam", bound=0.3, rule="every",
-        control="spam",
+    MEMORY.at_most(
+        "sparse_memory", 0.3, "A quarter of the moments takes at most 0.3 of the memory of Adam's, where they are kept, in bytes",
+        arm="spam_sparse", over="adam", control="spam",
     ),
-    Criterion(
-        name="entries_adam_value",
-        says="With spikes in 1% of a tensor's entries, SPAM's test loss is below that of Adam with its values clipped",
-        task="entries", metric="test_loss", arm="spam", against="adam_value", compare="difference", op="<", bound=0.0,
-        gating=False,
+    LOSS.beats(
+        "entries_adam_value",
+        "With spikes in 1% of a tensor's entries, SPAM's test loss is below that of Adam with its values clipped",
+        minus="adam_value", gating=False,
     ),
-    Criterion(
-        name="entries_harm",
-        says="Spikes in 1% of a tensor's entries raise Adam's own test loss by more than 0.02 nats",
-        task="entries", metric="test_loss", arm="adam", against="adam_clean", compare="difference", op=">", bound=0.02,
-        gating=False,
+    LOSS.above(
+        "entries_harm", 0.02, "Spikes in 1% of a tensor's entries raise Adam's own test loss by more than 0.02 nats",
+        arm="adam", minus="adam_clean", gating=False,
     ),
     *_spike_criteria("tensors", "whole tensors", gating=False),
     *(
-        Criterion(
-            name=task,
-            says=f"{task.removeprefix('llama_').upper()}: SPAM's perplexity is below Adam's",
-            task=task, metric="perplexity", arm="spam_c4", against="adam_c4", op="<", bound=1.0, rule="every",
+        Ask(METRICS, kind="effect", metric="perplexity", arm="spam_c4", over="adam_c4", rule="every").beats(
+            task, f"{task.removeprefix('llama_').upper()}: SPAM's perplexity is below Adam's", task=task
         )
         for task in PAPER_TASKS
     ),
@@ -256,11 +250,8 @@ CLAIM = Claim(
         "moments for a part of each matrix only, it is better than GaLore and Adam-mini in equal memory."
     ),
     paper=Paper(
-        title="SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training",
-        year=2025,
-        arxiv="2501.06842",
-        venue="ICLR 2025",
-        code="https://github.com/TianjinYellow/SPAM-Optimizer",
+        "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", 2025, "2501.06842", "ICLR 2025",
+        "https://github.com/TianjinYellow/SPAM-Optimizer",
     ),
     part="polyak.optim.spam:SPAM",
     budget="optimizer steps",
@@ -268,9 +259,7 @@ CLAIM = Claim(
     arms=ARMS,
     scales=(
         Scale(
-            name="small",
-            says="a small language model with spikes injected into its gradients: about four minutes on two cores",
-            seeds=5,
+            "small", "a small language model with spikes injected into its gradients: about four minutes on two cores", 5,
             tasks=SMALL,
             options={
                 "dim": 32, "context": 32, "batch": 16, "steps": 800, "warmup": 1 / 16, "probability": 0.02, "size": 1000.0,
@@ -278,9 +267,7 @@ CLAIM = Claim(
             },
         ),
         Scale(
-            name="paper",
-            says="LLaMA of four sizes on C4, days on one accelerator; needs transformers, datasets, and C4 from the hub",
-            seeds=1,
+            "paper", "LLaMA of four sizes on C4, days on one accelerator; needs transformers, datasets, and C4 from the hub", 1,
             tasks=PAPER_TASKS,
             options={
                 "batch": 512, "micro_batch": 64, "warmup": 1000, "reset_interval": 500, "warmup_steps": 150, "grace": 20,
@@ -288,13 +275,7 @@ CLAIM = Claim(
             },
         ),
     ),
-    metrics=(
-        Metric(name="train_loss", label="Training loss", unit="nats"),
-        Metric(name="test_loss", label="Test loss", unit="nats"),
-        Metric(name="clipped", label="Entries clipped in the run"),
-        Metric(name="state_bytes", label="State for an entry of the linear layers", unit="bytes", exact=True),
-        Metric(name="perplexity", label="Perplexity"),
-    ),
+    metrics=METRICS,
     criteria=CRITERIA,
     trial=trial,
     departures=(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial, measure
+from polyak.lab.criteria import Ask
 
 POINTS = 20  # of the search's curve
 
@@ -94,96 +95,75 @@ def _optimizer(name: str) -> Any:
 
 ARMS = (
     Arm(
-        name="ema", label="Best EMA", role="baseline", options={"search": "grid", "of": "run"},
+        "ema", "Best EMA", "baseline", {"search": "grid", "of": "run"},
         says="the best of 400 averages of the saved checkpoints: 20 starts, 20 rates each",
     ),
-    Arm(name="last", label="Last checkpoint", role="baseline", options={"search": "last", "of": "run"}),
-    Arm(name="single", label="Best single checkpoint", role="baseline", options={"search": "single", "of": "run"}),
+    Arm("last", "Last checkpoint", "baseline", {"search": "last", "of": "run"}),
+    Arm("single", "Best single checkpoint", "baseline", {"search": "single", "of": "run"}),
     Arm(
-        name="ema_online", label="Best EMA kept in training", role="baseline", options={"search": "single", "of": "online"},
+        "ema_online", "Best EMA kept in training", "baseline", {"search": "single", "of": "online"},
         says="averages over all steps, kept from the first on, at rates 0.98 to 0.9995 per step; the best of six",
     ),
     Arm(
-        name="ema_9", label="Best EMA, 9 evaluations", role="baseline", tasks=("diffusion",),
-        options={"search": "grid", "of": "run", "nfe": 9},
+        "ema_9", "Best EMA, 9 evaluations", "baseline", {"search": "grid", "of": "run", "nfe": 9}, tasks=("diffusion",),
     ),
+    Arm("lcsc", "LCSC", "method", {"search": "evolution", "of": "run"}, says="evolution, 400 evaluations"),
     Arm(
-        name="lcsc", label="LCSC", role="method", options={"search": "evolution", "of": "run"},
-        says="evolution, 400 evaluations",
-    ),
-    Arm(
-        name="lcsc_half", label="LCSC, half the training", role="method", options={"search": "evolution", "of": "half"},
+        "lcsc_half", "LCSC, half the training", "method", {"search": "evolution", "of": "half"},
         says="of the first half of the same training: as many checkpoints, at half the interval",
     ),
     Arm(
-        name="convex", label="LCSC without negative coefficients", role="ablation",
-        options={"search": "convex", "of": "run"}, says="negative coefficients are set to zero, the others scaled to sum 1",
+        "convex", "LCSC without negative coefficients", "ablation", {"search": "convex", "of": "run"},
+        says="negative coefficients are set to zero, the others scaled to sum 1",
     ),
     Arm(
-        name="uniform", label="Uniform average", role="control", options={"search": "uniform", "of": "run"},
+        "uniform", "Uniform average", "control", {"search": "uniform", "of": "run"},
         says="the average of all saved checkpoints: a combination that nobody searched",
     ),
 )  # fmt: skip
 
-PLOTS = (Plot(x="evaluations", y="search", title="Best value so far in the search"),)
+PLOTS = (Plot("evaluations", "search", "Best value so far in the search"),)
 TASKS = (
     Task(
-        name="diffusion",
-        label="Diffusion model of digits, 6 evaluations",
-        says="8 x 8 digits; EDM-preconditioned MLP of width 128, batch 64, 3000 steps; DPM-Solver++ 2M with 6 evaluations",
-        options={"nfe": 6},
-        plots=PLOTS,
+        "diffusion", "Diffusion model of digits, 6 evaluations",
+        "8 x 8 digits; EDM-preconditioned MLP of width 128, batch 64, 3000 steps; DPM-Solver++ 2M with 6 evaluations",
+        {"nfe": 6}, plots=PLOTS,
     ),
     Task(
-        name="consistency",
-        label="Consistency model of digits, 1 evaluation",
-        says="the same network and length, consistency training on 18 noise levels; samples in one step",
-        options={"nfe": 1},
-        plots=PLOTS,
+        "consistency", "Consistency model of digits, 1 evaluation",
+        "the same network and length, consistency training on 18 noise levels; samples in one step", {"nfe": 1}, plots=PLOTS,
     ),
+)  # fmt: skip
+
+METRICS = (
+    Metric("test", "Energy distance to test digits"),
+    Metric("search", "Energy distance to validation digits, as searched"),
+    Metric("negative", "Sum of the negative coefficients' sizes"),
+    Metric("largest", "Largest coefficient's size"),
 )
 
 
-def _below(name: str, says: str, task: str, arm: str, against: str, **more: Any) -> Criterion:
-    """The arm's test metric is below (or, with ``op``, at most) the other's."""
-    return Criterion(
-        name=f"{task}_{name}",
-        says=says,
-        task=task,
-        metric="test",
-        arm=arm,
-        against=against,
-        **{"compare": "difference", "op": "<", "bound": 0.0, **more},
-    )
-
-
-def _criteria(task: str, label: str) -> tuple[Criterion, ...]:
-    return (
-        _below("ema", f"{label}: LCSC is better than the best EMA of the same checkpoints", task, "lcsc", "ema", control="uniform"),
-        _below("last", f"{label}: LCSC is better than the last checkpoint, for every seed", task, "lcsc", "last", rule="every"),
-        _below(
-            "half", f"{label}: LCSC after half the training is at least as good as the best EMA after all of it",
-            task, "lcsc_half", "ema", op="<=",
-        ),
-        _below(
-            "online", f"{label}: LCSC is better than the best EMA that was kept in training",
-            task, "lcsc", "ema_online", gating=False,
-        ),
-        _below("single", f"{label}: LCSC is better than the best single checkpoint", task, "lcsc", "single", gating=False),
-        _below(
-            "convex", f"{label}: negative coefficients help: LCSC is better than without", task, "lcsc", "convex", gating=False,
-        ),
+def _criteria(task: str, label: str) -> Iterator[Criterion]:
+    ask = Ask(METRICS, kind="effect", task=task, metric="test", arm="lcsc")
+    better = f"{label}: LCSC is better than the"
+    yield ask.beats(f"{task}_ema", f"{better} best EMA of the same checkpoints", minus="ema", control="uniform")
+    yield ask.beats(f"{task}_last", f"{better} last checkpoint, for every seed", minus="last", rule="every")
+    yield ask.at_most(
+        f"{task}_half", 0.0, f"{label}: LCSC after half the training is at least as good as the best EMA after all of it",
+        arm="lcsc_half", minus="ema",
     )  # fmt: skip
+    yield from ask.but(gating=False).table(
+        "beats", "name minus says",
+        (f"{task}_online", "ema_online", f"{better} best EMA that was kept in training"),
+        (f"{task}_single", "single", f"{better} best single checkpoint"),
+        (f"{task}_convex", "convex", f"{label}: negative coefficients help: LCSC is better than without"),
+    )  # fmt: skip
+    if task == "diffusion":
+        more = "Diffusion: LCSC with 6 evaluations is at least as good as the best EMA with 9"
+        yield ask.at_most("diffusion_nfe", 0.0, more, minus="ema_9", gating=False)
 
 
-CRITERIA = (
-    *_criteria("diffusion", "Diffusion"),
-    _below(
-        "nfe", "Diffusion: LCSC with 6 evaluations is at least as good as the best EMA with 9",
-        "diffusion", "lcsc", "ema_9", op="<=", gating=False,
-    ),
-    *_criteria("consistency", "Consistency"),
-)  # fmt: skip
+CRITERIA = (*_criteria("diffusion", "Diffusion"), *_criteria("consistency", "Consistency"))
 
 CLAIM = Claim(
     slug="lcsc",
@@ -196,11 +176,8 @@ CLAIM = Claim(
         "consistency model with one evaluation is better than the base with two; DDPM on CIFAR-10 needs 9 evaluations, not 15."
     ),
     paper=Paper(
-        title="Linear Combination of Saved Checkpoints Makes Consistency and Diffusion Models Better",
-        year=2024,
-        arxiv="2404.02241",
-        venue="ICLR 2025",
-        code="https://github.com/imagination-research/LCSC",
+        "Linear Combination of Saved Checkpoints Makes Consistency and Diffusion Models Better", 2024, "2404.02241", "ICLR 2025",
+        "https://github.com/imagination-research/LCSC",
     ),
     part="polyak.teachers.lcsc:LCSC",
     budget="evaluations of the objective",
@@ -208,21 +185,14 @@ CLAIM = Claim(
     arms=ARMS,
     scales=(
         Scale(
-            name="small",
-            says="digits, a few minutes on two cores",
-            seeds=5,
+            "small", "digits, a few minutes on two cores", 5,
             options={
                 "steps": 3000, "checkpoints": 30, "width": 128, "batch": 64, "lr": 2e-3, "scales": 18,
                 "evals": 400, "samples": 500, "fresh": 2000,
             },
         ),
     ),
-    metrics=(
-        Metric(name="test", label="Energy distance to test digits"),
-        Metric(name="search", label="Energy distance to validation digits, as searched"),
-        Metric(name="negative", label="Sum of the negative coefficients' sizes"),
-        Metric(name="largest", label="Largest coefficient's size"),
-    ),
+    metrics=METRICS,
     criteria=CRITERIA,
     trial=trial,
     departures=(

@@ -77,6 +77,7 @@ def experiment(file: Path, facts: Facts, arms: Sequence[ArmSpec], budget: Budget
             Criterion(
                 name=arm.text,
                 says=f"{labels[arm.text]} is better than {labels[arms[0].text]}",
+                kind="effect",
                 task=name,
                 metric=facts.main,
                 arm=arm.text,
