@@ -101,6 +101,13 @@ def swapped(params, optimizer):
     torch.utils.swap_tensors(params[0], other)
 
 
+def another_in_its_place(params, optimizer):
+    other = parameter(params[0].detach().clone() * 2)
+    for group in optimizer.param_groups:
+        group["params"][:] = [other if p is params[0] else p for p in group["params"]]
+    params[0] = other
+
+
 def data(change):
     """The first parameter's data become what ``change`` makes of them."""
     return lambda params, optimizer: set_data(params[0], change(params[0].data))
@@ -215,6 +222,7 @@ KINDS = {
     "grown": Kind(change=data(lambda x: torch.cat([x] * 200)), refused=True),
     "pruned with a new state": Kind(change=lambda ps, o: (set_data(ps[0], ps[0].data[3:].clone()), o.state.pop(ps[0]))),
     "swapped": Kind(change=swapped),
+    "another in its place": Kind(change=another_in_its_place),
     "freed": Kind(change=lambda ps, o: free(ps[0]), refused=True),
     "storage cut": Kind(change=lambda ps, o: free(ps[0], 64), refused=True),
     "freed and filled again": Kind(change=freed_and_filled),

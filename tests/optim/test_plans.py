@@ -129,6 +129,19 @@ def test_counters_are_counted_once_a_step(native, monkeypatch):
     assert [float(optimizer.state[p]["step"]) for p in params] == [4, 4, 6, 6]
 
 
+@pytest.mark.parametrize("native", ["through_headers", "through_dlpack", None])
+def test_a_gradient_that_is_its_parameter_is_copied(native, monkeypatch):
+    """Compiled code is told that what it reads and writes are different places."""
+    if native is not None and getattr(look, native)() is None:
+        pytest.skip("needs a compiler")
+    monkeypatch.setattr(look, "native", getattr(look, native) if native else (lambda: None))
+    params = parameters([(3,)] * 2)
+    optimizer = run(Adan(params), params, gradients([(3,)] * 2, 1))
+    params[0].grad = params[0].detach()
+    optimizer.step()
+    assert optimizer._plan.looker.status.tolist() == [look.COPIED, look.READ]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("name", [*PLANNED, "large rounding"])
 def test_threads_share_the_work(name, threads):
