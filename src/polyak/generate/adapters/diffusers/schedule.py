@@ -14,6 +14,7 @@ from polyak.generate.adapters.diffusers.flows import dynamic_shift, flow, flow_c
 from polyak.generate.adapters.diffusers.levels import Arctan, ChainLevels, shaped
 from polyak.generate.adapters.diffusers.plan import Plan
 from polyak.generate.adapters.diffusers.requests import (
+    ROUNDING,
     Request,
     Schedule,
     count,
@@ -142,8 +143,14 @@ def _edm(plan: Plan, request: Request) -> Schedule:
     assert isinstance(process, EDM)
     if levels[-1] < low or levels[0] > top:
         process = dataclasses.replace(process, sigma_min=min(low, levels[-1]), sigma_max=max(top, levels[0]))
-    end = 0.0 if config["final_sigmas_type"] == "zero" else float(levels[-1])
+    end = 0.0 if config["final_sigmas_type"] == "zero" else _last_level(plan, levels.tolist(), low)
     return Schedule([*levels.tolist(), end], [label(plan, process, t) for t in levels.tolist()], process)
+
+
+def _last_level(plan: Plan, levels: list[float], low: float) -> float:
+    """``final_sigmas_type="sigma_min"``: the lowest level of all, or, as EDMEulerScheduler has it, the last one again."""
+    again = plan.origin == "EDMEulerScheduler" or levels[-1] <= low * (1 + ROUNDING)
+    return levels[-1] if again else low
 
 
 def _trig(plan: Plan, request: Request) -> Schedule:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from polyak.core import checks
 from polyak.generate.adapters.diffusers import schedule
+from polyak.generate.adapters.diffusers.answers import kept_exactly, predicted, unrounded
 from polyak.generate.adapters.diffusers.noise import Noising
 from polyak.generate.adapters.diffusers.options import STEPS
 from polyak.generate.adapters.diffusers.parts import dump, load
@@ -32,9 +33,7 @@ from polyak.generate.adapters.diffusers.plan import (
 from polyak.generate.adapters.diffusers.resolve import entries, refuse_idle, resolve, same
 from polyak.generate.adapters.diffusers.runs import Driven, Ground, Leg, begin_at, compose, evaluations_per_step
 from polyak.generate.adapters.diffusers.schedule import Request, Schedule
-from polyak.generate.ddim import DDIM
-from polyak.generate.evaluate import HALF
-from polyak.generate.prediction import Prediction, edm_input_scaling
+from polyak.generate.prediction import edm_input_scaling
 from polyak.generate.process import Discrete, Flow, ProbabilityPath, Process
 from polyak.generate.solver import Solver
 from polyak.generate.update import combine
@@ -46,14 +45,6 @@ class PolyakSchedulerOutput(BaseOutput):
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
-
-
-class Negated(Prediction):
-    """Of a network that answers the opposite: what it says is minus its dialect."""
-
-    def weights(self, view: str) -> tuple[Any, Any]:
-        a, b = super().weights(view)
-        return a, -b
 
 
 class PolyakScheduler(Noising, SchedulerMixin, ConfigMixin):
@@ -407,39 +398,26 @@ class PolyakScheduler(Noising, SchedulerMixin, ConfigMixin):
         assert self._step_index is not None
         if self._driven.done:
             raise ValueError("the run is complete; call set_timesteps before the next one")
-        exact = self._unrounded(sample)
-        prediction = self._predicted(model_output, exact, self._driven.t, bool(use_clipped_model_output))
-        self._exact = self._driven.send(prediction, generator)
+        run, x = self._driven, unrounded(sample, self._exact)
+        prediction = predicted(
+            self._plan,
+            self.process,
+            self.solver,
+            self.corrector,
+            model_output,
+            x,
+            run.t,
+            bool(use_clipped_model_output),
+        )
+        made = run.send(prediction, generator)
+        self._exact = kept_exactly(made, sample.dtype)
         self._step_index += 1
-        returned = self._exact.to(sample.dtype)
+        returned = made.to(sample.dtype)
         if not (return_dict or self._plan.facts.gives_x0) or not isinstance(self.process, Process):
             return PolyakSchedulerOutput(returned) if return_dict else (returned,)
         of_x, of_output = prediction.weights("x0")
         x0 = combine((of_x, prediction.x), (of_output, prediction.output)).to(sample.dtype)
         return PolyakSchedulerOutput(returned, x0) if return_dict else (returned, x0)
-
-    def _unrounded(self, sample: Tensor) -> Tensor:
-        """The state in at least single precision: of a sample in half precision what it was before it was rounded."""
-        if sample.dtype not in HALF:
-            return sample
-        given = sample.float()
-        if self._exact is None or self._exact.shape != sample.shape or self._exact.dtype != given.dtype:
-            return given
-        return torch.where(self._exact.to(sample.dtype) == sample, self._exact, given)
-
-    def _predicted(self, output: Tensor, x: Tensor, t: float, clipped_eps: bool) -> Prediction:
-        plan = self._plan
-        if plan.learned and output.shape[1] == 2 * x.shape[1]:
-            output = output.chunk(2, dim=1)[0]
-        kind = Prediction if plan.gain > 0 else Negated
-        made = kind(output, x, t, self.process, plan.kind, sigma_data=plan.sigma_data)
-        if self.corrector is None:
-            return made
-        x0 = self.corrector(made.x0, t)
-        if plan.facts.keeps_eps and not clipped_eps and isinstance(self.solver, DDIM):
-            # DDIM's own step keeps the network's eps: the state is moved along, so that x = alpha x0 + sigma eps holds.
-            made = made.rebase(torch.add(x, x0 - made.x0, alpha=self.process.alpha(t)))
-        return Prediction(x0, made.x, t, self.process, "sample")
 
 
 def as_diffusers(solver: Solver, process: Process, prediction_type: str = "epsilon", **options: Any) -> PolyakScheduler:
