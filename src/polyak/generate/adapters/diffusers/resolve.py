@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers.configuration_utils import FrozenDict
 
-from polyak.generate.adapters.diffusers.options import OWN, TABLE, Idle
+from polyak.generate.adapters.diffusers.options import TABLE
 from polyak.generate.adapters.diffusers.plan import PARTS, defaults_of, facts_of, identify
 
 
@@ -26,7 +28,7 @@ def resolve(
     ours = _ours(config)
     if overrides.get("origin") not in (None, ours.get("origin")):  # as diffusers does from one class to another
         options = {k: v for k, v in options.items() if k not in used}
-    given = {**ours, **{k: v for k, v in overrides.items() if k not in PARTS or v is not None}}
+    given = {**ours, **{k: v for k, v in overrides.items() if k not in ("solver", "origin") or v is not None}}
     facts_of(given.get("origin"))
     defaults = defaults_of(given.get("origin"))
     filled = [k for k in used if k in options and k not in given and same(options[k], defaults.get(k, ...))]
@@ -57,14 +59,26 @@ def same(a: Any, b: Any) -> bool:
     """Whether two entries of a configuration are equal; arrays, element by element."""
     if a is b:
         return True
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-        return bool(np.array_equal(a, b))
+    if isinstance(a, np.ndarray | torch.Tensor) or isinstance(b, np.ndarray | torch.Tensor):
+        return type(a) is type(b) and a.shape == b.shape and bool(np.array_equal(np.asarray(a), np.asarray(b)))
     return type(a) is type(b) and a == b
 
 
-def refuse_idle(options: Mapping[str, Any]) -> None:
-    """An option that was written by hand, and that does nothing here."""
-    for name, value in options.items():
-        rule = OWN.options.get(name)
-        if isinstance(rule, Idle):
-            raise ValueError(f"{name}={value!r} has no meaning here: it is {rule.why}")
+def snapshot(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration says, in copies: lists and arrays may be changed in place."""
+    return {k: copy.deepcopy(v) if isinstance(v, list | dict | np.ndarray) else v for k, v in config.items()}
+
+
+def plain(value: Any) -> Any:
+    """NumPy's and PyTorch's numbers as Python's, which JSON can hold; in lists and dicts, too."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple) and any(
+        isinstance(v, np.generic | torch.Tensor | list | tuple | dict) for v in value
+    ):
+        return type(value)(plain(v) for v in value)
+    return value
