@@ -22,8 +22,9 @@ from polyak.generate.adapters.diffusers.plan import (
     notes_of,
     read,
 )
-from polyak.generate.adapters.diffusers.resolve import entries, plain, resolve, same, snapshot
+from polyak.generate.adapters.diffusers.resolve import entries, resolve
 from polyak.generate.adapters.diffusers.runs import Ground, evaluations_per_step
+from polyak.generate.adapters.diffusers.values import plain, same, snapshot
 from polyak.generate.process import Discrete, Flow, ProbabilityPath
 from polyak.generate.solver import Solver
 

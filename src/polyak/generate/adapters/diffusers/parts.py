@@ -7,7 +7,7 @@ import importlib
 from typing import Any
 
 from polyak.generate.adapters.diffusers.levels import ChainLevels
-from polyak.generate.adapters.diffusers.resolve import plain
+from polyak.generate.adapters.diffusers.values import plain
 from polyak.generate.process import Discrete, ProbabilityPath
 from polyak.generate.solver import Solver
 

@@ -38,6 +38,7 @@ from polyak.generate.adapters.diffusers.options import (
     Origin,
     Refused,
 )
+from polyak.generate.adapters.diffusers.values import same
 from polyak.generate.evaluate import Corrector, DynamicThresholding
 from polyak.generate.prediction import check_kind
 from polyak.generate.process import EDM, Flow, ProbabilityPath, Process
@@ -150,10 +151,10 @@ def idle_of(origin: str | None) -> set[str]:
 def identify(config: Mapping[str, Any]) -> str | None:
     """The scheduler that a configuration in memory belongs to, which does not hold its name: by the options it has.
 
-    Schedulers with the same options are told apart by the defaults that were used, and else mean the same to us.
+    Schedulers with the same options are told apart by the defaults that were used, then by all values.
     """
     keys, used = set(config), config.get("_use_default_values", ())
-    best: tuple[int, int] = (0, 0)
+    best: tuple[int, int, int] = (0, 0, 0)
     found = None
     for name in sorted(TABLE, key=lambda n: -len(keys & set(TABLE[n].options))):
         if len(keys & set(TABLE[name].options)) < best[0]:
@@ -162,7 +163,8 @@ def identify(config: Mapping[str, Any]) -> str | None:
             continue
         defaults = defaults_of(name)
         names = set(defaults) or set(TABLE[name].options)
-        score = (len(names), -sum(k in defaults and config[k] != defaults[k] for k in used))
+        changed = {k for k in defaults if k in config and not same(config[k], defaults[k])}
+        score = (len(names), -len(changed & set(used)), -len(changed))
         if names <= keys and all(k in names or k in PARTS for k in used) and score > best:
             best, found = score, name
     return found
@@ -315,10 +317,10 @@ def _refuse_idle(written: Mapping[str, Any], origin: str | None, facts: Origin, 
 
 
 def _corrector(config: Mapping[str, Any], facts: Origin) -> Corrector | None:
-    if config.get("thresholding") and "thresholding" in facts.options:
+    if config.get("thresholding") and isinstance(facts.options.get("thresholding"), Acts):
         ratio, ceiling = config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value")
         return DynamicThresholding(ratio, ceiling=math.inf if ceiling is None else ceiling)
-    if config.get("clip_sample") and "clip_sample" in facts.options:
+    if config.get("clip_sample") and isinstance(facts.options.get("clip_sample"), Acts):
         return Clipping(config.get("clip_sample_range", 1.0))
     return None
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
 from diffusers.configuration_utils import FrozenDict
 
-from polyak.generate.adapters.diffusers.options import TABLE
+from polyak.generate.adapters.diffusers.options import TABLE, TWINS
 from polyak.generate.adapters.diffusers.plan import PARTS, defaults_of, facts_of, identify
+from polyak.generate.adapters.diffusers.values import same
 
 
 def resolve(
@@ -25,7 +24,7 @@ def resolve(
     """
     options = {k: v for k, v in config.items() if k not in ("_use_default_values", *PARTS)}
     used = [k for k in config.get("_use_default_values", ()) if k in options]
-    ours = _ours(config)
+    ours = _ours(config, overrides.get("origin"))
     if overrides.get("origin") not in (None, ours.get("origin")):  # as diffusers does from one class to another
         options = {k: v for k, v in options.items() if k not in used}
     given = {**ours, **{k: v for k, v in overrides.items() if k not in ("solver", "origin") or v is not None}}
@@ -35,15 +34,22 @@ def resolve(
     return options, given, filled
 
 
-def _ours(config: Mapping[str, Any]) -> dict[str, Any]:
+def _ours(config: Mapping[str, Any], said: str | None) -> dict[str, Any]:
     """solver, process, origin and grid, as far as a configuration says."""
     name = config.get("_class_name")
     if "solver" in config and name not in TABLE:  # of a PolyakScheduler
         return {k: config[k] for k in PARTS if config.get(k) is not None}
     if isinstance(name, str):
         return {"origin": name}
-    in_memory = isinstance(config, FrozenDict) or "_use_default_values" in config
-    return {"origin": identify(config)} if in_memory else {}
+    if not isinstance(config, FrozenDict) and "_use_default_values" not in config:
+        return {}
+    found = identify(config)
+    if found in TWINS and said is None:
+        warnings.warn(
+            f"this configuration may be {found}'s or {TWINS[found]}'s, which are alike; it is taken as {found}'s: say origin=",
+            stacklevel=4,
+        )
+    return {"origin": found}
 
 
 def entries(config: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,32 +59,3 @@ def entries(config: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
         attribute = getattr(config, name, value)
         now[name] = value if attribute is value or same(attribute, seen.get(name)) else attribute
     return now
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two entries of a configuration are equal; arrays, element by element."""
-    if a is b:
-        return True
-    if isinstance(a, np.ndarray | torch.Tensor) or isinstance(b, np.ndarray | torch.Tensor):
-        return type(a) is type(b) and a.shape == b.shape and bool(np.array_equal(np.asarray(a), np.asarray(b)))
-    return type(a) is type(b) and a == b
-
-
-def snapshot(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says, in copies: lists and arrays may be changed in place."""
-    return {k: copy.deepcopy(v) if isinstance(v, list | dict | np.ndarray) else v for k, v in config.items()}
-
-
-def plain(value: Any) -> Any:
-    """NumPy's and PyTorch's numbers as Python's, which JSON can hold; in lists and dicts, too."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, torch.Tensor):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple) and any(
-        isinstance(v, np.generic | torch.Tensor | list | tuple | dict) for v in value
-    ):
-        return type(value)(plain(v) for v in value)
-    return value
