@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ class Noising:
     _asked: list[float]
     process: Any
     timesteps: Tensor
+    _refresh: Callable[[], bool]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """``alpha x0 + sigma noise`` at the given timesteps, shape (B,) or one for all."""
@@ -40,6 +42,8 @@ class Noising:
 
     def _moments(self, timesteps: Tensor, x: Tensor) -> tuple[Any, Any]:
         """alpha and sigma of timesteps: of those that are planned exactly, of others by the process."""
+        if not self._times:
+            self._refresh()
         kind = wide(timesteps.device)
         labels = timesteps.to(kind)
         t = schedule.times_of(self._plan, self.process, labels)
