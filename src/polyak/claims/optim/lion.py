@@ -283,7 +283,7 @@ NETWORK = (
     Criterion(
         name="network_adamw_beyond",
         says="AdamW's weights go beyond 1/3, the bound of Lion with wd 3",
-        task="network", metric="largest_weight", arm="network_adamw", compare="value", op=">", bound=1 / 3, rule="every",
+        task="network", metric="largest_weight", arm="network_adamw", compare="value", op=">", bound=1 / 3,
         gating=False,
     ),
     *(
@@ -323,6 +323,7 @@ CLAIM = Claim(
             name="small",
             says="three convex problems whose constrained minima are known, and a small network: a minute on two cores",
             seeds=5,
+            first_seed=100,
             options={"steps": 20_000, "lr": 1e-2, "last_lr": 1e-5, "watched_steps": 500},
         ),
     ),
@@ -355,6 +356,8 @@ CLAIM = Claim(
         "The network's weights start inside the bound, so that they stay there by arithmetic.",
         "Here the gradient's sign is the usual one; the paper's momentum is minus this one. The explicit step of size lr is the "
         "paper's implicit one of size lr / (1 - lr wd).",
+        "Until 2026-11-30 criteria on what training reaches asked every seed, so that more seeds made passing harder. Before this "
+        "run they were reset to ask the mean, with the same bounds; the small scale's seeds, from 100 on, had not been run.",
     ),
     usage=(
         "from polyak.optim import Lion\n\n"
