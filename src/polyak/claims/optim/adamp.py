@@ -346,7 +346,8 @@ CLAIM = Claim(
         "Gains in accuracy are reported for either pair, and decide nothing: at this scale they are a few images. SGDP against SGD "
         "is reported only.",
         "Paper scale: timm's models with random crops and flips; three seeds; Adam's rate 1e-3 (MobileNetV2: 2e-3), SGD's 0.1, "
-        "decay 1e-4. These settings and the figures above are as quoted elsewhere, and not compared with the paper's appendix again.",
+        "decay 1e-4. These settings and the figures above are as quoted elsewhere, and not compared again with the paper's "
+        "appendix.",
         "The paper's equation 11 has no absolute value in the test; its code has, and its authors say it is meant. With "
         "nesterov=False the official SGDP also projects the momentum buffer; the part does this with project_buffer=True only.",
         "Until 2026-11-30 criteria on what training reaches asked every seed, so that more seeds made passing harder. Before this "
