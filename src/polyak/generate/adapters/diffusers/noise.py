@@ -21,7 +21,9 @@ class Noising:
     _asked: list[float]
     process: Any
     timesteps: Tensor
+    _planned: list[float]
     _refresh: Callable[[], bool]
+    _follow: Callable[[], None]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """``alpha x0 + sigma noise`` at the given timesteps, shape (B,) or one for all."""
@@ -48,7 +50,8 @@ class Noising:
         labels = timesteps.to(kind)
         t = schedule.times_of(self._plan, self.process, labels)
         if self._times:
-            planned = self.timesteps.to(device=labels.device, dtype=torch.float32)
+            self._follow()
+            planned = torch.tensor(self._planned, dtype=torch.float32, device=labels.device)
             same = labels.to(torch.float32).reshape(-1, 1) == planned
             times = torch.tensor(self._asked, dtype=kind, device=labels.device)
             t = torch.where(same.any(1), times[same.int().argmax(1)], t.reshape(-1)).reshape(t.shape)
