@@ -171,6 +171,10 @@ def test_what_pipelines_write_for_others_is_kept() -> None:
         ({"grid": "foo"}, "grid must be one of"),
         ({"prediction_type": "edm", "sigma_data": -1.0}, "sigma_data must be > 0"),
         ({"origin": "EDMEulerScheduler", "sigma_data": 0.0}, "sigma_data must be > 0"),
+        (
+            {"origin": "CogVideoXDDIMScheduler", "clip_sample": True},
+            r"clip_sample=True .*from_config\(.*clip_sample=False",
+        ),
         ({"variance_type": "large"}, "variance_type must be one of"),
         ({"variance_type": "fixed_large"}, "variance_type='fixed_large' has no meaning here: noise is the solver's"),
         ({"shift": 3.0, "prediction_type": "epsilon"}, "prediction_type must be one of 'flow_prediction'"),
@@ -346,10 +350,58 @@ def test_timesteps_that_are_not_planned_are_refused() -> None:
         scheduler = PolyakScheduler(solver=DDIM())
         scheduler.set_timesteps(5)
         t, scheduler.timesteps = scheduler.timesteps[0], change(scheduler.timesteps)
-        with pytest.raises(ValueError, match="timesteps were changed to .*, which are not a part of those planned"):
+        with pytest.raises(ValueError, match=r"timesteps were changed to .*, which are not a part of those planned"):
             scheduler.step(x, t, x)
     scheduler = PolyakScheduler(solver=DDIM())
     scheduler.set_timesteps(5)
     scheduler.timesteps[1] += 1
     with pytest.raises(ValueError, match="timesteps were changed"):
         scheduler.step(x, scheduler.timesteps[0], x)
+
+
+def test_timesteps_beyond_the_chain_are_named_as_they_were_given() -> None:
+    scheduler = PolyakScheduler(solver=DDIM(), timestep_spacing="leading", steps_offset=700)
+    with pytest.raises(
+        ValueError, match=r"timestep 1450 is outside of those that the network knows, 0 to 999: lower steps_off"
+    ):
+        scheduler.set_timesteps(3)
+    flow = PolyakScheduler(solver=Euler(), shift=1.0)
+    with pytest.raises(ValueError, match="sigmas must decrease from at most 1"):
+        flow.set_timesteps(timesteps=[1200.0, 3.0])
+
+
+# --- what else schedulers show
+
+
+def test_a_flow_shows_its_shift() -> None:
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    ours = PolyakScheduler.from_config(theirs.config, solver=Euler())
+    assert (ours.shift, ours.sigma_min, ours.sigma_max) == pytest.approx((3.0, theirs.sigma_min, theirs.sigma_max))
+    ours.set_shift(5.0)
+    assert ours.shift == 5.0
+    t = torch.tensor([0.2, 0.7])
+    for kind in ("exponential", "linear"):
+        theirs.register_to_config(time_shift_type=kind)
+        ours.register_to_config(time_shift_type=kind)
+        assert torch.allclose(ours.time_shift(1.3, 1.0, t), theirs.time_shift(1.3, 1.0, t))
+    chain = PolyakScheduler(solver=DDIM())
+    for name in ("shift", "sigma_min", "sigma_max"):
+        assert not hasattr(chain, name)
+
+
+def test_edm_scales_what_a_network_is_conditioned_on() -> None:
+    theirs = diffusers.EDMEulerScheduler()
+    ours = PolyakScheduler.from_config(theirs.config, solver=Euler())
+    sigma = torch.tensor([0.3, 2.0])
+    assert torch.allclose(ours._get_conditioning_c_in(sigma), theirs._get_conditioning_c_in(sigma))
+    assert ours._get_conditioning_c_in(0.3) == pytest.approx(float(theirs._get_conditioning_c_in(0.3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "there"), [("FlowMatchEulerDiscreteScheduler", False), ("EulerDiscreteScheduler", True)]
+)
+def test_the_predicted_data_are_made_where_the_origin_gives_them(name: str, there: bool) -> None:
+    scheduler = PolyakScheduler.from_config(saved(getattr(diffusers, name)()), solver=Euler())
+    scheduler.set_timesteps(3)
+    x = torch.ones(1, 2)
+    assert (scheduler.step(x, scheduler.timesteps[0], x).pred_original_sample is not None) == there

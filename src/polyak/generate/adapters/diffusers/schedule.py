@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -49,6 +50,27 @@ def label(plan: Plan, process: Any, t: float) -> float:
         sigma = process.sigma_hat(t)
         return math.log(sigma) / 4 if sigma else -math.inf
     return process.label(1 - t) if _inverted(plan) else process.label(t)
+
+
+def checked(plan: Plan, made: Schedule) -> list[float]:
+    """The times of a run, all of them in the process's range.
+
+    Raises:
+        ValueError: a timestep that the network does not know.
+    """
+    process, times = made.process, []
+    for t, told in itertools.zip_longest(made.times, made.labels):
+        try:
+            times.append(process.check_time("times", t))
+        except ValueError:
+            if told is None:
+                raise
+            ends = sorted(label(plan, process, end) for end in (process.t_min, process.t_max))
+            raise ValueError(
+                f"timestep {told:g} is outside of those that the network knows, {ends[0]:g} to {ends[1]:g}: lower "
+                "steps_offset, or give other timesteps or sigmas"
+            ) from None
+    return times
 
 
 def times_of(plan: Plan, process: Any, labels: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,10 @@ from polyak.generate.update import combine
 
 @dataclass
 class PolyakSchedulerOutput(BaseOutput):
-    """What a step gives: the next point to ask the model at, and the clean data predicted at the last one."""
+    """What a step gives: the next point to ask the model at, and the clean data predicted at the last one.
+
+    The data are left out where the origin's step has none (flow matching).
+    """
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
@@ -189,8 +192,7 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
             times = self.solver.times(process, steps=n, grid=plan.grid).tolist()
             return Schedule(times, [schedule.label(plan, plan.process, t) for t in times[:-1]], plan.process)
         made = schedule.make(plan, request, zero=self.solver.reaches_zero)
-        times = [made.process.check_time(f"times[{i}]", t) for i, t in enumerate(made.times)]
-        return dataclasses.replace(made, times=times)
+        return dataclasses.replace(made, times=schedule.checked(plan, made))
 
     def _label(self, t: float) -> float:
         told = self._told.get(t)
@@ -352,7 +354,9 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         self._exact = kept_exactly(made, sample.dtype)
         self._step_index += 1
         returned = made.to(sample.dtype)
-        if not (return_dict or self._plan.facts.gives_x0) or not isinstance(self.process, Process):
+        facts = self._plan.facts
+        given = facts.gives_x0 or (return_dict and facts.family != "flow")
+        if not given or not isinstance(self.process, Process):
             return PolyakSchedulerOutput(returned) if return_dict else (returned,)
         of_x, of_output = prediction.weights("x0")
         x0 = combine((of_x, prediction.x), (of_output, prediction.output)).to(sample.dtype)
