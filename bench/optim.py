@@ -2,11 +2,14 @@
 
     python bench/optim.py                      # the CPU, and the GPU where there is one
     python bench/optim.py --device cuda --models resnet50 gpt2 1b
+    python bench/optim.py --device cuda --models resnet50 --short     # polyak's own and torch's fused AdamW, in a minute
     python bench/optim.py --only "polyak SPAM" --profile      # and where a step's time on the GPU goes
+    python bench/optim.py --host                              # the host's own time, on the CPU with small tensors
 
 All in one run on one machine: first the machine's own copy bandwidth, then every optimizer on the same parameters. The floor
 is the words that a step must read and write (4 bytes each) over that bandwidth. Steps are timed back to back: on the GPU
 between two events, on the CPU by the clock; the median of the repetitions counts. Peers that are not installed are left out.
+The host's time on a GPU is that until step() returns, with nothing queued before: the median of 50.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -163,6 +167,14 @@ def elapsed_ms(run: Callable[[], Any], device: str, times: int, repeats: int) ->
     return statistics.median(samples)
 
 
+def returned_ms(run: Callable[[], Any]) -> float:
+    """Until a call returns, with nothing queued on the GPU before it."""
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    return (time.perf_counter() - begin) * 1e3
+
+
 def bandwidth(device: str) -> float:
     """Bytes a second that a large copy reads and writes."""
     n = 2**29 if device == "cuda" else 2**26
@@ -188,11 +200,7 @@ def bench(model: str, device: str, speed: float, label: str, method: str, make: 
         before = torch.cuda.memory_allocated()
     ms = elapsed_ms(optimizer.step, device, times, 5 if fast else 3)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if fast else 0.0
-    begin = time.perf_counter()
-    for _ in range(5 if fast else 0):
-        optimizer.step()
-    host = (time.perf_counter() - begin) / 5 * 1e3
-    synchronize(device)
+    host = statistics.median(returned_ms(optimizer.step) for _ in range(50)) if fast else 0.0
     state = sum(t.numel() * t.element_size() for t in tensors(optimizer.state) if t.dim())
     return Row(model, label, method, ms, WORDS[method] * 4 * count / speed * 1e3, host, state / count, peak)
 
@@ -240,6 +248,58 @@ def profile(model: str, name: str) -> str:
     return ", ".join(f"{e.key[:24]} {e.device_time_total / 10:.1f} (x{e.count / 10:g})" for e in kernels[:8])
 
 
+def host_table() -> str:
+    """Milliseconds of one thread's own time a step takes for 161 tensors of 64 elements, in the cases that people have."""
+    torch.set_num_threads(1)
+    makers: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+        **{
+            f"polyak {name}": make
+            for name, (_, make) in ours(False).items()
+            if "quarter" not in name and "all" not in name
+        },
+        "torch AdamW foreach": lambda p: torch.optim.AdamW(p, foreach=True),
+        "torch AdamW fused": lambda p: torch.optim.AdamW(p, fused=True),
+    }
+    lines = [
+        "| 161 tensors, ms | one group | a group a tensor | and a schedule | half of the gradients |",
+        "| --- |" + " ---: |" * 4,
+    ]
+    for name, make in makers.items():
+        params = [torch.randn(8, 8).requires_grad_() for _ in range(161)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        grads = [p.grad for p in params]
+        one, some = make(params), make(params)
+        many = make([{"params": [p]} for p in params])
+
+        def scheduled(many: torch.optim.Optimizer = many) -> None:
+            for group in many.param_groups:
+                group["lr"] *= 0.999
+            many.step()
+
+        def experts(some: Any = some, params: Any = params, grads: Any = grads) -> None:
+            for p, g in zip(params, grads, strict=True):
+                p.grad = g if random.random() < 0.5 else None
+            some.step()
+
+        found = [thread_ms(run) for run in (one.step, many.step, scheduled, experts)]
+        lines.append(f"| {name} | " + " | ".join(f"{ms:.3f}" for ms in found) + " |")
+    return "\n".join(lines)
+
+
+def thread_ms(run: Callable[[], Any]) -> float:
+    """Least mean of this thread's time over 50 calls."""
+    for _ in range(20):
+        run()
+    samples = []
+    for _ in range(9):
+        begin = time.thread_time()
+        for _ in range(50):
+            run()
+        samples.append((time.thread_time() - begin) / 50 * 1e3)
+    return min(samples)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda", "all"), default="all")
@@ -248,9 +308,14 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="only optimizers whose name contains this")
     parser.add_argument("--without", default="", help="no optimizers whose name contains this")
+    parser.add_argument("--short", action="store_true", help="polyak's own and torch's fused AdamW, without graphs")
+    parser.add_argument("--host", action="store_true", help="only the host's own time with small tensors, on the CPU")
     parser.add_argument("--profile", action="store_true", help="also the GPU time of each of polyak's kernels")
     parser.add_argument("--json", default="", help="also write the rows to this file")
     args = parser.parse_args()
+    if args.host:
+        print(f"torch {torch.__version__}; polyak {polyak.__version__}\n\n{host_table()}")
+        return
     devices = [d for d in ("cpu", "cuda") if args.device in (d, "all") and (d == "cpu" or torch.cuda.is_available())]
     rows: list[Row] = []
     for device in devices:
@@ -267,6 +332,8 @@ def main() -> None:
             for label, method, make in contenders(device):
                 if args.only not in label or (args.without and args.without in label):
                     continue
+                if args.short and not label.startswith("polyak") and label != "torch AdamW fused":
+                    continue
                 try:
                     row = bench(model, device, speed, label, method, make)
                 except Exception as error:  # a peer's failure is shown, and is no reason to stop
@@ -281,7 +348,7 @@ def main() -> None:
                     f"| {label} | {row.ms:.3f} | {row.ratio:.2f} | {row.host_ms:.3f} | {row.state_bytes:.1f} | {peak} |",
                     flush=True,
                 )
-            for name in ours(True) if device == "cuda" else ():
+            for name in ours(True) if device == "cuda" and not args.short else ():
                 label = f"polyak {name}, graph replay"
                 if args.only not in label or (args.without and args.without in label):
                     continue

@@ -23,20 +23,14 @@ def interpreter():
 BACKENDS = {
     "eager": dict(foreach=False),
     "compiled": dict(),
-    "blocked": dict(foreach=True),
     "foreach": dict(foreach=True),
     "kernel": dict(fused=True),
 }
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
-    """The options that choose a backend on the CPU; "foreach" is never chosen there, so it is forced."""
-    from polyak.optim._engine import RuleOptimizer
-
+def backend(request):
+    """The options that choose a backend on the CPU."""
     if request.param == "kernel":
         request.getfixturevalue("interpreter")
-    if request.param == "foreach":
-        choose = RuleOptimizer._mode
-        monkeypatch.setattr(RuleOptimizer, "_mode", lambda *a: "eager" if choose(*a) == "eager" else "foreach")
     return BACKENDS[request.param]

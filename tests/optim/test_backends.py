@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from polyak.optim import Adan, Lion, LionK
-from polyak.optim._engine.blocked import BLOCK, SMALL
+from polyak.optim._engine.cc import SPLIT
 from polyak.optim.lion import kappa
 
 SYSTEMS = {
@@ -18,7 +18,7 @@ SYSTEMS = {
     "lion-relativistic": lambda p, **o: LionK(p, kappa.Relativistic(0.2), lr=1e-2, weight_decay=0.5, **o),
     "lion-l2-all": lambda p, **o: LionK(p, kappa.L2("all"), lr=1e-2, weight_decay=0.5, **o),
 }
-SHAPES = [(), (0,), (1,), (3, 5), (SMALL,), (SMALL + 1,), (BLOCK - 1,), (BLOCK,), (2 * BLOCK + 7,)]
+SHAPES = [(), (0,), (1,), (3, 5), (16384,), (16385,), (SPLIT - 1,), (SPLIT,), (2 * SPLIT + 7,)]
 
 
 def train(make, shapes, dtype, steps=4, **options):
@@ -35,10 +35,10 @@ def train(make, shapes, dtype, steps=4, **options):
 
 @pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_blocks_are_the_loop_bit_for_bit(name, dtype):
+def test_lists_are_the_loop_bit_for_bit(name, dtype):
     expected, _ = train(SYSTEMS[name], SHAPES, dtype, foreach=False)
     actual, optimizer = train(SYSTEMS[name], SHAPES, dtype, foreach=True)
-    assert optimizer._plans[0].mode == "blocked"
+    assert optimizer._plan.mode == "foreach"
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)
 
@@ -54,12 +54,12 @@ def test_the_default_is_the_loop_to_rounding(name, dtype):
         assert (a - e).abs().max() <= 16 * ulp if a.numel() else True
 
 
-def test_without_a_compiler_the_blocks_run(monkeypatch):
+def test_without_a_compiler_lists_run(monkeypatch):
     from polyak.optim._engine import compiled
 
-    monkeypatch.setattr(compiled, "library", lambda *code: None)
+    monkeypatch.setattr(compiled, "rule", lambda *what: None)
     _, optimizer = train(SYSTEMS["adan"], [(4,)], torch.float32)
-    assert optimizer._plans[0].mode == "blocked"
+    assert optimizer._plan.mode == "foreach"
 
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {}])

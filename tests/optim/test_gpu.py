@@ -81,7 +81,7 @@ def assert_equal(actual, expected):
 
 
 def mode(optimizer, group=0):
-    return optimizer._plans[group].mode
+    return next(row.mode for row in optimizer._plan.rows if row.group == group)
 
 
 @contextmanager
@@ -534,7 +534,7 @@ def test_many_tensors_in_one_launch():
     expected, actual = parameters(shapes, torch.float64, "cpu"), parameters(shapes, torch.float32, CUDA)
     train(lambda p: Adan(p, lr=1e-2), expected, 3)
     optimizer = train(lambda p: Adan(p, lr=1e-2), actual, 3)
-    assert len(optimizer._plans[0].cohorts) == 1
+    assert len(optimizer._plan.cohorts) == 1
     assert_close(actual, expected, atol=5e-6)
 
 
@@ -617,7 +617,7 @@ def test_a_checkpoint_that_went_through_the_host(capturable):
             give_gradients(group, t)
             opt.step()
     assert_equal(copies, params)
-    assert len(other._plans[0].cohorts) == 1, "one launch before the checkpoint, one after it"
+    assert len(other._plan.cohorts) == 1, "one launch before the checkpoint, one after it"
 
 
 def test_new_gradient_addresses_at_every_step():

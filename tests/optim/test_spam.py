@@ -16,7 +16,7 @@ from polyak.optim.spam import SpikeMonitor, clip_spikes_, spam_param_groups, war
 SHAPES = [(3,), (40, 30), (), (17, 5)]
 CLOSE = 1e-12  # float64, a few dozen operations a step on numbers of order one
 QUICK = dict(reset_interval=8, warmup_steps=4, grace=3, threshold=6.0)
-BACKENDS = {"eager": dict(foreach=False), "compiled": {}, "blocked": dict(foreach=True), "kernel": dict(fused=True)}
+BACKENDS = {"eager": dict(foreach=False), "compiled": {}, "foreach": dict(foreach=True), "kernel": dict(fused=True)}
 
 
 @pytest.fixture(params=BACKENDS)

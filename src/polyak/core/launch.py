@@ -29,6 +29,17 @@ def available(device: torch.device) -> bool:
     return interpreted is not None and (device.type == "cuda" or (device.type == "cpu" and interpreted))
 
 
+_devices = cache(torch.cuda.device_count)
+
+
+def is_elsewhere(place: int) -> bool:
+    """Whether a launch on tensors of a device (its number; -1: the CPU) needs another current one.
+
+    Triton launches on the current device, whatever its arguments are on.
+    """
+    return place >= 0 and _devices() > 1 and place != torch.cuda.current_device()
+
+
 def function(name: str, arguments: Sequence[str], lines: Sequence[str]) -> str:
     """A kernel's text."""
     return f"@triton.jit\ndef {name}({', '.join(arguments)}):\n" + "".join(f"    {line}\n" for line in lines)
@@ -49,7 +60,8 @@ def build(source: str) -> dict[str, Any]:
 class Launcher:
     """Launches of kernels on always the same kinds of arguments.
 
-    From the second launch of one on, Triton's own look at every argument is skipped: most of a small step's time on the host.
+    From the second launch of one on, Triton's own look at every argument is skipped, and pointers are handed over as numbers:
+    most of a small step's time on the host.
     """
 
     def __init__(self) -> None:
@@ -67,7 +79,7 @@ class Launcher:
         """
         ready = self._ready.get(key) if key is not None else None
         if ready is not None:
-            ready(*arguments)
+            ready(*[a.data_ptr() if type(a) is torch.Tensor else a for a in arguments])
             return
         made = kernel()[(grid,)](*arguments, num_warps=warps)
         if key is not None and made is not None and hasattr(type(made), "__getitem__"):  # the interpreter makes nothing

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 
 from polyak.core import checks
-from polyak.core.elementwise import axpy, sqrt, where
+from polyak.core.elementwise import axpy, minimum, sqrt, where
 from polyak.core.momentum import bias_correction, ema
 from polyak.optim._engine import RuleOptimizer
 from polyak.optim._engine.functional import apply
@@ -30,7 +30,9 @@ STATE = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")
 def rule(p: Any, g: Any, state: Any, h: Any) -> tuple[Any, dict[str, Any]]:
     """One step of Adan (the equations above), elementwise."""
     b1, b2, b3 = h.betas
-    clip = getattr(h, "clip", None)
+    clip, norm = getattr(h, "clip", None), getattr(h, "grad_norm", None)
+    if norm is not None:
+        clip = minimum(h.max_grad_norm / (norm + h.eps), 1.0)
     if clip is not None:
         g = g * clip
     # The first gradient that a tensor sees is its own predecessor.
@@ -63,7 +65,7 @@ class Adan(RuleOptimizer):
         restart_radius: restart (see :meth:`restart`) when the steps have travelled further than this in the norm of the
             paper's restart condition; needs one host-device synchronization a step. None never does.
         maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.Adam``. By default the fastest is chosen:
-            blocks that stay in the cache on the CPU, one launch per group and type on CUDA.
+            one pass of compiled code on the CPU, one launch per type on CUDA, for all groups together.
         state_dtype: type of the state, None for the parameter's. float32 is advised for bfloat16 parameters: the
             difference of successive gradients cancels.
         rounding: how a bfloat16 or float16 parameter is written back: "nearest", "stochastic", or "kahan" (keeps what
@@ -86,7 +88,7 @@ class Adan(RuleOptimizer):
 
     rule = staticmethod(rule)
     state_names = STATE
-    numbers = ("lr", "eps", "weight_decay")
+    numbers = ("lr", "eps", "weight_decay", "max_grad_norm")
     tuples: ClassVar = {"betas": 3}
     switches = ("no_prox",)
 
@@ -135,20 +137,8 @@ class Adan(RuleOptimizer):
                 f"got {checks.shown(group['restart_radius'])} and {checks.shown(radius)}"
             )
 
-    def _extra(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("clip",) if group["max_grad_norm"] > 0 else ()
-
-    def _prepare(self) -> None:
-        if not any(group["max_grad_norm"] > 0 for group in self.param_groups):
-            return
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = global_norm(grads)
-        scale = getattr(self, "grad_scale", None)
-        if scale is not None:
-            norm = norm / scale
-        self._extra_values = [
-            {"clip": (group["max_grad_norm"] / (norm + group["eps"])).clamp(max=1.0)} for group in self.param_groups
-        ]
+    def _needs_norm(self, group: dict[str, Any]) -> bool:
+        return group["max_grad_norm"] > 0
 
     def step(self, closure: Any = None) -> Any:
         """Update all parameters that have a gradient; returns the closure's loss, where there is a closure."""
@@ -187,26 +177,6 @@ class Adan(RuleOptimizer):
         for state in (self.state[p] for p in list(self.state) if self._has_state(p)):
             for name in ("exp_avg", "exp_avg_diff", "exp_avg_sq", "step"):
                 state[name].zero_()
-
-
-def global_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The Euclidean norm of all gradients together, on the device of the first; shards of a DTensor are summed over."""
-    if not grads:
-        return torch.zeros(())
-    # Of low-precision gradients in float32: a sum of squares overflows float16, and has 8 bits in bfloat16.
-    low = [g for g in grads if g.dtype in (torch.bfloat16, torch.float16)]
-    high = [g for g in grads if g.dtype not in (torch.bfloat16, torch.float16)]
-    norms = [*(torch._foreach_norm(high) if high else ()), *(torch._foreach_norm(low, 2, torch.float32) if low else ())]
-    norms = [_whole(n) for n in norms]
-    device = norms[0].device
-    if {(n.device, n.dtype) for n in norms} != {(device, torch.float32)}:
-        norms = [n.to(device, torch.float32 if n.dtype != torch.float64 else n.dtype) for n in norms]
-        norms = [n.double() for n in norms] if any(n.dtype == torch.float64 for n in norms) else norms
-    return torch.linalg.vector_norm(torch.stack(norms))
-
-
-def _whole(t: torch.Tensor) -> torch.Tensor:
-    return t.full_tensor() if hasattr(t, "full_tensor") else t  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -27,9 +28,10 @@ from polyak.core import checks
 from polyak.core.elementwise import axpy, minimum, sign, sqrt, where
 from polyak.core.momentum import bias_correction, ema
 from polyak.optim._engine import RuleOptimizer
+from polyak.optim._engine.dispatch import check, check_state
 from polyak.optim._engine.options import check_generator
 from polyak.optim._engine.places import Places
-from polyak.optim._engine.tensors import LOW, is_dtensor, plain
+from polyak.optim._engine.tensors import LOW, PLAIN, alike, is_dtensor, plain
 
 __all__ = ["SPAM", "SpikeMonitor", "clip_spikes_", "spam_param_groups"]
 
@@ -56,6 +58,18 @@ def rule(p: Any, g: Any, state: Any, h: Any) -> tuple[Any, dict[str, Any]]:
 def warmup_scale(k: int, warmup_steps: int) -> float:
     """The step's factor ``k`` steps after a reset: from 0.01 along half a cosine, 1 from ``warmup_steps`` on."""
     return 1 - 0.99 * (1 + math.cos(math.pi * k / (warmup_steps + 1))) / 2 if k < warmup_steps else 1.0
+
+
+@lru_cache(maxsize=64)
+def _schedule(t: int, interval: int, warmup_steps: int, grace: int, clips: bool, decay: float) -> dict[str, float]:
+    """What the rule is handed at step ``t``: one object for all groups of a step that share it."""
+    k = t % interval
+    return {
+        "decay": decay,
+        "scale": warmup_scale(k, warmup_steps) if t >= interval else 1.0,
+        "clipping": float(clips and t >= grace and k >= grace),
+        "since": float(k + 1 if t >= interval else t),
+    }
 
 
 class SPAM(RuleOptimizer):
@@ -206,14 +220,10 @@ class SPAM(RuleOptimizer):
         decay = float(group["density"] == 1 or group["decay_masked"] == "masked")
         if group["capturable"]:
             return {"decay": decay}
-        t, interval, grace = group["total_step"], group["reset_interval"], group["grace"]
-        k = t % interval
-        return {
-            "decay": decay,
-            "scale": warmup_scale(k, group["warmup_steps"]) if t >= interval else 1.0,
-            "clipping": float(group["threshold"] > 0 and t >= grace and k >= grace),
-            "since": float(k + 1 if t >= interval else t),
-        }
+        clips = group["threshold"] > 0
+        return _schedule(
+            group["total_step"], group["reset_interval"], group["warmup_steps"], group["grace"], clips, decay
+        )
 
     def _extra(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("scale", "clipping", "since", "keep") if group["capturable"] else ()
@@ -246,15 +256,13 @@ class SPAM(RuleOptimizer):
         }
 
     def _refuse_nonfinite(self) -> None:
-        grads = [
-            (p, plain(p.grad))
-            for group in self.param_groups
-            for p in group["params"]
-            if group["nonfinite"] == "raise" and p.grad is not None and p.grad.layout is torch.strided
-        ]
-        broken = [
-            p for p, finite in zip((p for p, _ in grads), _all_finite([g for _, g in grads]), strict=True) if not finite
-        ]
+        careful = [p for group in self.param_groups if group["nonfinite"] == "raise" for p in group["params"]]
+        seen = [p for p in careful if p.grad is not None and p.grad.layout is torch.strided and p.grad.numel()]
+        for p in seen:
+            check(self, p, p.grad)
+        largest = [torch.linalg.vector_norm(plain(p.grad), math.inf) for p in seen]
+        finite = torch.stack([n.to("cpu", torch.float64) for n in largest]).isfinite().tolist() if seen else []
+        broken = [p for p, fine in zip(seen, finite, strict=True) if not fine]
         if broken:
             shapes = ", ".join(str(tuple(p.shape)) for p in broken[:3])
             raise RuntimeError(f"SPAM: {len(broken)} gradients are not finite (of parameters of shape {shapes})")
@@ -273,8 +281,12 @@ class SPAM(RuleOptimizer):
         decay = group["lr"] * group["weight_decay"]
         if (found := getattr(self, "found_inf", None)) is not None:
             decay = decay * (1 - found.double().reshape(()))  # a step that the scaler skips leaves no trace
-        if updated:
-            torch._foreach_mul_(updated, 1 - decay)
+        for together in alike(updated):
+            if type(together[0]) in PLAIN or is_dtensor(together[0]):
+                torch._foreach_mul_(together, 1 - decay)
+            else:
+                for p in together:
+                    p.mul_(1 - decay)
 
     @property
     def last_clipped(self) -> torch.Tensor:
@@ -319,7 +331,11 @@ class SPAM(RuleOptimizer):
         in_place = True
         states = {p: self.state[p] for p in group["params"] if self._has_state(p)}
         if states:
-            torch._foreach_zero_([state[name] for state in states.values() for name in self.state_names])
+            for p, state in states.items():
+                check_state(self, p)
+                for name in self.state_names:
+                    if name in state:
+                        state[name].zero_()
         for p, state in states.items():
             if "mask" in state:
                 places = self._draw(group, p, step)
@@ -391,13 +407,6 @@ def _mixed_number(*numbers: int) -> int:
     for number in numbers:
         mixed = int(_mix(torch.tensor(_signed(mixed + number + 1))))
     return mixed
-
-
-def _all_finite(tensors: Sequence[torch.Tensor]) -> list[bool]:
-    if not tensors:
-        return []
-    norms = torch._foreach_norm(list(tensors), math.inf)
-    return torch.stack([n.to("cpu", torch.float64) for n in norms]).isfinite().tolist()
 
 
 def spam_param_groups(

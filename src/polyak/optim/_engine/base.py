@@ -12,13 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import Optimizer
 
-from polyak.optim._engine import checkpoints, copies, dispatch, kernel, options, running
-from polyak.optim._engine.blocked import Layout
-from polyak.optim._engine.compiled import compiled
+from polyak.core.launch import available
+from polyak.optim._engine import checkpoints, compiled, copies, dispatch, launch, options, running
 from polyak.optim._engine.places import Places
 from polyak.optim._engine.plan import Cohort, Plan
-from polyak.optim._engine.tensors import LOW, dense, plain
-from polyak.optim._engine.trace import Program
+from polyak.optim._engine.tensors import LOW
 
 
 class RuleOptimizer(Optimizer):
@@ -35,7 +33,7 @@ class RuleOptimizer(Optimizer):
     switches: ClassVar[tuple[str, ...]] = ()  # options that the rule branches on
     counts_steps: ClassVar[bool] = True
     other_names: ClassVar[tuple[str, ...]] = ()  # state tensors that the rule does not see
-    multi_tensor: ClassVar[bool] = True  # whether the backends of blocks and of _foreach_ calls can run the rule
+    multi_tensor: ClassVar[bool] = True  # whether lists of tensors (_foreach_ calls) can run the rule
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, generator: torch.Generator | None = None) -> None:
         for name, value in options.DEFAULTS.items():
@@ -47,7 +45,7 @@ class RuleOptimizer(Optimizer):
         defaults["rounding_seed"] = (
             int(torch.randint(0, 2**31, (), generator=generator)) if defaults["rounding"] == "stochastic" else 0
         )
-        self._plans: dict[int, Plan] = {}
+        self._forget()
         self._extra_values: list[dict[str, torch.Tensor]] = []
         super().__init__(params, defaults)
 
@@ -90,30 +88,21 @@ class RuleOptimizer(Optimizer):
         """The elements that have a state and are updated; None: all. Their tensors are among ``other_names``."""
         return None
 
-    def _is_laid_out(self, group: dict[str, Any], p: torch.Tensor) -> bool:
-        """Whether compiled code can go through the parameter and its state side by side."""
-        local = plain(p)
-        if self._places(p) is not None:
-            return local.is_contiguous()
-        same = all(plain(self.state[p][name]).stride() == local.stride() for name in self._stored(group))
-        return same and dense(local)
+    def _fits(self, group: dict[str, Any], p: torch.Tensor) -> bool:
+        """Whether compiled code can take a parameter that is plain, dense memory beside its state."""
+        return True
 
-    def _launch(
-        self,
-        program: Program,
-        signature: kernel.Signature,
-        cohort: Cohort,
-        owners: list[torch.Tensor],
-        group: dict[str, Any],
-    ) -> Any:
+    def _needs_norm(self, group: dict[str, Any]) -> bool:
+        """Whether the rule sees ``h.grad_norm``, the norm of all of the optimizer's gradients together."""
+        return False
+
+    def _launch(self, cohort: Cohort) -> Any:
         """The GPU's runner of a cohort."""
-        return kernel.Launch(program, signature, cohort.arrays, cohort.places)
+        return launch.Launch(cohort)
 
-    def _compiled(
-        self, program: Program, layout: Layout, cohort: Cohort, owners: list[torch.Tensor], group: dict[str, Any]
-    ) -> Any:
+    def _compiled(self, cohort: Cohort) -> Any:
         """The CPU's compiled runner of a cohort, or None where there cannot be one."""
-        return compiled(program, layout, cohort.arrays, cohort.places)
+        return compiled.make(cohort)
 
     # State.
 
@@ -146,6 +135,16 @@ class RuleOptimizer(Optimizer):
         fresh = [p for p in params if not self._has_state(p)]
         if fresh:
             self._init_state(group, fresh)
+        for p in params:
+            state = self.state[p]
+            if group["rounding"] == "kahan" and "compensation" not in state:
+                state["compensation"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            if lacking := [name for name in self._needed(group) if name not in state]:
+                raise RuntimeError(f"{type(self).__name__}: the state of a parameter lacks {', '.join(lacking)}")
+
+    def _needed(self, group: dict[str, Any]) -> list[str]:
+        """What a parameter's state must hold."""
+        return [*self._stored(group), *(["step"] if self._counts(group) else [])]
 
     def _init_state(self, group: dict[str, Any], params: list[torch.Tensor]) -> None:
         steps: dict[torch.device, torch.Tensor] = {}
@@ -155,12 +154,10 @@ class RuleOptimizer(Optimizer):
                 # One counter for all that start together: a step increments one tensor, not one per parameter.
                 device = p.device if group["capturable"] else torch.device("cpu")
                 if device not in steps:
-                    steps[device] = torch.zeros((), dtype=torch.float32, device=device)
+                    steps[device] = torch.tensor(0.0, dtype=torch.float32, device=device)
                 state["step"] = steps[device]
             for name in self.state_names:
                 state[name] = self._state_like(name, p, group)
-            if group["rounding"] == "kahan":
-                state["compensation"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
     # Param groups and checkpoints.
 
@@ -185,7 +182,7 @@ class RuleOptimizer(Optimizer):
         for p in group["params"]:
             if not (p.is_floating_point() or p.is_complex()):
                 raise ValueError(f"{type(self).__name__} needs floating-point or complex parameters, got {p.dtype}")
-            if group["fused"] and not kernel.available(p.device):
+            if group["fused"] and not available(p.device):
                 raise ValueError(
                     f"fused=True needs parameters on a CUDA device and Triton; got one on {p.device}. "
                     "On the CPU the default (fused=None) is the fast path."
@@ -197,14 +194,20 @@ class RuleOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._forget()
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Plans hold compiled functions and device tables; they are made again.
-        return {**copies.kept(self), "_plans": {}, "_extra_values": []}
+        # A plan holds compiled functions and addresses; it is made again.
+        return {**copies.kept(self), "_plan": None, "_loose_counts": [], "_generators": {}, "_extra_values": []}
+
+    def _forget(self) -> None:
+        """Look at everything anew at the next step."""
+        self._plan: Plan | None = None
+        self._loose_counts: list[torch.Tensor] = []
+        self._generators: dict[int, torch.Generator] = {}  # of stochastic rounding where there is no compiled code
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim; options that are objects are written as text, which every loader takes."""
@@ -243,9 +246,7 @@ class RuleOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
-            self._prepare()
-            for index, group in enumerate(self.param_groups):
-                running.step_group(self, index, group)  # type: ignore[call-arg]
+            running.step(self)  # type: ignore[call-arg]
         return loss
 
     def _counted(self) -> torch.Tensor:

@@ -61,7 +61,7 @@ def load(
             raise
         for group in optimizer.param_groups:
             options.warn_of_near_misses(type(optimizer).__name__, group, optimizer.defaults)
-        optimizer._plans = {}
+        optimizer._forget()
         _copy(optimizer, saved["state"], saved["ids"])
         optimizer._loaded()
 

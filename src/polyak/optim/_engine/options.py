@@ -16,7 +16,6 @@ ROUNDINGS = ("nearest", "stochastic", "kahan")
 DEFAULTS: dict[str, Any] = dict(
     maximize=False, foreach=None, fused=None, capturable=False, differentiable=False, state_dtype=None, rounding="nearest"
 )  # fmt: skip
-ENGINE_OPTIONS = (*DEFAULTS, "rounding_seed")
 
 
 def check(group: Mapping[str, Any]) -> None:

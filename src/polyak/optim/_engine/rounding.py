@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 Mode = Literal["nearest", "stochastic", "kahan"]
-_DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # bits of a float32 significand that the type does not hold
+DROPPED = {torch.bfloat16: 16, torch.float16: 13}  # bits of a float32 significand that the type does not hold
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def store(
 
 def stochastic(value: torch.Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> torch.Tensor:
     """float32 -> bf16 or fp16, up or down with probabilities that keep the expectation (normal range); inf and NaN stay."""
-    bits = _DROPPED[dtype]
+    bits = DROPPED[dtype]
     noise = torch.randint(0, 1 << bits, value.shape, dtype=torch.int32, device=value.device, generator=generator)
     mask = -(1 << bits)
     rounded = value.view(torch.int32).add(noise).bitwise_and_(mask).view(torch.float32)

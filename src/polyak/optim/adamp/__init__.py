@@ -21,7 +21,8 @@ import torch
 from polyak.core import checks
 from polyak.core.projection import project_out, radial, row_norms
 from polyak.optim._engine import RuleOptimizer
-from polyak.optim._engine.tensors import dense, is_dtensor
+from polyak.optim._engine.plan import Cohort
+from polyak.optim._engine.tensors import is_dtensor
 from polyak.optim.adamp import compiled, kernel
 from polyak.optim.adamp.rules import CHANNEL, LAYER, adamp_rule, sgdp_rule
 
@@ -49,12 +50,12 @@ class _Projected(RuleOptimizer):
         if not self._record:
             raise RuntimeError(f"last_projection is kept by {type(self).__name__}(..., record=True) only")
         found: dict[torch.Tensor, str | None] = {}
-        for plan in self._plans.values():
-            found |= dict.fromkeys(plan.params)
-            for cohort in plan.cohorts:
-                if hasattr(cohort.runner, "modes"):
-                    for i, mode in zip(cohort.members, cohort.runner.modes(), strict=True):
-                        found[plan.params[i]] = None if mode is None else _NAMES[mode]
+        if self._plan is not None:
+            status = self._plan.looker.status.tolist()
+            found |= {row.p: None for row, seen in zip(self._plan.rows, status, strict=True) if seen}
+            for cohort in self._plan.cohorts:
+                modes = cohort.runner.modes() if hasattr(cohort.runner, "modes") else [None] * len(cohort.owners)
+                found |= {p: _NAMES[mode] for p, mode in zip(cohort.owners, modes, strict=True) if mode and p in found}
         found |= {p: _NAMES[int(mode)] for p, mode in self._recorded}
         return found
 
@@ -84,24 +85,25 @@ class _Projected(RuleOptimizer):
         # Of a sharded tensor no part can be updated alone; DTensor sums over all of them.
         return not any(is_dtensor(p) for p in group["params"])
 
-    def _is_laid_out(self, group: dict[str, Any], p: torch.Tensor) -> bool:
+    def _fits(self, group: dict[str, Any], p: torch.Tensor) -> bool:
         length = p.numel() // max(1, len(p)) if p.dim() > 1 else 0
-        rows_apart = length == 0 or (dense(p) and p.stride(0) == length <= kernel.LONGEST)
-        return (rows_apart or group["projection"] == "never") and super()._is_laid_out(group, p)
+        rows_apart = length == 0 or len(p) == 1 or p.stride(0) == length <= kernel.LONGEST
+        return rows_apart or group["projection"] == "never"
 
-    def _launch(
-        self, program: Any, signature: Any, cohort: Any, owners: list[torch.Tensor], group: dict[str, Any]
-    ) -> Any:
-        if group["projection"] == "never":
-            return super()._launch(program, signature, cohort, owners, group)
-        return kernel.Launch(program, signature, cohort.arrays, _matrices(owners), _FORCED[group["projection"]])
+    def _launch(self, cohort: Cohort) -> Any:
+        forced = self._forced(cohort)
+        return super()._launch(cohort) if forced is None else kernel.Launch(cohort, _matrices(cohort.owners), forced)
 
-    def _compiled(
-        self, program: Any, layout: Any, cohort: Any, owners: list[torch.Tensor], group: dict[str, Any]
-    ) -> Any:
-        if group["projection"] == "never":
-            return super()._compiled(program, layout, cohort, owners, group)
-        return compiled.make(program, layout, cohort.arrays, _matrices(owners), _FORCED[group["projection"]])
+    def _compiled(self, cohort: Cohort) -> Any:
+        forced = self._forced(cohort)
+        if forced is None:
+            return super()._compiled(cohort)
+        return compiled.make(cohort, _matrices(cohort.owners), forced)
+
+    def _forced(self, cohort: Cohort) -> int | None:
+        """The view that a cohort's tensors are projected in, 0 where the test decides, None where they are not."""
+        projection = self.param_groups[next(iter(cohort.rank))]["projection"]
+        return None if projection == "never" else _FORCED[projection]
 
 
 class _Note:
@@ -136,7 +138,7 @@ class AdamP(_Projected):
         wd_ratio: factor of the weight decay where the step is projected.
         nesterov: Nesterov's momentum.
         maximize, foreach, capturable, differentiable, fused: as in ``torch.optim.Adam``. By default the fastest is chosen:
-            one compiled pass after the test on the CPU, five launches for all tensors of a group and type on CUDA. Nothing is
+            one compiled pass after the test on the CPU, five launches for all tensors of a type on CUDA. Nothing is
             read back from the device. ``foreach`` runs tensor by tensor.
         record: keep how each tensor was projected, for ``last_projection``.
         state_dtype, rounding, generator: as in :class:`polyak.optim.Adan`.

@@ -12,25 +12,18 @@ elements and one warp the sums of GPT-2 took 247 us, with 1024 and four warps 34
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from polyak.optim._engine import kernel
-from polyak.optim._engine.kernel import (
-    BLOCK,
-    WARPS,
-    Launcher,
-    Signature,
-    Table,
-    Uniforms,
-    Writer,
-    function,
-    tile_owners,
-)
+from polyak.core.launch import Launcher, build, function, is_elsewhere
+from polyak.optim._engine import compiled, kernel
+from polyak.optim._engine.kernel import BLOCK, WARPS, Signature, Writer, triton_type
+from polyak.optim._engine.launch import Table, Values, counter_addresses, tile_owners
+from polyak.optim._engine.plan import Cohort
 from polyak.optim._engine.trace import Program
 from polyak.optim.adamp.rules import CHANNEL, LAYER
 
@@ -41,13 +34,19 @@ CLASSES = (64, CHUNK)  # rows of up to so many elements are put into blocks of t
 EVEN = 16  # rows of a multiple of this many elements are loaded in 16-byte words
 PARTS = 1024  # programs' sums at a time in `decide`, and rows in `layer_sum`
 LONGEST = 2**30  # elements of a row: places within one are 32-bit numbers
-# A table's row: first tile, elements, elements a row, rows a program, first program, first row; then the addresses.
-HEADER = 6
+# A table's row: first tile, elements, elements a row, rows a program, first program, first row, block, address of the counter;
+# then the addresses.
+HEADER = 8
+EXTRA = ("delta", "eps")  # numbers that the kernels need beside the rule's
 
 _SHARED = """@triton.jit
-def decide(table, parts, modes, todos, programs, delta, eps, WORDS: tl.constexpr, FORCED: tl.constexpr, T: tl.constexpr):
+def decide(table, parts, modes, todos, programs, blocks, delta, eps, MANY: tl.constexpr, WORDS: tl.constexpr,
+           FORCED: tl.constexpr, T: tl.constexpr):
     t = tl.program_id(0)
     row = table + t.to(tl.int64) * WORDS
+    if MANY > 0:
+        delta = tl.load(blocks + tl.load(row + 6) * MANY + AT)
+        eps = tl.load(blocks + tl.load(row + 6) * MANY + AT + 1)
     size = tl.load(row + 1)
     per = tl.load(row + 3)
     first = tl.load(row + 4)
@@ -64,7 +63,7 @@ def decide(table, parts, modes, todos, programs, delta, eps, WORDS: tl.constexpr
         gg += tl.load(at + 2 * programs, mask=k < count, other=0.0)
         ww += tl.load(at + 3 * programs, mask=k < count, other=0.0)
     norms = tl.sqrt(tl.sum(gg, axis=0)) * tl.sqrt(tl.sum(ww, axis=0))
-    whole = tl.abs(tl.sum(gw, axis=0)) / tl.maximum(norms, tl.full((), eps, T))
+    whole = tl.abs(tl.sum(gw, axis=0)) / tl.maximum(norms, (tl.zeros((), tl.float64) + eps).to(T))
     by_layer = whole < delta / tl.sqrt(size.to(tl.float64))
     mode = tl.where(tl.sum(failed, axis=0) == 0, CHANNEL, tl.where(by_layer, LAYER, 0))
     mode = tl.where(FORCED > 0, FORCED, mode)
@@ -74,10 +73,12 @@ def decide(table, parts, modes, todos, programs, delta, eps, WORDS: tl.constexpr
 
 
 @triton.jit
-def layer_sum(table, stats, modes, rows, eps, WORDS: tl.constexpr, T: tl.constexpr):
+def layer_sum(table, stats, modes, rows, blocks, eps, MANY: tl.constexpr, WORDS: tl.constexpr, T: tl.constexpr):
     t = tl.program_id(0)
+    row = table + t.to(tl.int64) * WORDS
+    if MANY > 0:
+        eps = tl.load(blocks + tl.load(row + 6) * MANY + AT + 1)
     if tl.load(modes + t) == LAYER:
-        row = table + t.to(tl.int64) * WORDS
         at = stats + tl.load(row + 5)
         count = tl.load(row + 1) // tl.load(row + 2)
         uw = tl.zeros((PARTS,), T)
@@ -86,7 +87,7 @@ def layer_sum(table, stats, modes, rows, eps, WORDS: tl.constexpr, T: tl.constex
             r = begin + tl.arange(0, PARTS)
             ww += tl.load(at + r, mask=r < count, other=0.0)
             uw += tl.load(at + rows + r, mask=r < count, other=0.0)
-        norm = tl.sqrt(tl.sum(ww, axis=0)) + tl.full((), eps, T)
+        norm = tl.sqrt(tl.sum(ww, axis=0)) + (tl.zeros((), tl.float64) + eps).to(T)
         along = tl.sum(uw, axis=0) / norm / norm
         for begin in range(0, count, PARTS):
             r = begin + tl.arange(0, PARTS)
@@ -110,7 +111,7 @@ class _Source:
     """The text of the three kernels that know the rule."""
 
     def __init__(self, program: Program, signature: Signature, aligned: bool) -> None:
-        self.writer = Writer(program, signature)
+        self.writer = Writer(program, signature, HEADER - 2, EXTRA)
         self.aligned = aligned
         self.type = self.writer.compute
         self.inputs = {n.name: n for n in program.nodes if n.op == "input"}
@@ -191,14 +192,14 @@ class _Source:
         products = {"gw": f"{grad} * {w}", "gg": f"{grad} * {grad}", "ww": f"{w} * {w}"}
         after = [
             "tl.store(spot + numbers, ww, mask=real)",
-            f"cosine = tl.abs(gw) / tl.maximum(tl.sqrt(gg) * tl.sqrt(ww), tl.full((), eps, {self.type}))",
+            f"cosine = tl.abs(gw) / tl.maximum(tl.sqrt(gg) * tl.sqrt(ww), eps.to({self.type}))",
             f"all_failed += (real & ((cosine < bound) == 0)).to({self.type})",  # a NaN is not below the bound
             *(f"all_{name} += {name}" for name in products),
         ]
         if along:
             products["uw"] = f"{self.writer.text(self.direction, self.type)} * {w}"
             after += [
-                f"norm = tl.sqrt(ww) + tl.full((), eps, {self.type})",
+                f"norm = tl.sqrt(ww) + eps.to({self.type})",
                 "tl.store(spot + rows + numbers, uw / norm / norm, mask=real)",
             ]
         totals = ["all_failed", "all_gw", "all_gg", "all_ww"]
@@ -218,7 +219,7 @@ class _Source:
         writer.mask = "inside"
         for along, condition in ((True, "expected"), (False, "expected == 0")):
             body += [f"if {condition}:", *indented(self.over_rows(self.work(along=along)))]
-        given = ["table", "owners", "stats", "parts", "modes", "rows", "programs", "delta", "eps", *writer.arguments()]
+        given = ["table", "owners", "stats", "parts", "modes", "rows", "programs", *writer.arguments()]
         return function("sums", given, body)
 
     def dot(self) -> str:
@@ -229,7 +230,7 @@ class _Source:
         w, u = writer.names[self.inputs["p"].index], writer.text(self.direction, self.type)
         after = [
             "ww = tl.load(spot + numbers, mask=real, other=0.0)",
-            f"norm = tl.sqrt(ww) + tl.full((), eps, {self.type})",
+            f"norm = tl.sqrt(ww) + eps.to({self.type})",
             "uw = tl.where(by_layer, uw, uw / norm / norm)",
             "tl.store(spot + rows + numbers, uw, mask=real)",
         ]
@@ -240,7 +241,7 @@ class _Source:
             "    by_layer = tl.load(modes + tensor) == LAYER",
             *indented([*head, *self.over_rows(_Work(computed, {"uw": f"{u} * {w}"}, after, [], []))]),
         ]
-        given = ["table", "owners", "stats", "modes", "todos", "rows", "eps", *writer.arguments()]
+        given = ["table", "owners", "stats", "modes", "todos", "rows", *writer.arguments()]
         return function("dot", given, body)
 
     def rule(self) -> str:
@@ -277,7 +278,8 @@ class _Source:
         return function("rule", ["table", "tiles", "stats", "modes", "rows", "matrices", *writer.arguments()], body)
 
     def text(self) -> str:
-        constants = {"CHANNEL": CHANNEL, "LAYER": LAYER, "PARTS": PARTS}
+        at = len(self.writer.split.host)  # of the extra numbers among a block's
+        constants = {"CHANNEL": CHANNEL, "LAYER": LAYER, "PARTS": PARTS, "AT": at}
         shared = "".join(f"{name}: tl.constexpr = tl.constexpr({value})\n" for name, value in constants.items())
         return f"{shared}\n\n{_SHARED}" + "\n\n".join([self.sums(), self.dot(), self.rule()])
 
@@ -288,99 +290,102 @@ def indented(lines: Sequence[str]) -> list[str]:
 
 @cache
 def _kernels(program: Program, signature: Signature, aligned: bool) -> dict[str, Any]:
-    return kernel.build(_Source(program, signature, aligned).text())
+    return build(_Source(program, signature, aligned).text())
 
 
 class Launch:
-    """A projected rule over a fixed list of tensors: the tables, and the launches.
+    """A projected rule over the tensors of a cohort: the tables, and the launches.
 
     Args:
-        columns: as in the engine's ``Launch``; the tensors' rows are contiguous in memory.
+        cohort: the tensors' rows are contiguous in memory.
         matrices: for each tensor the number of its rows, or 0 where it is never projected.
         forced: CHANNEL or LAYER where the view is given, 0 where the test decides.
     """
 
-    def __init__(
-        self,
-        program: Program,
-        signature: Signature,
-        columns: Sequence[Sequence[torch.Tensor]],
-        matrices: Sequence[int],
-        forced: int,
-    ) -> None:
-        self.signature = signature
-        self._program = program
+    counts = None
+
+    def __init__(self, cohort: Cohort, matrices: Sequence[int], forced: int) -> None:
+        self._cohort, self._signature = cohort, cohort.layout
         self._forced = forced
-        self._device = device = columns[0][0].device
-        self._uniforms = Uniforms(program, signature, device)
+        device = cohort.device
+        self._values = Values(cohort, EXTRA)
         self._launch = Launcher()
         # Matrices come first, so that tensors below a number are those.
-        self._order = sorted(range(len(columns[0])), key=lambda i: matrices[i] == 0)
-        sizes = [columns[0][i].numel() for i in self._order]
-        counts = [matrices[i] for i in self._order]
-        lengths = [n // rows if rows else 1 for n, rows in zip(sizes, counts, strict=True)]
-        pers = [max(1, SHARE // length) for length in lengths]
-        tiles = [-(-n // BLOCK) for n in sizes]
-        shares = [-(-rows // per) for rows, per in zip(counts, pers, strict=True)]
-        first, first_program, first_row = ([0, *itertools.accumulate(of)] for of in (tiles, shares, counts))
-        self._grid, self._programs, self._rows = first[-1], first_program[-1], first_row[-1]
-        self._matrices = sum(rows > 0 for rows in counts)
-        self._tiles, self._owners = tile_owners(tiles, device), tile_owners(shares, device)
-        addresses = [[column[i].data_ptr() for i in self._order] for column in columns]
+        self._order = order = sorted(range(len(cohort.owners)), key=lambda i: matrices[i] == 0)
+        sizes = np.array(cohort.sizes, dtype=np.int64)[order]
+        counts = np.array(matrices, dtype=np.int64)[order]
+        lengths = np.where(counts > 0, sizes // np.maximum(counts, 1), 1)
+        pers = np.maximum(1, SHARE // np.maximum(lengths, 1))
+        tiles, shares = -(-sizes // BLOCK), -(-counts // pers)
+        first, first_program, first_row = (np.concatenate([[0], np.cumsum(of)]) for of in (tiles, shares, counts))
+        self._grid, self._programs, self._rows = int(first[-1]), int(first_program[-1]), int(first_row[-1])
+        self._matrices = int((counts > 0).sum())
+        self._tiles, self._owners = tile_owners(tiles.tolist(), device), tile_owners(shares.tolist(), device)
+        self._place = self._tiles.get_device()
+        of_each = (cohort.of_block, counter_addresses(cohort), *compiled.address_columns(cohort))
         words = [first[:-1], sizes, lengths, pers, first_program[:-1], first_row[:-1]]
-        rows = [*words, addresses[0], [0] * len(sizes), *addresses[1:]]
-        self._table = Table(torch.tensor(rows, dtype=torch.int64).t().contiguous(), HEADER + 1, device)
-        self._words = len(rows)
+        words += [np.array(of, dtype=np.int64)[order] for of in of_each]
+        self._words = len(words)
+        self._table = Table(np.ascontiguousarray(np.array(words, dtype=np.int64).T), HEADER + 1, device)
         # Of each row the squared norm of the weight, and how far the step points along it.
-        self._stats = torch.zeros(2 * self._rows, dtype=signature.compute, device=device)
-        self._parts = torch.zeros(4 * self._programs, dtype=signature.compute, device=device)
+        compute = self._signature.compute
+        self._stats = torch.zeros(max(1, 2 * self._rows), dtype=compute, device=device)
+        self._parts = torch.zeros(max(1, 4 * self._programs), dtype=compute, device=device)
         self._modes = torch.full((max(1, self._matrices),), forced, dtype=torch.int32, device=device)
         self._todos = torch.zeros_like(self._modes)
+        count = len(cohort.program.split(self._signature.on_device).host) + len(EXTRA)
+        self._many = count + (self._signature.rounding.mode == "stochastic") if self._signature.many else 0
+        # In a launch's arguments, where the values of this kind begin; and, if the host has all of them, those two.
+        self._at = len(self._signature.arguments) + 2 * self._signature.scaled
+        wide = kernel.is_wide(cohort.program, self._signature)
+        self._extra = [
+            [self._at + k, *([self._at + count + k] if wide else [])] for k in range(count - len(EXTRA), count)
+        ]
+
+    def slots(self) -> list[int]:
+        """Where each gradient's address goes."""
+        slots = [0] * len(self._order)
+        for i, slot in zip(self._order, self._table.slots, strict=True):
+            slots[i] = slot
+        return slots
 
     def modes(self) -> list[int | None]:
         """How each tensor was projected at the last step; None where it never is. Waits for the device."""
         found: list[int | None] = [None] * len(self._order)
-        for i, mode in zip(self._order, self._modes.tolist(), strict=False):
+        for i, mode in zip(self._order[: self._matrices], self._modes.tolist(), strict=False):
             found[i] = mode
         return found
 
-    def run(
-        self,
-        grads: Sequence[torch.Tensor],
-        uniforms: Mapping[str, Any],
-        scaled: Sequence[torch.Tensor | None] = (),
-        seed: int = 0,
-    ) -> None:
+    def run(self, on_device: Mapping[str, torch.Tensor], scaled: Sequence[torch.Tensor | None] = ()) -> None:
         """Launch; arguments as in the engine's ``Launch``."""
         if not self._grid:
             return
-        if self._device.type == "cuda" and self._device.index != torch.cuda.current_device():
-            with torch.cuda.device(self._device):
-                self.run(grads, uniforms, scaled, seed)
+        if is_elsewhere(self._place):
+            with torch.cuda.device(self._place):
+                self.run(on_device, scaled)
             return
-        pointers = list(map(torch.Tensor.data_ptr, grads))
-        table = self._table.at([pointers[i] for i in self._order])
-        kernels = _kernels(self._program, self.signature, self._table.aligned)
-        given = self._uniforms.arguments(uniforms, scaled, seed)
-        delta, eps = float(uniforms["delta"]), float(uniforms["eps"])
+        table, aligned = self._table.now(), self._table.aligned
+        given = self._values.arguments(on_device, scaled)
+        many = self._many
+        # A pointer is needed in any case: the statistics' is one.
+        blocks, delta, eps = (given[self._at], 0.0, 0.0) if many else (
+            self._stats, *(sum(given[k] for k in words) for words in self._extra)
+        )  # fmt: skip
         stats, parts, modes, todos = self._stats, self._parts, self._modes, self._todos
         rows, programs, count, words = self._rows, self._programs, self._matrices, self._words
-        launch, key, kind = self._launch, self._uniforms.key(given), _triton_type(self.signature.compute)
+        key, kind = self._values.key(given), triton_type(self._signature.compute)
+
+        def launch(name: str, grid: int, warps: int, *arguments: Any) -> None:
+            def kernel() -> Any:
+                return _kernels(self._cohort.program, self._signature, aligned)[name]
+
+            self._launch(kernel, grid, arguments, warps, (name, aligned, key))
+
         if rows:
-            summed = (table, self._owners, stats, parts, modes, rows, programs, delta, eps, *given)
-            launch(kernels["sums"], programs, summed, ROW_WARPS, key)
+            launch("sums", programs, ROW_WARPS, table, self._owners, stats, parts, modes, rows, programs, *given)
         if rows and self._forced != CHANNEL:
-            decided = (table, parts, modes, todos, programs, delta, eps, words, self._forced, kind)
-            launch(kernels["decide"], count, decided, WARPS)
-            launch(
-                kernels["dot"], programs, (table, self._owners, stats, modes, todos, rows, eps, *given), ROW_WARPS, key
-            )
-            launch(kernels["layer_sum"], count, (table, stats, modes, rows, eps, words, kind), WARPS)
-        launch(kernels["rule"], self._grid, (table, self._tiles, stats, modes, rows, count, *given), WARPS, key)
-
-
-@cache
-def _triton_type(dtype: torch.dtype) -> Any:
-    from triton import language
-
-    return {torch.float32: language.float32, torch.float64: language.float64}[dtype]
+            decided = (table, parts, modes, todos, programs, blocks, delta, eps, many, words, self._forced, kind)
+            launch("decide", count, WARPS, *decided)
+            launch("dot", programs, ROW_WARPS, table, self._owners, stats, modes, todos, rows, *given)
+            launch("layer_sum", count, WARPS, table, stats, modes, rows, blocks, eps, many, words, kind)
+        launch("rule", self._grid, WARPS, table, self._tiles, stats, modes, rows, count, *given)

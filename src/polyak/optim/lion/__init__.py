@@ -18,6 +18,7 @@ from polyak.core import checks
 from polyak.core.elementwise import axpy, where
 from polyak.core.momentum import ema
 from polyak.optim._engine import RuleOptimizer
+from polyak.optim._engine.dispatch import check
 from polyak.optim._engine.options import known
 from polyak.optim.lion import kappa
 from polyak.optim.lion.kappa import L1, L2, Kappa, Nuclear
@@ -146,6 +147,7 @@ class LionK(RuleOptimizer):
         scale = getattr(self, "grad_scale", None)
         parts = []
         for p in owners:
+            check(self, p, p.grad)
             g = p.grad.float() if p.grad.dtype in (torch.bfloat16, torch.float16) else p.grad
             g = g * sign if scale is None else g * (sign / scale.to(g.device))
             m = self.state[p]["exp_avg"] if self._has_state(p) else torch.zeros_like(g)

@@ -19,6 +19,7 @@ from polyak.generate.ddim import DDIM
 from polyak.generate.linear import Stage, rehearse, tabled, take_stage
 from polyak.generate.process import Flow, ProbabilityPath
 from polyak.generate.solver import Solver
+from polyak.generate.update import combine
 
 FIRST_ORDER = DDIM()  # exact if the predicted data do not change; equals DPM-Solver of order 1
 HOPELESS = 2.0**-40  # alpha^2 that is as good as 0
@@ -226,28 +227,43 @@ class Driven:
         leg = self.legs[self.at]
         return leg.asked[self.stage] if leg.stages is None else leg.stages[self.stage].t
 
-    def send(self, prediction: Any, generator: Any) -> Tensor:
-        """Answer what is asked, and get the next point; after the last answer, the result. Noise is the generator's, or
-        that of the last one that was given."""
+    def send(
+        self, prediction: Any, generator: Any, also: Sequence[tuple[float, float]] = ()
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Answer what is asked.
+
+        Args:
+            prediction: the answer.
+            generator: of the noise; None for the last one that was given.
+            also: weights of the point and the output in what is made beside.
+
+        Returns:
+            The next point (after the last answer, the result), and what was made beside it.
+        """
         if generator is not None:
             self.generator = generator
         leg = self.legs[self.at]
         if leg.stages is None:
             if self._coroutine is None:
                 self._coroutine = Coroutine(leg.solver, leg.times, leg.asked, self.ground.process)
+            beside = tuple(combine((a, prediction.x), (b, prediction.output)) for a, b in also)
             point = self._coroutine.send(prediction, self.generator)
         else:
-            stage = leg.stages[self.stage]
+            stage, start = leg.stages[self.stage], self.start
             if stage.first:
-                # A pipeline may write the next point into the memory of this one.
-                self.start = prediction.x if stage.last else prediction.x.clone()
-            assert self.start is not None
-            made, self.values = take_stage(stage, self.start, prediction, self.values, self.generator, mean=False)
-            point = made.next
+                start = prediction.x
+                if not stage.last:  # a copy is made: a pipeline may write the next point into the memory of this one
+                    also = [(1.0, 0.0), *also]
+            assert start is not None
+            made, self.values = take_stage(stage, start, prediction, self.values, self.generator, False, also)
+            point, beside = made.next, made.also
+            if stage.first and not stage.last:
+                self.start, *others = beside
+                beside = tuple(others)
         self.stage += 1
         if self.stage == len(leg.asked):
             self.at, self.stage, self.values, self.start, self._coroutine = self.at + 1, 0, (), None, None
-        return point
+        return point, beside
 
     def __getstate__(self) -> dict[str, Any]:
         start = None if self.start is None else self.start.detach()

@@ -27,7 +27,6 @@ from polyak.generate.adapters.diffusers.schedule import Request, Schedule
 from polyak.generate.prediction import edm_input_scaling
 from polyak.generate.process import Discrete, Flow, Process
 from polyak.generate.solver import Solver
-from polyak.generate.update import combine
 
 
 @dataclass
@@ -350,17 +349,13 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
             run.t,
             bool(use_clipped_model_output),
         )
-        made = run.send(prediction, generator)
+        facts = self._plan.facts
+        gives_x0 = (facts.gives_x0 or (return_dict and facts.family != "flow")) and isinstance(self.process, Process)
+        made, beside = run.send(prediction, generator, [prediction.weights("x0")] if gives_x0 else ())
         self._exact = kept_exactly(made, sample.dtype)
         self._step_index += 1
-        returned = made.to(sample.dtype)
-        facts = self._plan.facts
-        given = facts.gives_x0 or (return_dict and facts.family != "flow")
-        if not given or not isinstance(self.process, Process):
-            return PolyakSchedulerOutput(returned) if return_dict else (returned,)
-        of_x, of_output = prediction.weights("x0")
-        x0 = combine((of_x, prediction.x), (of_output, prediction.output)).to(sample.dtype)
-        return PolyakSchedulerOutput(returned, x0) if return_dict else (returned, x0)
+        given = [point.to(sample.dtype) for point in (made, *beside)]
+        return PolyakSchedulerOutput(*given) if return_dict else tuple(given)
 
 
 def as_diffusers(solver: Solver, process: Process, prediction_type: str = "epsilon", **options: Any) -> PolyakScheduler:
