@@ -171,6 +171,10 @@ def test_what_pipelines_write_for_others_is_kept() -> None:
         ({"grid": "foo"}, "grid must be one of"),
         ({"prediction_type": "edm", "sigma_data": -1.0}, "sigma_data must be > 0"),
         ({"origin": "EDMEulerScheduler", "sigma_data": 0.0}, "sigma_data must be > 0"),
+        (
+            {"origin": "CogVideoXDDIMScheduler", "clip_sample": True},
+            r"clip_sample=True .*from_config\(.*clip_sample=False",
+        ),
         ({"variance_type": "large"}, "variance_type must be one of"),
         ({"variance_type": "fixed_large"}, "variance_type='fixed_large' has no meaning here: noise is the solver's"),
         ({"shift": 3.0, "prediction_type": "epsilon"}, "prediction_type must be one of 'flow_prediction'"),
@@ -245,3 +249,159 @@ def test_tensors_may_be_written_again() -> None:
     scheduler.set_timesteps(3)
     assert float(scheduler.betas[-1]) == pytest.approx(0.04)
     json.loads(scheduler.to_json_string())
+
+
+# --- public tensors
+
+LEVELS_EDITS = [
+    ("EulerDiscreteScheduler", {}, Euler()),
+    ("EDMEulerScheduler", {}, Euler()),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, Euler()),
+    ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, Euler()),
+    ("DPMSolverMultistepScheduler", {}, DPMSolver(order=2, form="data", method="multistep", lower_order_final=15)),
+]
+
+
+def repeat_last(s: Any) -> None:
+    s.sigmas[-1] = s.sigmas[-2]
+
+
+def lower_last(s: Any) -> None:
+    s.sigmas[-1] = 0.5 * s.sigmas[-2] + 0.5 * s.sigmas[-1]
+
+
+def assign(s: Any) -> None:
+    s.sigmas = torch.cat([s.sigmas[:1], torch.lerp(s.sigmas[1:-1], s.sigmas[2:], 0.3), s.sigmas[-1:]])
+
+
+@pytest.mark.parametrize("edit", [repeat_last, lower_last, assign])
+@pytest.mark.parametrize(("name", "options", "solver"), LEVELS_EDITS, ids=lambda v: v if isinstance(v, str) else "")
+def test_levels_that_are_changed_are_stepped_to(
+    name: str, options: Options, solver: Solver, edit: Callable[[Any], None]
+) -> None:
+    theirs = getattr(diffusers, name)(**options)
+    ours = PolyakScheduler.from_config(saved(theirs), solver=solver)
+    x, results = torch.randn(2, 3, dtype=torch.float64, generator=rng()), []
+    for s in (theirs, ours):
+        s.set_timesteps(4)
+        edit(s)
+        y = x * float(s.init_noise_sigma) if hasattr(s, "init_noise_sigma") else x
+        for t in s.timesteps:
+            seen = s.scale_model_input(y, t) if hasattr(s, "scale_model_input") else y
+            y = s.step(torch.tanh(seen), t, y, return_dict=False)[0]
+        results.append(y)
+    assert torch.allclose(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", [Heun(), DPMSolver(form="data")], ids=repr)
+def test_levels_that_cannot_be_stepped_to_are_refused(solver: Solver) -> None:
+    scheduler = PolyakScheduler(solver=solver)
+    x = torch.ones(1, 1)
+    scheduler.set_timesteps(5)
+    scheduler.sigmas[-1] = 0.5
+    if solver == Heun():
+        with pytest.raises(ValueError, match=r"sigmas were changed though Heun\(\) asks between them"):
+            scheduler.step(x, scheduler.timesteps[0], x)
+    for change in (lambda s: s.sigmas.flip(0), lambda s: s.sigmas[1:]):
+        plain = PolyakScheduler(solver=DDIM())
+        plain.set_timesteps(5)
+        plain.sigmas = change(plain)
+        with pytest.raises(ValueError, match=r"sigmas were changed to .*: they must be 6, and decrease"):
+            plain.step(x, plain.timesteps[0], x)
+    running = PolyakScheduler(solver=DDIM())
+    running.set_timesteps(5)
+    running.step(x, running.timesteps[0], x)
+    running.sigmas[3] *= 0.9
+    with pytest.raises(ValueError, match="sigmas were changed within a run"):
+        running.step(x, running.timesteps[1], x)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_timesteps_that_are_a_part_of_the_plan_are_followed(inference: bool) -> None:
+    def run(change: Callable[[PolyakScheduler], None]) -> torch.Tensor:
+        scheduler = PolyakScheduler(solver=TWO_M)
+        scheduler.set_timesteps(6)
+        scheduler.set_begin_index(2) if change is begin else change(scheduler)
+        x = torch.ones(1, 2)
+        for t in scheduler.timesteps[-4:]:
+            x = scheduler.add_noise(x, x, t[None]) * 0.5
+            x = scheduler.step(torch.tanh(x), t, x).prev_sample
+        return x
+
+    def begin(s: PolyakScheduler) -> None:
+        raise NotImplementedError
+
+    def cut(s: PolyakScheduler) -> None:
+        s.timesteps = s.timesteps[2:]
+        s.sigmas = s.sigmas.clone()
+
+    def half(s: PolyakScheduler) -> None:
+        s.timesteps = s.timesteps.to(torch.float16)[2:]
+
+    with torch.inference_mode(inference):
+        want = run(begin)
+        assert torch.equal(run(cut), want)
+        assert torch.allclose(run(half), want, rtol=0.02)
+
+
+def test_timesteps_that_are_not_planned_are_refused() -> None:
+    x = torch.ones(1, 1)
+    for change in (lambda t: t - 1, lambda t: t[::2], lambda t: t.flip(0), lambda t: t[:0]):
+        scheduler = PolyakScheduler(solver=DDIM())
+        scheduler.set_timesteps(5)
+        t, scheduler.timesteps = scheduler.timesteps[0], change(scheduler.timesteps)
+        with pytest.raises(ValueError, match=r"timesteps were changed to .*, which are not a part of those planned"):
+            scheduler.step(x, t, x)
+    scheduler = PolyakScheduler(solver=DDIM())
+    scheduler.set_timesteps(5)
+    scheduler.timesteps[1] += 1
+    with pytest.raises(ValueError, match="timesteps were changed"):
+        scheduler.step(x, scheduler.timesteps[0], x)
+
+
+def test_timesteps_beyond_the_chain_are_named_as_they_were_given() -> None:
+    scheduler = PolyakScheduler(solver=DDIM(), timestep_spacing="leading", steps_offset=700)
+    with pytest.raises(
+        ValueError, match=r"timestep 1450 is outside of those that the network knows, 0 to 999: lower steps_off"
+    ):
+        scheduler.set_timesteps(3)
+    flow = PolyakScheduler(solver=Euler(), shift=1.0)
+    with pytest.raises(ValueError, match="sigmas must decrease from at most 1"):
+        flow.set_timesteps(timesteps=[1200.0, 3.0])
+
+
+# --- what else schedulers show
+
+
+def test_a_flow_shows_its_shift() -> None:
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    ours = PolyakScheduler.from_config(theirs.config, solver=Euler())
+    assert (ours.shift, ours.sigma_min, ours.sigma_max) == pytest.approx((3.0, theirs.sigma_min, theirs.sigma_max))
+    ours.set_shift(5.0)
+    assert ours.shift == 5.0
+    t = torch.tensor([0.2, 0.7])
+    for kind in ("exponential", "linear"):
+        theirs.register_to_config(time_shift_type=kind)
+        ours.register_to_config(time_shift_type=kind)
+        assert torch.allclose(ours.time_shift(1.3, 1.0, t), theirs.time_shift(1.3, 1.0, t))
+    chain = PolyakScheduler(solver=DDIM())
+    for name in ("shift", "sigma_min", "sigma_max"):
+        assert not hasattr(chain, name)
+
+
+def test_edm_scales_what_a_network_is_conditioned_on() -> None:
+    theirs = diffusers.EDMEulerScheduler()
+    ours = PolyakScheduler.from_config(theirs.config, solver=Euler())
+    sigma = torch.tensor([0.3, 2.0])
+    assert torch.allclose(ours._get_conditioning_c_in(sigma), theirs._get_conditioning_c_in(sigma))
+    assert ours._get_conditioning_c_in(0.3) == pytest.approx(float(theirs._get_conditioning_c_in(0.3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "there"), [("FlowMatchEulerDiscreteScheduler", False), ("EulerDiscreteScheduler", True)]
+)
+def test_the_predicted_data_are_made_where_the_origin_gives_them(name: str, there: bool) -> None:
+    scheduler = PolyakScheduler.from_config(saved(getattr(diffusers, name)()), solver=Euler())
+    scheduler.set_timesteps(3)
+    x = torch.ones(1, 2)
+    assert (scheduler.step(x, scheduler.timesteps[0], x).pred_original_sample is not None) == there

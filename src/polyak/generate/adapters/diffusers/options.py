@@ -100,7 +100,12 @@ COGVIDEOX = (
     | ZERO_SNR
     | _acts("set_alpha_to_one snr_shift_scale")
     | _idle("clip_sample_range sample_max_value", "CogVideoX's schedulers do not clip")
-    | {"clip_sample": Refused("CogVideoX's schedulers do not act on it; say clip_sample=False")}
+    | {
+        "clip_sample": Refused(
+            "it is the default, but CogVideoX's schedulers do not clip, and its models were not trained for it; say "
+            "PolyakScheduler.from_config(config, solver=..., clip_sample=False)"
+        )
+    }
 )
 LEVELS = CHAIN | SPACED | SHAPES
 LCM = DDIM | _acts("original_inference_steps") | _idle("timestep_scaling", "of the distilled model's own step")

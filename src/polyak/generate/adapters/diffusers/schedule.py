@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,27 @@ def label(plan: Plan, process: Any, t: float) -> float:
         sigma = process.sigma_hat(t)
         return math.log(sigma) / 4 if sigma else -math.inf
     return process.label(1 - t) if _inverted(plan) else process.label(t)
+
+
+def checked(plan: Plan, made: Schedule) -> list[float]:
+    """The times of a run, all of them in the process's range.
+
+    Raises:
+        ValueError: a timestep that the network does not know.
+    """
+    process, times = made.process, []
+    for t, told in itertools.zip_longest(made.times, made.labels):
+        try:
+            times.append(process.check_time("times", t))
+        except ValueError:
+            if told is None:
+                raise
+            ends = sorted(label(plan, process, end) for end in (process.t_min, process.t_max))
+            raise ValueError(
+                f"timestep {told:g} is outside of those that the network knows, {ends[0]:g} to {ends[1]:g}: lower "
+                "steps_offset, or give other timesteps or sigmas"
+            ) from None
+    return times
 
 
 def times_of(plan: Plan, process: Any, labels: torch.Tensor) -> torch.Tensor:
@@ -146,12 +169,20 @@ def _edm(plan: Plan, request: Request) -> Schedule:
     else:
         sigmas = shaped(shape, count(request), top, low, config["rho"])
     levels = sigmas.astype(np.float32).astype(np.float64)
-    process = plan.process
-    assert isinstance(process, EDM)
-    if levels[-1] < low or levels[0] > top:
-        process = dataclasses.replace(process, sigma_min=min(low, levels[-1]), sigma_max=max(top, levels[0]))
+    process = widened(plan.process, levels.tolist())
     end = 0.0 if config["final_sigmas_type"] == "zero" else _last_level(plan, levels.tolist(), low)
     return Schedule([*levels.tolist(), end], [label(plan, process, t) for t in levels.tolist()], process)
+
+
+def widened(process: Any, times: Sequence[float]) -> Any:
+    """A process of levels that holds the given ones, 0 apart."""
+    used = [t for t in times if t]
+    if not isinstance(process, EDM) or (process.sigma_min <= used[-1] and used[0] <= process.sigma_max):
+        return process
+    low, high = min(process.sigma_min, used[-1]), max(process.sigma_max, used[0])
+    if isinstance(process, ChainLevels):
+        return ChainLevels(None, low, high, logs=process.logs)
+    return dataclasses.replace(process, sigma_min=low, sigma_max=high)
 
 
 def _last_level(plan: Plan, levels: list[float], low: float) -> float:

@@ -19,6 +19,7 @@ from polyak.core import checks
 from polyak.generate.adapters.diffusers import schedule
 from polyak.generate.adapters.diffusers.answers import kept_exactly, predicted, unrounded
 from polyak.generate.adapters.diffusers.configured import Configured
+from polyak.generate.adapters.diffusers.edits import Watch, is_part, times_of_levels
 from polyak.generate.adapters.diffusers.noise import Noising
 from polyak.generate.adapters.diffusers.options import STEPS
 from polyak.generate.adapters.diffusers.runs import Driven, Ground, Leg, begin_at, compose
@@ -30,7 +31,10 @@ from polyak.generate.solver import Solver
 
 @dataclass
 class PolyakSchedulerOutput(BaseOutput):
-    """What a step gives: the next point to ask the model at, and the clean data predicted at the last one."""
+    """What a step gives: the next point to ask the model at, and the clean data predicted at the last one.
+
+    The data are left out where the origin's step has none (flow matching).
+    """
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
@@ -129,21 +133,52 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
             )
         request = Request(count, timesteps, sigmas, mu, original_inference_steps, strength)
         made = self._scheduled(request)
-        self.process = made.process
-        self._times = made.times
         self._told = dict(zip(made.times[:-1], made.labels, strict=True))
-        self._ground = Ground(self.process, self._kind)
-        self._legs = compose(self.solver, made.times, self._ground)
-        self._asked = [t for leg in self._legs for t in leg.asked]
-        self._starts = [first for leg in self._legs for first in leg.first]
+        self._compose(made)
         self.num_inference_steps = len(made.times) - 1
         # With timesteps or levels of their own, pipelines take the number of timesteps for the number of steps.
         self.order = 1 if request.steps is None else self._per_step
-        labels = [self._label(t) for t in self._asked]
-        self.timesteps = self._table_of(labels, device)
+        self.timesteps = self._table_of([self._label(t) for t in self._asked], device)
+        self._reset()
+
+    def _compose(self, made: Schedule) -> None:
+        """Plan the solver's run over times."""
+        ground = Ground(made.process, self._kind)
+        self._legs = compose(self._solver, made.times, ground)
+        self.process, self._times, self._ground = made.process, made.times, ground
+        self._asked = [t for leg in self._legs for t in leg.asked]
+        self._starts = [first for leg in self._legs for first in leg.first]
         levels, self._scales = self._levels([*self._asked, made.times[-1]])
         self.sigmas = levels.to(torch.float32)
-        self._reset()
+
+    def _follow(self) -> None:
+        """Go on from what somebody made of ``timesteps`` or ``sigmas``.
+
+        Raises:
+            ValueError: timesteps that are not planned; levels within a run, or of a solver that asks between them.
+        """
+        if not self._times:
+            return
+        if not self._watched[0].same(self.timesteps):
+            if not is_part(self.timesteps, self._planned):
+                raise ValueError(
+                    f"timesteps were changed to {self.timesteps.tolist()}, which are not a part of those planned, "
+                    f"{self._planned}: call set_timesteps(timesteps=...)"
+                )
+            self._watch()
+        if not self._watched[1].same(self.sigmas):
+            levels, changed = self._planned_levels, self.sigmas.detach().cpu()
+            if changed.shape != levels.shape or not torch.equal(changed.to(levels.dtype), levels):
+                if self._driven is not None or self._asked != self._times[:-1]:
+                    where = "within a run" if self._driven is not None else f"though {self._solver!r} asks between them"
+                    raise ValueError(f"sigmas were changed {where}: call set_timesteps(sigmas=...) instead")
+                times = times_of_levels(self._plan, changed, levels.tolist(), self._times)
+                self._compose(Schedule(times, self._planned, schedule.widened(self.process, times)))
+            self._watch()
+
+    def _watch(self) -> None:
+        self._watched = Watch(self.timesteps), Watch(self.sigmas)
+        self._planned_levels = self.sigmas.detach().cpu().clone()
 
     def _scheduled(self, request: Request) -> Schedule:
         plan = self._plan
@@ -156,8 +191,7 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
             times = self.solver.times(process, steps=n, grid=plan.grid).tolist()
             return Schedule(times, [schedule.label(plan, plan.process, t) for t in times[:-1]], plan.process)
         made = schedule.make(plan, request, zero=self.solver.reaches_zero)
-        times = [made.process.check_time(f"times[{i}]", t) for i, t in enumerate(made.times)]
-        return dataclasses.replace(made, times=times)
+        return dataclasses.replace(made, times=schedule.checked(plan, made))
 
     def _label(self, t: float) -> float:
         told = self._told.get(t)
@@ -178,8 +212,11 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         if self._plan.given:
             integers = isinstance(self.process, Discrete)
         if integers and (np.abs(table - whole) < 1e-6).all():
-            return torch.tensor(whole.astype(np.int64), device=device)
-        return torch.tensor(table.astype(np.float32), device=device)
+            table = whole.astype(np.int64)
+        else:
+            table = table.astype(np.float32)
+        self._planned: list[float] = table.tolist()
+        return torch.tensor(table, device=device)
 
     @property
     def init_noise_sigma(self) -> float:
@@ -199,6 +236,7 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         self._begin_index: int | None = None
         self._driven: Driven | None = None
         self._exact: Tensor | None = None
+        self._watch()
 
     @property
     def step_index(self) -> int | None:
@@ -229,10 +267,10 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         if self._begin_index is not None:
             return self._begin_index
         wanted = float(timestep)
-        close = [i for i, v in enumerate(self.timesteps.tolist()) if abs(v - wanted) <= 1e-4 * max(1.0, abs(v))]
+        close = [i for i, v in enumerate(self._planned) if abs(v - wanted) <= 1e-4 * max(1.0, abs(v))]
         starts = [i for i in close if self._starts[i]]
         if not close:
-            raise ValueError(f"timestep {wanted:g} is not one of the timesteps {self.timesteps.tolist()}")
+            raise ValueError(f"timestep {wanted:g} is not one of the timesteps {self._planned}")
         return starts[0] if starts else close[0]
 
     def _begin(self, timestep: Any) -> None:
@@ -244,6 +282,7 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         """The sample as the model wants it: scaled where the origin's samples are, and for preconditioned networks."""
         if not self._times:
             self._refresh()
+        self._follow()
         if self._plan.input_data is None:
             return sample
         if not self._times:  # nothing is planned, and all timesteps are known
@@ -292,6 +331,7 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
                 raise ValueError(
                     f"{name}={value!r} cannot be taken by step: {'leave it out' if allowed else 'unknown'}"
                 )
+        self._follow()
         if self._driven is None:
             self._begin(timestep)
         assert self._driven is not None
@@ -309,7 +349,8 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
             run.t,
             bool(use_clipped_model_output),
         )
-        gives_x0 = (return_dict or self._plan.facts.gives_x0) and isinstance(self.process, Process)
+        facts = self._plan.facts
+        gives_x0 = (facts.gives_x0 or (return_dict and facts.family != "flow")) and isinstance(self.process, Process)
         made, beside = run.send(prediction, generator, [prediction.weights("x0")] if gives_x0 else ())
         self._exact = kept_exactly(made, sample.dtype)
         self._step_index += 1
