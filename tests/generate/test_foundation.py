@@ -94,15 +94,21 @@ def test_the_kernel_makes_what_pytorch_makes(case: str, shape: tuple[int, ...], 
     rest = [(0.3, r1), (-1.7, r2)] if case in ("history", "all") else []
     value = (0.25, -1.5) if case in ("value", "all") else None
     drawn = (0.7, z) if case in ("noise", "all") else None
-    want = advance(x, output, 0.9, -0.4, rest, value=value, noise=drawn)
+    also = [(1.0, 0.0), (0.5, 2.0)] if case in ("two", "all") else []
+    want = advance(x, output, 0.9, -0.4, rest, value=value, noise=drawn, also=also)
     tensors = [x, output, *(t for _, t in rest), *([z] if drawn else [])]
     seen = _looked_at(tensors)
     assert seen is not None
-    got = _fused(tensors, seen, [0.9, -0.4, *(c for c, _ in rest)], value, 0.7 if drawn else None, True)
-    short = _fused(tensors, seen, [0.9, -0.4, *(c for c, _ in rest)], value, 0.7 if drawn else None, False)
+    kept = [*([value] if value else []), *also]
+    got, short = (
+        _fused(tensors, seen, [0.9, -0.4, *(c for c, _ in rest)], kept, 0.7 if drawn else None, mean)
+        for mean in (True, False)
+    )
     assert short.mean is None
     assert torch.equal(short.next, got.next)
-    for a, b in ((got.next, want.next), (got.value, want.value), (got.mean, want.mean)):
+    assert len(got.also) == len(kept)
+    beside = [*([] if want.value is None else [want.value]), *want.also]
+    for a, b in ((got.next, want.next), (got.mean, want.mean), *zip(got.also, beside, strict=True)):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             # Five terms of size about 1, each rounded once or twice more in one of the two.

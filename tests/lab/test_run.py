@@ -113,6 +113,22 @@ def test_tuning_seeds_are_never_reported(tmp_path: Path, journal: Callable[[], C
     assert len(journal()) == 2 * 3 * 2 * 3 + 2 * 3
 
 
+def test_a_scale_on_other_seeds_shares_none_with_the_former(tmp_path: Path) -> None:
+    """Neither the reported ones, nor those that options are tuned on."""
+    before, after = (
+        examples.make(scales=(Scale("small", "", 3, first_seed=first, options={"steps": 5}),)) for first in (0, 100)
+    )
+    with Store(tmp_path) as store:
+        seen = run(before, store=store)
+        assert collect(after, store=store) is None
+        result = run(after, store=store)
+        assert collect(after, store=store) == result
+    assert result.seeds == (100, 101, 102)
+    assert result.tuning_seeds == tuple(FIRST_TUNING_SEED + seed for seed in result.seeds)
+    used, again = ({t.seed for t in r.trials} for r in (seen, result))
+    assert (len(used), len(again), used & again) == (6, 6, set())
+
+
 def noisy_plan(seeds: int = 3, tuning_seeds: int = 2, grid: Sequence[float] = (0.1, 0.2)) -> Plan:
     scale = Scale(name="small", says="", seeds=seeds, tuning_seeds=tuning_seeds, options={"steps": 5})
     arms = tuple(

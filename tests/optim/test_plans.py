@@ -129,6 +129,34 @@ def test_counters_are_counted_once_a_step(native, monkeypatch):
     assert [float(optimizer.state[p]["step"]) for p in params] == [4, 4, 6, 6]
 
 
+def test_counts_of_other_types_wait_for_a_gradient_too():
+    params = parameters([(3,)] * 2)
+    optimizer = run(Adan(params), params, gradients([(3,)] * 2, 1))
+    optimizer.state[params[0]]["step"] = torch.tensor([1.0], dtype=torch.float64)
+    run(optimizer, params, gradients([(3,)] * 2, 4, absent={(1, 0), (3, 0)}))
+    assert [float(optimizer.state[p]["step"]) for p in params] == [3, 5]
+
+
+@pytest.mark.parametrize("native", ["through_headers", "through_dlpack", None])
+def test_a_gradient_that_is_its_parameter_is_copied(native, monkeypatch):
+    """Compiled code is told that what it reads and writes are different places."""
+    if native is not None and getattr(look, native)() is None:
+        pytest.skip("needs a compiler")
+    monkeypatch.setattr(look, "native", getattr(look, native) if native else (lambda: None))
+    params = parameters([(3,)] * 2)
+    optimizer = run(Adan(params), params, gradients([(3,)] * 2, 1))
+    params[0].grad = params[0].detach()
+    optimizer.step()
+    assert optimizer._plan.looker.status.tolist() == [look.COPIED, look.READ]
+
+
+def test_tensors_that_share_memory_go_one_after_the_other():
+    whole, (other,) = normal((8,), 0), parameters([(3,)])
+    params = [torch.nn.Parameter(t) for t in (whole, whole[3:5])] + [other]
+    optimizer = run(Adan(params), params, gradients([(8,), (2,), (3,)], 2))
+    assert [row.mode for row in optimizer._plan.rows] == ["eager", "eager", "compiled"]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("name", [*PLANNED, "large rounding"])
 def test_threads_share_the_work(name, threads):
@@ -186,6 +214,8 @@ def test_the_norm_of_tensors_of_many_kinds():
     assert float(global_norm([])) == 0.0
     wrapped = TwoTensor(torch.full((4,), 2.0), torch.full((4,), 2.0))
     assert float(global_norm([wrapped])) == 4.0
+    plain = torch.full((4,), 2.0)
+    assert abs(float(global_norm([plain, wrapped, plain])) - 48**0.5) < 1e-6
 
 
 # The compiler.

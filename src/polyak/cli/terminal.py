@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyak.lab import words
-from polyak.lab.claim import KINDS, Claim, Criterion, Kind
+from polyak.lab.claim import KINDS, Claim, Criterion, Kind, Scale
 from polyak.lab.report import Entry
 from polyak.lab.result import ClaimResult
 
@@ -246,7 +246,7 @@ def sheet(out: Console, entry: Entry) -> None:
         [f"{a.label} ({a.role}){': ' + a.says if a.says else ''}" for a in claim.arms],
     )
     _part(out, "Tasks", [f"{t.label}{': ' + t.says if t.says else ''}" for t in claim.tasks])
-    _part(out, "Scales", [f"{s.name}: {s.says} ({words.count(s.seeds, 'seed')})" for s in claim.scales])
+    _part(out, "Scales", [_scale(s) for s in claim.scales])
     _part(out, "Departures", claim.departures)
     out.print()
     if entry.result is None:
@@ -258,6 +258,11 @@ def sheet(out: Console, entry: Entry) -> None:
 def _asked(claim: Claim, c: Criterion) -> Text:
     """A criterion: what it says, and below it what must be true."""
     return Text.assemble(words.names(claim, claim.criteria)[c.name], (f"\n  {words.condition(claim, c)}", "dim"))
+
+
+def _scale(s: Scale) -> str:
+    first = f", from {s.first_seed} on" if s.first_seed else ""
+    return f"{s.name}: {s.says} ({words.count(s.seeds, 'seed')}{first})"
 
 
 def _part(out: Console, head: str, lines: Sequence[str | Text]) -> None:

@@ -166,6 +166,7 @@ def apply(
     values: tuple[Tensor, ...],
     generator: Generators | None = None,
     mean: bool = True,
+    also: Sequence[tuple[float, float]] = (),
 ) -> tuple[Update, tuple[Tensor, ...]]:
     """What a stage makes of an output at x, and what is remembered after it.
 
@@ -174,9 +175,10 @@ def apply(
         values: what is remembered.
         generator: of the noise, where the stage draws some.
         mean: whether the mean of a stochastic step is wanted.
+        also: weights of x and the output in what is made beside, in the same pass.
     """
     if not (stage.past or stage.base or stage.std or stage.keep):
-        return advance(x, output, stage.of_x, stage.of_output), ()
+        return advance(x, output, stage.of_x, stage.of_output, also=also), ()
     if any(stage.past[len(values) :]):
         raise ValueError(f"a stage weighs {len(stage.past)} remembered values, and there are {len(values)}")
     rest: list[tuple[float, Tensor]] = list(zip(stage.past, values, strict=False))
@@ -185,7 +187,7 @@ def apply(
     noise = None
     if stage.std:
         noise = stage.std, standard_normal(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    made = advance(x, output, stage.of_x, stage.of_output, rest, value=stage.value, noise=noise, mean=mean)
+    made = advance(x, output, stage.of_x, stage.of_output, rest, value=stage.value, noise=noise, mean=mean, also=also)
     if not stage.keep:
         return made, ()
     known = (made.value, *values)
@@ -199,6 +201,7 @@ def take_stage(
     values: tuple[Tensor, ...],
     generator: Generators | None = None,
     mean: bool = True,
+    also: Sequence[tuple[float, float]] = (),
 ) -> tuple[Update, tuple[Tensor, ...]]:
     """:func:`apply` for a prediction; a stage's first is taken to be of the step's start, whatever that was before."""
     weighed = getattr(prediction, "weights", None)
@@ -206,7 +209,7 @@ def take_stage(
         output, weighed = getattr(prediction, stage.view), _as_it_is
     else:
         output = prediction.output
-    return apply(folded(stage, weighed), start, prediction.x, output, values, generator, mean)
+    return apply(folded(stage, weighed), start, prediction.x, output, values, generator, mean, also)
 
 
 def _as_it_is(view: str) -> tuple[float, float]:

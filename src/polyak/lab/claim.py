@@ -125,6 +125,7 @@ class Scale:
     says: str
     seeds: int
     _: KW_ONLY
+    first_seed: int = 0  # the seeds that are reported are those from here on
     tuning_seeds: int = 1  # for each reported seed
     options: Mapping[str, Value] = field(default_factory=dict)
     task_options: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)  # per task, over the task's own

@@ -3,7 +3,8 @@
 Grids are known in advance, so that the tuning trials of all arms and tasks can run at once. Every arm that is tuned gets
 equally many (the claim is refused otherwise), per task, on seeds that are never reported. Every reported seed has a tuning of its
 own, on seeds of its own: seeds are then independent repeats of all that is random, and an interval over them holds the noise of
-tuning, too. Seeds 0, 1, 2, ... are reported; tuning seeds start at :data:`FIRST_TUNING_SEED`.
+tuning, too. Successive seeds from the scale's first on (0, 1, 2, ...) are reported; tuning seeds start at
+:data:`FIRST_TUNING_SEED`.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Plan:
         what = f"tuning_seeds of scale {scale!r}"
         self._extra = checks.integer(what, at.tuning_seeds, least=1, most=_MOST_TUNING_SEEDS)
         self.claim, self.scale, self.device, self.versions = claim, scale, device, dict(versions)
-        self.seeds = tuple(range(count))
+        first = checks.integer(f"first_seed of scale {scale!r}", at.first_seed, least=0, most=FIRST_TUNING_SEED - count)
+        self.seeds = tuple(range(first, first + count))
         self.tuning_seeds = tuple(seed for s in self.seeds for seed in self._tuning_seeds(s))
         self.found: dict[str, Stored] = {}
         self.chosen: dict[Key, dict[str, Any]] = {}

@@ -209,10 +209,10 @@ def _pair(projected: str, plain: str, names: str, gating: bool) -> Iterator[Crit
     accurate, control = ask.but(metric="accuracy", minus=plain), "adamp_0" if gating else ""
     below = f"{names}: mean test accuracy is at most 0.2 points below the baseline's"
     slower = f"{names}: the convolutions' weights grow to less than 0.8 of the baseline's norm"
-    larger = f"{names}: at the end, the effective step is larger than the baseline's for every seed"
+    larger = f"{names}: at the end, the effective step is larger than the baseline's"
     yield accurate.at_least(f"{projected}_accuracy", -0.002, below)
     yield ask.below(f"{projected}_norm", 0.8, slower, metric="growth", control=control)
-    yield ask.beats(f"{projected}_effective_step", larger, metric="turn", rule="every")
+    yield ask.beats(f"{projected}_effective_step", larger, metric="turn")
     yield accurate.beats(f"{projected}_gain", f"{names}: mean test accuracy is above the baseline's", gating=False)
 
 
@@ -237,7 +237,7 @@ CRITERIA = (
     *_pair("adamp", "adamw", "AdamP against AdamW", gating=True),
     *_pair("sgdp", "sgd", "SGDP against SGD", gating=False),
     *(
-        Ask(METRICS, kind="effect", task=task, metric="accuracy", rule="every").beats(
+        Ask(METRICS, kind="effect", task=task, metric="accuracy").beats(
             f"{task}_{method}", f"{words} on ImageNet ({task}): validation accuracy is above the baseline's",
             arm=f"{method}_100", minus=f"{plain}_100",
         )
@@ -269,12 +269,12 @@ CLAIM = Claim(
     scales=(
         Scale(
             "small", "an exactly solvable toy, and a small network on digits: about three minutes on two cores", 5,
-            tasks=("toy", "convnet"),
+            first_seed=100, tasks=("toy", "convnet"),
         ),
         Scale(
             "paper",
             "ImageNet-1k with three networks, days on one accelerator; needs timm, and ImageNet in a folder or from the hub",
-            1, tasks=PAPER_TASKS, options={"batch": 256, "micro_batch": 256, "workers": 16},
+            3, tasks=PAPER_TASKS, options={"batch": 256, "micro_batch": 256, "workers": 16},
         ),
     ),
     metrics=METRICS,
@@ -294,10 +294,13 @@ CLAIM = Claim(
         "cosine's own factor, the same for all, is taken out.",
         "Gains in accuracy are reported for either pair, and decide nothing: at this scale they are a few images. SGDP against SGD "
         "is reported only.",
-        "Paper scale: timm's models with random crops and flips; one seed; Adam's rate 1e-3 (MobileNetV2: 2e-3), SGD's 0.1, decay "
-        "1e-4. These settings and the figures above are as quoted elsewhere, and not compared with the paper's appendix again.",
+        "Paper scale: timm's models with random crops and flips; three seeds; Adam's rate 1e-3 (MobileNetV2: 2e-3), SGD's 0.1, "
+        "decay 1e-4. These settings and the figures above are as quoted elsewhere, and not compared again with the paper's "
+        "appendix.",
         "The paper's equation 11 has no absolute value in the test; its code has, and its authors say it is meant. With "
         "nesterov=False the official SGDP also projects the momentum buffer; the part does this with project_buffer=True only.",
+        "Until 2026-11-30 criteria on what training reaches asked every seed, so that more seeds made passing harder. Before this "
+        "run they were reset to ask the mean, with the same bounds; the small scale's seeds, from 100 on, had not been run.",
     ),
     usage=(
         "from polyak.optim import AdamP\n\n"

@@ -116,9 +116,9 @@ METRICS = (
     Metric("test_loss", "Test loss"),
     Metric("accuracy", "Test accuracy", better="higher", worst=0.0),
 )
-VIT = Ask(METRICS, kind="effect", task="vit", metric="train_loss", over="adamw", rule="every")
+VIT = Ask(METRICS, kind="effect", task="vit", metric="train_loss", over="adamw")
 ACCURATE = Ask(METRICS, kind="effect", task="vit", metric="accuracy", minus="adamw", gating=False)
-IMAGENET = Ask(METRICS, kind="effect", task="imagenet", metric="accuracy", minus="adamw_deit", rule="every")
+IMAGENET = Ask(METRICS, kind="effect", task="imagenet", metric="accuracy", minus="adamw_deit")
 
 
 def _reported(task: str, metric: str, what: str) -> tuple[Criterion, ...]:
@@ -178,9 +178,9 @@ CLAIM = Claim(
     tasks=TASKS,
     arms=ARMS,
     scales=(
-        Scale("small", "three small models, minutes on two cores", 5, tasks=SMALL, options={"weight_decay": 0.02}),
+        Scale("small", "three small models, minutes on two cores", 5, first_seed=100, tasks=SMALL, options={"weight_decay": 0.02}),
         Scale(
-            "paper", "DeiT-small on ImageNet-1k, days on one accelerator; needs timm, and ImageNet in a folder or from the hub", 1,
+            "paper", "DeiT-small on ImageNet-1k, days on one accelerator; needs timm, and ImageNet in a folder or from the hub", 3,
             tasks=("imagenet",), options={"micro_batch": 256, "workers": 16},
         ),
     ),
@@ -197,9 +197,11 @@ CLAIM = Claim(
         "The language model's text is Tiny Shakespeare if POLYAK_DATA has it, else the standard library's source, which differs "
         "between versions of Python.",
         "Paper scale: one device with accumulated gradients in place of eight; bfloat16 autocast in place of float16 with loss "
-        "scaling; DeiT's repeated augmentation is left out for both arms; one seed. Transformer-XL and GPT2 are not run.",
+        "scaling; DeiT's repeated augmentation is left out for both arms; three seeds. Transformer-XL and GPT2 are not run.",
         "The paper's Algorithm 1 starts its averages at the first gradient and corrects no bias; the code that produced its "
         "results, and the part here, start at zero and correct. The paper's betas are one minus these.",
+        "Until 2026-11-30 criteria on what training reaches asked every seed, so that more seeds made passing harder. Before this "
+        "run they were reset to ask the mean, with the same bounds; the small scale's seeds, from 100 on, had not been run.",
     ),
     usage=(
         "from polyak.optim import Adan\n\n"

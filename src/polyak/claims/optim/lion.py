@@ -273,7 +273,7 @@ CRITERIA = (
     ),
     TRAINED.above(
         "network_adamw_beyond", 1 / 3, "AdamW's weights go beyond 1/3, the bound of Lion with wd 3",
-        arm="network_adamw", metric="largest_weight", rule="every",
+        arm="network_adamw", metric="largest_weight",
     ),
     *(
         TRAINED.at_least(
@@ -303,7 +303,7 @@ CLAIM = Claim(
     scales=(
         Scale(
             "small", "three convex problems whose constrained minima are known, and a small network: a minute on two cores", 5,
-            options={"steps": 20_000, "lr": 1e-2, "last_lr": 1e-5, "watched_steps": 500},
+            first_seed=100, options={"steps": 20_000, "lr": 1e-2, "last_lr": 1e-5, "watched_steps": 500},
         ),
     ),
     metrics=METRICS,
@@ -322,6 +322,8 @@ CLAIM = Claim(
         "The network's weights start inside the bound, so that they stay there by arithmetic.",
         "Here the gradient's sign is the usual one; the paper's momentum is minus this one. The explicit step of size lr is the "
         "paper's implicit one of size lr / (1 - lr wd).",
+        "Until 2026-11-30 criteria on what training reaches asked every seed, so that more seeds made passing harder. Before this "
+        "run they were reset to ask the mean, with the same bounds; the small scale's seeds, from 100 on, had not been run.",
     ),
     usage=(
         "from polyak.optim import Lion\n\n"

@@ -147,7 +147,7 @@ def _criteria(task: str, label: str) -> Iterator[Criterion]:
     ask = Ask(METRICS, kind="effect", task=task, metric="test", arm="lcsc")
     better = f"{label}: LCSC is better than the"
     yield ask.beats(f"{task}_ema", f"{better} best EMA of the same checkpoints", minus="ema", control="uniform")
-    yield ask.beats(f"{task}_last", f"{better} last checkpoint, for every seed", minus="last", rule="every")
+    yield ask.beats(f"{task}_last", f"{better} last checkpoint", minus="last")
     yield ask.at_most(
         f"{task}_half", 0.0, f"{label}: LCSC after half the training is at least as good as the best EMA after all of it",
         arm="lcsc_half", minus="ema",
@@ -186,6 +186,7 @@ CLAIM = Claim(
     scales=(
         Scale(
             "small", "digits, a few minutes on two cores", 5,
+            first_seed=100,
             options={
                 "steps": 3000, "checkpoints": 30, "width": 128, "batch": 64, "lr": 2e-3, "scales": 18,
                 "evals": 400, "samples": 500, "fresh": 2000,
@@ -208,6 +209,8 @@ CLAIM = Claim(
         "training sees them all: it is an arm of its own, and reported.",
         "There is no paper scale: it would need the intermediate checkpoints of CIFAR-10 and ImageNet-64 trainings, which nobody "
         "has published.",
+        "Until 2026-11-30 criteria on what training reaches asked every seed, so that more seeds made passing harder. Before this "
+        "run they were reset to ask the mean, with the same bounds; the small scale's seeds, from 100 on, had not been run.",
     ),
     usage=(
         "from polyak.teachers import LCSC, metric_to, sample_metric\n\n"

@@ -54,7 +54,7 @@ enum { CHANGED = 1, DIRTY = 2, ODD = 4, APART = 8 };
 enum { ABSENT, READ, COPIED, LOOSE };
 
 /* What is seen of a tensor. device: 0 or CUDA's 1, then the number; kind: as in DLPack; lazy: negated or conjugated, -1
-   unknown; cut: not all of it is in its storage, -1 unknown. */
+   unknown; cut: not all of it is in its storage, as far as that is seen. */
 typedef struct { int64_t address, device, kind, ndim, lazy, cut; const int64_t *shape, *strides; } Seen;
 
 static int64_t kind(int64_t code, int64_t bits) { return code << 32 | bits << 16 | 1; }
@@ -123,8 +123,7 @@ static int see(const Plan *plan, void *object, Seen *seen) {
     seen->kind = kind(t.kind.code, t.kind.bits);
     seen->ndim = t.ndim;
     seen->lazy = -1;
-    /* A freed storage begins at 0, wherever in it the tensor is. */
-    seen->cut = count && !((uint64_t)seen->address >> 32) ? -1 : 0;
+    seen->cut = 0;
     seen->shape = t.shape;
     seen->strides = t.strides;
     return 0;
@@ -147,7 +146,7 @@ static int as_it_was(const Plan *plan, const Fact *fact) {
     if (t.address != fact->address || t.ndim != form->ndim || t.kind != form->kind || t.device != form->device) return 0;
     for (int64_t d = 0; d < t.ndim; d++)
         if (t.shape[d] != dims[d] || t.strides[d] != dims[t.ndim + d]) return 0;
-    return t.lazy <= 0 && t.cut <= 0;
+    return t.lazy <= 0 && !t.cut;
 }
 
 static int same_items(const Plan *plan, const Dict *dict, int64_t *dirty) {
@@ -174,8 +173,8 @@ static int says(void *function, void *tensor) {
     return yes;
 }
 
-/* What is to be done with a gradient, and its address. Where it is not seen whether it is lazy or cut, one of another object than
-   the last step's is asked. */
+/* What is to be done with a gradient, and its address. Where it is not seen whether it is lazy, it is asked: a new one may have
+   the last one's place. Whether it is cut is asked of those alone that are not where the last step's was: cutting moves. */
 static int64_t of_gradient(const Plan *plan, Row *row, void *g, int64_t *address) {
     const Fact *p = plan->facts + row->fact;
     const Form *form = plan->forms + p->form;
@@ -189,11 +188,12 @@ static int64_t of_gradient(const Plan *plan, Row *row, void *g, int64_t *address
         apart |= t.shape[d] > 1 && t.strides[d] != dims[t.ndim + d];
     }
     if (t.kind != row->kind) return -1;
-    if (t.cut > 0 || (t.cut < 0 && says(plan->is_short, g))) return LOOSE;
-    if (t.lazy < 0 && (row->last != (int64_t)g || row->shape != (int64_t)t.shape || *(int64_t *)row->slot != t.address)) {
-        if (says(plan->is_short, g)) return LOOSE;
+    if (t.cut) return LOOSE;
+    if (t.lazy < 0) {
+        const int known = row->last == (int64_t)g && row->shape == (int64_t)t.shape && *(int64_t *)row->slot == t.address;
+        if (!known && says(plan->is_short, g)) return LOOSE;
         t.lazy = says(plan->is_neg, g) || (t.kind >> 32 == 5 && says(plan->is_conj, g));
-        row->last = t.lazy ? 0 : (int64_t)g;
+        row->last = (int64_t)g;
         row->shape = (int64_t)t.shape;
     }
     *address = t.address;

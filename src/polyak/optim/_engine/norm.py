@@ -17,8 +17,7 @@ def global_norm(grads: Sequence[torch.Tensor]) -> torch.Tensor:
     for members in alike(grads):
         # Of low-precision gradients in float32: a sum of squares overflows float16, and has 8 bits in bfloat16.
         wide = {"dtype": torch.float32} if members[0].dtype in LOW else {}
-        listed = type(members[0]) in PLAIN or is_dtensor(members[0])
-        if listed and not any(g.is_neg() or g.is_conj() for g in members):
+        if type(members[0]) in PLAIN or is_dtensor(members[0]):
             norms += torch._foreach_norm(members, 2, **wide)
         else:
             norms += [torch.linalg.vector_norm(g, **wide) for g in members]
