@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 
 from polyak.lab import intervals
-from polyak.lab.claim import Arm, Claim, Criterion, Metric, Scale, Task
+from polyak.lab.claim import KINDS, Arm, Claim, Criterion, Metric, Scale, Task
 from polyak.lab.result import CriterionResult, TrialResult, verdict
 from polyak.lab.statistics import corrected, judge
 
@@ -421,6 +421,11 @@ def test_verdict_of_the_claim() -> None:
     assert verdict([open_, fails, holds]) == "fails"
     assert verdict([holds, replace(fails, gating=False)]) == "holds"
     assert verdict([]) == "undecided"
+
+
+def test_an_outcome_is_of_its_criterion_s_kind() -> None:
+    for kind in KINDS:
+        assert judged(criterion(kind=kind), quick=[1.0] * 3, plain=[2.0] * 3).kind == kind
 
 
 def test_only_reported_trials_count() -> None:

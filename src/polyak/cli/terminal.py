@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, Group
 from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
@@ -48,7 +48,7 @@ def listing(entries: Sequence[Entry], width: int) -> Table:
     """All systems in a table, with both verdicts; in a narrow terminal these stand below the slug, one above the other."""
     wide = width >= 100
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for head in ("system", "room", *KINDS) if wide else ("system",):
+    for head in ("system", "room", "mechanism", "effect at this scale") if wide else ("system",):
         table.add_column(head, no_wrap=True)
     table.add_column("what it is")
     for e in entries:
@@ -255,9 +255,10 @@ def sheet(out: Console, entry: Entry) -> None:
         outcome(out, claim, entry.result, published=entry.published)
 
 
-def _asked(claim: Claim, c: Criterion) -> Text:
+def _asked(claim: Claim, c: Criterion) -> Group:
     """A criterion: what it says, and below it what must be true."""
-    return Text.assemble(words.names(claim, claim.criteria)[c.name], (f"\n  {words.condition(claim, c)}", "dim"))
+    condition = Padding(Text(words.condition(claim, c), "dim"), (0, 0, 0, 2))
+    return Group(Text(words.names(claim, claim.criteria)[c.name]), condition)
 
 
 def _scale(s: Scale) -> str:
@@ -265,7 +266,7 @@ def _scale(s: Scale) -> str:
     return f"{s.name}: {s.says} ({words.count(s.seeds, 'seed')}{first})"
 
 
-def _part(out: Console, head: str, lines: Sequence[str | Text]) -> None:
+def _part(out: Console, head: str, lines: Sequence[str | Group]) -> None:
     if lines:
         out.print(Text(f"\n{head}", "bold"))
         for line in lines:

@@ -230,9 +230,7 @@ CRITERIA = (
 )  # fmt: skip
 
 CLAIM = Claim(
-    slug="dpm_solver",
-    room="generate",
-    name="DPM-Solver",
+    slug="dpm_solver", room="generate", name="DPM-Solver",
     summary="Diffusion ODE by exponential integrators in half log-SNR: good samples in 10 to 20 network evaluations",
     says=(
         "A trained diffusion model is sampled well in 10 to 20 network evaluations, without training: on CIFAR-10, FID 4.70 "
@@ -243,14 +241,9 @@ CLAIM = Claim(
         "DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps", 2022, "2206.00927",
         "NeurIPS 2022", "https://github.com/LuChengTHU/dpm-solver",
     ),
-    part="polyak.generate.dpm_solver:DPMSolver",
-    budget="network evaluations",
-    tasks=TASKS,
-    arms=ARMS,
+    part="polyak.generate.dpm_solver:DPMSolver", budget="network evaluations",
     scales=(Scale("small", "two laws whose scores are known, under a minute on two cores", 3),),
-    metrics=METRICS,
-    criteria=CRITERIA,
-    trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
     departures=(
         "The paper's measure is the FID of a network's samples. Here scores are exact and the measure is the distance between "
         "solution paths from the same noise (root mean square of its length): it tests the solver, not the pictures.",

@@ -247,9 +247,7 @@ CRITERIA = (
 )  # fmt: skip
 
 CLAIM = Claim(
-    slug="adamp",
-    room="optim",
-    name="AdamP",
+    slug="adamp", room="optim", name="AdamP",
     summary="Momentum inflates the norm of weights before a normalization and so slows training; a projection undoes it",
     says=(
         "Where a normalization follows, the loss does not depend on a weight's norm, and the effective step is the angle by which "
@@ -262,10 +260,7 @@ CLAIM = Claim(
         "AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights", 2020, "2006.08217", "ICLR 2021",
         "https://github.com/clovaai/AdamP",
     ),
-    part="polyak.optim.adamp:AdamP",
-    budget="optimizer steps",
-    tasks=TASKS,
-    arms=ARMS,
+    part="polyak.optim.adamp:AdamP", budget="optimizer steps",
     scales=(
         Scale(
             "small", "an exactly solvable toy, and a small network on digits: about three minutes on two cores", 5,
@@ -277,9 +272,7 @@ CLAIM = Claim(
             3, tasks=PAPER_TASKS, options={"batch": 256, "micro_batch": 256, "workers": 16},
         ),
     ),
-    metrics=METRICS,
-    criteria=CRITERIA,
-    trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
     departures=(
         "The paper's toy is shown for one start in three dimensions; here 20 random starts for each of five seeds, and the "
         "growth of every one is checked. The rate of 0.5 is one where momentum's slowdown is large: at smaller rates the norm "

@@ -159,9 +159,7 @@ CRITERIA = (
 )  # fmt: skip
 
 CLAIM = Claim(
-    slug="adan",
-    room="optim",
-    name="Adan",
+    slug="adan", room="optim", name="Adan",
     summary="Adam-like steps from a Nesterov gradient that needs no second evaluation: AdamW's quality at half its cost",
     says=(
         "Adan reaches the quality of Adam-like optimizers at about half their cost, on vision and language models. "
@@ -173,10 +171,7 @@ CLAIM = Claim(
         "Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing Deep Models", 2022, "2208.06677", "IEEE TPAMI 2024",
         "https://github.com/sail-sg/Adan",
     ),
-    part="polyak.optim.adan:Adan",
-    budget="optimizer steps",
-    tasks=TASKS,
-    arms=ARMS,
+    part="polyak.optim.adan:Adan", budget="optimizer steps",
     scales=(
         Scale("small", "three small models, minutes on two cores", 5, first_seed=100, tasks=SMALL, options={"weight_decay": 0.02}),
         Scale(
@@ -184,9 +179,7 @@ CLAIM = Claim(
             tasks=("imagenet",), options={"micro_batch": 256, "workers": 16},
         ),
     ),
-    metrics=METRICS,
-    criteria=CRITERIA,
-    trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
     departures=(
         "Small scale: models of 20 to 40 thousand weights and some hundred steps, where the paper's have tens to hundreds of "
         "millions and 100,000s of steps. It tests the claim as one about optimization; the paper's tables are about test quality.",

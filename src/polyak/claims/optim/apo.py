@@ -224,9 +224,7 @@ CRITERIA = (
 )  # fmt: skip
 
 CLAIM = Claim(
-    slug="apo",
-    room="optim",
-    name="APO",
+    slug="apo", room="optim", name="APO",
     summary="Nesterov's extrapolation between rounds of preference optimization: two rounds for three of iterative DPO",
     says=(
         "Iterative preference optimization is a proximal-point method; extrapolating between its rounds speeds it up by "
@@ -235,19 +233,14 @@ CLAIM = Claim(
         "three."
     ),
     paper=Paper("Accelerated Preference Optimization for Large Language Model Alignment", 2024, "2410.06293"),
-    part="polyak.optim.apo:APO",
-    budget="rounds of sampling, labelling and training",
-    tasks=TASKS,
-    arms=ARMS,
+    part="polyak.optim.apo:APO", budget="rounds of sampling, labelling and training",
     scales=(
         Scale(
             "small", "tables with known optima, and a character model with a reward that can be counted: minutes on two cores", 5,
             first_seed=100,
         ),
     ),
-    metrics=METRICS,
-    criteria=CRITERIA,
-    trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
     departures=(
         "There is no paper scale: it needs Mistral-7B, a ranker of 0.4B weights and sampling in three rounds, and the paper's "
         "alpha, beta and learning rates are not known. The claim about two rounds is put to small problems with known rewards.",

@@ -285,9 +285,7 @@ CRITERIA = (
 )  # fmt: skip
 
 CLAIM = Claim(
-    slug="lion",
-    room="optim",
-    name="Lion-K",
+    slug="lion", room="optim", name="Lion-K",
     summary="Lion's weight decay is a constraint: |x| <= 1/wd in every weight, and other K give other constraints",
     says=(
         "Lion with decoupled decay wd minimizes f under ||x||_inf <= 1/wd; with any convex K in place of the l1 norm, Lion-K "
@@ -296,19 +294,14 @@ CLAIM = Claim(
         "with pictures of networks' weights, and no table of accuracies."
     ),
     paper=Paper("Lion Secretly Solves Constrained Optimization: As Lyapunov Predicts", 2023, "2310.05898", "ICLR 2024"),
-    part="polyak.optim.lion:LionK",
-    budget="optimizer steps",
-    tasks=TASKS,
-    arms=ARMS,
+    part="polyak.optim.lion:LionK", budget="optimizer steps",
     scales=(
         Scale(
             "small", "three convex problems whose constrained minima are known, and a small network: a minute on two cores", 5,
             first_seed=100, options={"steps": 20_000, "lr": 1e-2, "last_lr": 1e-5, "watched_steps": 500},
         ),
     ),
-    metrics=METRICS,
-    criteria=CRITERIA,
-    trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
     departures=(
         "The paper shows networks on ImageNet and language models, whose details it does not give: there is no paper scale here. "
         "Its theorems are checked on convex problems, where the minimum is known.",

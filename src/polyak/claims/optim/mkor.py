@@ -222,9 +222,7 @@ CRITERIA = (
 )  # fmt: skip
 
 CLAIM = Claim(
-    slug="mkor",
-    room="optim",
-    name="MKOR",
+    slug="mkor", room="optim", name="MKOR",
     summary="K-FAC-like progress from rank-1 updates of inverse factors: O(d^2) work and O(d) words, around any optimizer",
     says=(
         "MKOR needs about two thirds of its base's iterations for the same quality, at less cost a step than K-FAC. BERT-Large, "
@@ -235,19 +233,14 @@ CLAIM = Claim(
         "MKOR: Momentum-Enabled Kronecker-Factor-Based Optimizer Using Rank-1 Updates", 2023, "2306.01685", "NeurIPS 2023",
         "https://github.com/Mohammad-Mozaffari/mkor",
     ),
-    part="polyak.optim.mkor:MKOR",
-    budget="optimizer steps",
-    tasks=TASKS,
-    arms=ARMS,
+    part="polyak.optim.mkor:MKOR", budget="optimizer steps",
     scales=(
         Scale(
             "small", "two small networks and a timing, minutes on two cores", 5,
             options={"batch": 256, "every": 5, "inv_freq": 10},
         ),
     ),
-    metrics=METRICS,
-    criteria=CRITERIA,
-    trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
     departures=(
         "Small scale: networks of 20 to 240 thousand weights on one core, where the paper's have 340 million on 64 GPUs and its "
         "gain includes communication. SGD with momentum stands in for LAMB. The paper's scale is not run.",

@@ -272,9 +272,7 @@ CRITERIA = (
 )  # fmt: skip
 
 CLAIM = Claim(
-    slug="monna",
-    room="optim",
-    name="MoNNA",
+    slug="monna", room="optim", name="MoNNA",
     summary="Momentum and nearest-neighbour averaging: training among faulty workers at the gradient cost of plain SGD",
     says=(
         "Under ALIE, FOE, sign flip and label flip, on heterogeneous MNIST (26 workers, 5 faulty) and CIFAR-10 (16 workers, 3 "
@@ -286,10 +284,7 @@ CLAIM = Claim(
         "Robust Collaborative Learning with Linear Gradient Overhead", 2022, "2209.10931", "ICML 2023",
         "https://github.com/LPD-EPFL/robust-collaborative-learning",
     ),
-    part="polyak.optim.monna:MoNNA",
-    budget="optimizer steps",
-    tasks=TASKS,
-    arms=ARMS,
+    part="polyak.optim.monna:MoNNA", budget="optimizer steps",
     scales=(
         Scale(
             "small", "digits, 64-32-10, 11 workers of whom 2 attack, 300 steps: minutes on two cores", 3,
@@ -300,9 +295,7 @@ CLAIM = Claim(
             tasks=MNIST, options={"n": 26, "f": 5, "lr": 0.75, "steps": 600},
         ),
     ),
-    metrics=METRICS,
-    criteria=CRITERIA,
-    trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
     departures=(
         "Small scale: scikit-learn's digits and a network 64-32-10 in place of MNIST's convolutional one; 11 workers, 300 steps. "
         "Nothing is tuned: rates and momenta are the paper's (0.5 / (t / 50 + 1) in place of 0.75 / (t / 50 + 1)).",

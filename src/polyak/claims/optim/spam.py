@@ -239,9 +239,7 @@ CRITERIA = (
 )  # fmt: skip
 
 CLAIM = Claim(
-    slug="spam",
-    room="optim",
-    name="SPAM",
+    slug="spam", room="optim", name="SPAM",
     summary="Adam that clips spikes entry by entry and forgets its moments now and then: spikes do not derail it",
     says=(
         "Single spikes of the gradient, up to 1000 times its usual size, stay in Adam's moments for long and harm the training of "
@@ -253,10 +251,7 @@ CLAIM = Claim(
         "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", 2025, "2501.06842", "ICLR 2025",
         "https://github.com/TianjinYellow/SPAM-Optimizer",
     ),
-    part="polyak.optim.spam:SPAM",
-    budget="optimizer steps",
-    tasks=TASKS,
-    arms=ARMS,
+    part="polyak.optim.spam:SPAM", budget="optimizer steps",
     scales=(
         Scale(
             "small", "a small language model with spikes injected into its gradients: about four minutes on two cores", 5,
@@ -275,9 +270,7 @@ CLAIM = Claim(
             },
         ),
     ),
-    metrics=METRICS,
-    criteria=CRITERIA,
-    trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
     departures=(
         "Small scale: spikes are injected, the same steps, tensors and entries for every arm of a seed, since a model of this size "
         "has none of its own. Width and context are 32, which keeps all trials within eight minutes of processor time.",

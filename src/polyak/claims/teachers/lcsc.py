@@ -166,9 +166,7 @@ def _criteria(task: str, label: str) -> Iterator[Criterion]:
 CRITERIA = (*_criteria("diffusion", "Diffusion"), *_criteria("consistency", "Consistency"))
 
 CLAIM = Claim(
-    slug="lcsc",
-    room="teachers",
-    name="LCSC",
+    slug="lcsc", room="teachers", name="LCSC",
     summary="Coefficients of saved checkpoints by evolutionary search: better generators than any EMA, without training",
     says=(
         "A linear combination of saved checkpoints, found by evolutionary search, is a better generator than their EMA: "
@@ -179,10 +177,7 @@ CLAIM = Claim(
         "Linear Combination of Saved Checkpoints Makes Consistency and Diffusion Models Better", 2024, "2404.02241", "ICLR 2025",
         "https://github.com/imagination-research/LCSC",
     ),
-    part="polyak.teachers.lcsc:LCSC",
-    budget="evaluations of the objective",
-    tasks=TASKS,
-    arms=ARMS,
+    part="polyak.teachers.lcsc:LCSC", budget="evaluations of the objective",
     scales=(
         Scale(
             "small", "digits, a few minutes on two cores", 5,
@@ -193,9 +188,7 @@ CLAIM = Claim(
             },
         ),
     ),
-    metrics=METRICS,
-    criteria=CRITERIA,
-    trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
     departures=(
         "The measure is the energy distance in the space of the training digits' 20 principal components, not FID. 397 digits are "
         "trained on, 700 are searched against with 500 samples, 700 are for the test with 2000 samples; the paper searches and "
