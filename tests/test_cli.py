@@ -101,8 +101,10 @@ def call(rooms, capsys):
     return run
 
 
-def in_new_process(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | variables
+def in_new_process(code: str, modules: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Beside ``modules`` it finds the code that this process runs, wherever that is installed."""
+    places = [modules, Path(polyak.__file__).parents[1]]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(place) for place in places if place)}
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment
     )
@@ -190,7 +192,7 @@ def test_reading_imports_nothing_heavy(rooms, arguments):
         except SystemExit as stopped:
             print(stopped.code, [m for m in ("torch", "matplotlib", "numpy", "scipy", "optuna", "jinja2") if m in sys.modules])
         """
-    done = in_new_process(code, PYTHONPATH=str(rooms.parent / "modules"))
+    done = in_new_process(code, rooms.parent / "modules")
     assert done.stderr == ""
     assert done.stdout.splitlines()[-1] == "0 []"
 
@@ -206,7 +208,7 @@ def test_reading_starts_fast(rooms):
     for _ in range(5):
         # Processor time: a busy machine must not fail the test.
         began = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert in_new_process(code, PYTHONPATH=str(rooms.parent / "modules")).returncode == 0
+        assert in_new_process(code, rooms.parent / "modules").returncode == 0
         ended = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent.append(ended.ru_utime + ended.ru_stime - began.ru_utime - began.ru_stime)
     assert min(spent) < 0.5
@@ -303,7 +305,7 @@ def test_ctrl_c_keeps_what_is_finished(rooms, tmp_path):
         if __name__ == "__main__":
             main(["reproduce", "slow", "--jobs", "1"])
         """
-    done = in_new_process(code, PYTHONPATH=str(rooms.parent / "modules"))
+    done = in_new_process(code, rooms.parent / "modules")
     assert done.returncode == 130
     assert "Finished trials are kept" in done.stderr
     assert "Traceback" not in done.stderr

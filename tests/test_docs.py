@@ -265,7 +265,7 @@ def commands(code: str) -> list[str]:
     return [line.strip() for line in prompted or lines if line.strip() and not line.startswith("#")]
 
 
-class Checked(Exception):
+class Checked(BaseException):
     """A command's arguments are right: it would run now."""
 
 
@@ -418,7 +418,8 @@ def test_what_the_tests_do_not_understand_is_not_passed_over(shell, monkeypatch)
 
 
 def test_the_ten_lines_are_a_task(tmp_path: Path) -> None:
-    from polyak.lab.compare.examine import examine, try_arms
+    from polyak.lab.compare.examine import examine
+    from polyak.lab.compare.rehearsal import try_arms
 
     [block, same] = [
         b for page in ("docs/compare.md", "README.md") for b in blocks(text_of(page)) if "def task(" in b.code

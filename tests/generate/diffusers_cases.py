@@ -108,6 +108,7 @@ PLANS: dict[str, list[Options]] = {
     "DPMSolverMultistepScheduler": [
         *every(SPACED, [*SHAPED, {"use_lu_lambdas": True}, {"lambda_min_clipped": -3.0}, FLOW], ENDS),
         *every(SHAPED, [{"beta_schedule": "squaredcos_cap_v2"}]),
+        *every([{"use_lu_lambdas": True}], [{"beta_schedule": "squaredcos_cap_v2"}, {}], [{}, ZERO_SNR]),
         ZERO_SNR,
     ],
     "DPMSolverSinglestepScheduler": every([*SHAPED, {"lambda_min_clipped": -3.0}, FLOW], [{"lower_order_final": True}]),

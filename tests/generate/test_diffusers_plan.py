@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers_cases import (
     PLANS,
     SAME,
     SCALED,
+    SHAPED,
     TWO_M,
     Options,
     both,
@@ -28,7 +30,7 @@ from polyak.generate import DDIM, EDM, RK4, Discrete, DPMSolver, Euler, Flow
 from polyak.generate.adapters.diffusers import PolyakScheduler
 from polyak.generate.adapters.diffusers.levels import ChainLevels
 from polyak.generate.adapters.diffusers.options import DEFAULTS, OWN, TABLE, Acts, Idle, Refused
-from polyak.generate.adapters.diffusers.plan import identify, read
+from polyak.generate.adapters.diffusers.plan import defaults_of, identify, read
 from polyak.generate.adapters.diffusers.tables import markdown
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
@@ -148,6 +150,44 @@ def test_a_configuration_in_memory_is_recognized(name: str) -> None:
     }  # fmt: skip
     if name not in DEFAULTS:
         assert found == same.get(name, name)
+
+
+def test_schedulers_with_the_same_options_are_told_apart_by_their_values() -> None:
+    for name in ("LMSDiscreteScheduler", "KDPM2DiscreteScheduler"):
+        explicit = scheduler_class(name)(**{**defaults_of(name), "use_karras_sigmas": True})
+        assert identify(explicit.config) == name
+    theirs, ours = (
+        scheduler_class("KDPM2DiscreteScheduler")(**{**defaults_of("KDPM2DiscreteScheduler"), **SHAPED[1]})
+        for _ in "12"
+    )
+    ours = PolyakScheduler.from_config(ours.config, solver=Euler())
+    theirs.set_timesteps(4)
+    ours.set_timesteps(4)
+    assert torch.equal(ours.timesteps, torch.cat([theirs.timesteps[:1], theirs.timesteps[2::2]]))
+
+
+def test_what_cannot_be_told_apart_is_said() -> None:
+    config = diffusers.TCDScheduler().config
+    with pytest.warns(UserWarning, match="may be LCMScheduler's or TCDScheduler's, .*: say origin="):
+        taken = PolyakScheduler.from_config(config, solver=DDIM())
+    assert taken.config["origin"] == "LCMScheduler"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (
+            PolyakScheduler.from_config(config, solver=DDIM(), origin="TCDScheduler").config["origin"] == "TCDScheduler"
+        )
+        PolyakScheduler.from_config(saved(diffusers.LCMScheduler()), solver=DDIM())
+
+
+@pytest.mark.parametrize("options", [{"clip_sample": True, "clip_sample_range": 0.1}, {"thresholding": True}], ids=str)
+def test_tcd_does_not_clip(options: Options) -> None:
+    theirs, ours = both("TCDScheduler", options, DDIM())
+    assert ours.corrector is None
+    for s in (theirs, ours):
+        s.set_timesteps(4)
+    x = torch.randn(1, 3, 4, 4, dtype=torch.float64, generator=rng())
+    want, got = push(theirs, x, eta=0.0)[0], push(ours, x)[0]
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 # --- timesteps and levels

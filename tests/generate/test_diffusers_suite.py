@@ -308,7 +308,10 @@ def test_custom_timesteps() -> None:
     scheduler.set_timesteps(timesteps=[100, 87, 50, 1, 0])
     assert scheduler.timesteps.tolist() == [100, 87, 50, 1, 0]
     assert bool(loop(scheduler, 5, ramp()).isfinite().all())
-    for bad, message in (([100, 87, 50, 51, 0], "timesteps must decrease"), ([1000], r"times\[0\] must be in")):
+    for bad, message in (
+        ([100, 87, 50, 51, 0], "timesteps must decrease"),
+        ([1000], "timestep 1000 is outside of those that the network knows, 0 to 999"),
+    ):
         with pytest.raises(ValueError, match=message):
             scheduler.set_timesteps(timesteps=bad)
     with pytest.raises(ValueError, match="give one of num_inference_steps"):

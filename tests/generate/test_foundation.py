@@ -94,15 +94,21 @@ def test_the_kernel_makes_what_pytorch_makes(case: str, shape: tuple[int, ...], 
     rest = [(0.3, r1), (-1.7, r2)] if case in ("history", "all") else []
     value = (0.25, -1.5) if case in ("value", "all") else None
     drawn = (0.7, z) if case in ("noise", "all") else None
-    want = advance(x, output, 0.9, -0.4, rest, value=value, noise=drawn)
+    also = [(1.0, 0.0), (0.5, 2.0)] if case in ("two", "all") else []
+    want = advance(x, output, 0.9, -0.4, rest, value=value, noise=drawn, also=also)
     tensors = [x, output, *(t for _, t in rest), *([z] if drawn else [])]
     seen = _looked_at(tensors)
     assert seen is not None
-    got = _fused(tensors, seen, [0.9, -0.4, *(c for c, _ in rest)], value, 0.7 if drawn else None, True)
-    short = _fused(tensors, seen, [0.9, -0.4, *(c for c, _ in rest)], value, 0.7 if drawn else None, False)
+    kept = [*([value] if value else []), *also]
+    got, short = (
+        _fused(tensors, seen, [0.9, -0.4, *(c for c, _ in rest)], kept, 0.7 if drawn else None, mean)
+        for mean in (True, False)
+    )
     assert short.mean is None
     assert torch.equal(short.next, got.next)
-    for a, b in ((got.next, want.next), (got.value, want.value), (got.mean, want.mean)):
+    assert len(got.also) == len(kept)
+    beside = [*([] if want.value is None else [want.value]), *want.also]
+    for a, b in ((got.next, want.next), (got.mean, want.mean), *zip(got.also, beside, strict=True)):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             # Five terms of size about 1, each rounded once or twice more in one of the two.
@@ -292,9 +298,10 @@ def test_sample_goes_on_from_any_step(solver: Any) -> None:
     for step in (kept[len(kept) // 2], pickle.loads(pickle.dumps(kept[0])), copy.deepcopy(kept[-2])):
         for _ in range(2):  # a step is not used up
             assert torch.equal(sample(denoiser, step, **options), whole)
+    assert torch.equal(sample(denoiser, kept[-1], **options), whole)  # after the last step there is nothing to do
     if not solver.adaptive:
-        with pytest.raises(ValueError, match="there is none after"):
-            sample(denoiser, kept[-1], **options)
+        with pytest.raises(ValueError, match="none of this run's times"):
+            sample(denoiser, kept[1], **{**options, "steps": 13, "grid": "time"})
 
 
 def test_half_precision_goes_on_in_float32() -> None:
@@ -516,15 +523,21 @@ class _Wrong(LinearSolver):
         start = 0 if memory is None else memory
         for i, (s, t) in list(enumerate(itertools.pairwise(times)))[start:]:
             p = yield Query(x, s)
+            if self.fault == "dear":
+                yield Query(p.x, s, False)
             if self.fault == "in place":
                 x.add_(p.flow, alpha=t - s)
             else:
-                x = p.x + (t - s) * p.flow
+                x = (x if self.fault == "sure" else p.x) + (t - s) * p.flow
+            if self.fault == "scales":
+                p.output.mul_(2)
             if self.fault == "forgets" and start:
                 x = x * 1.1
-            yield Step(
+            change = yield Step(
                 x, s, t, i + (self.fault == "numbers"), i == len(times) - 2 or self.fault == "last", memory=i + 1
             )
+            if change is not None and self.fault != "deaf":
+                x = change.x
         return x
 
 
@@ -536,6 +549,10 @@ class _Wrong(LinearSolver):
         ("last", "last step alone"),
         ("forgets", "must be in Step.memory"),
         ("order", "declares order 2"),
+        ("deaf", "must go on from a Change"),
+        ("sure", "must go on from prediction.x"),
+        ("scales", "changed a prediction's output in place"),
+        ("dear", "for nfe=12 it asks 24 times"),
     ],
 )
 def test_check_solver_finds(fault: str, message: str) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 from polyak.lab import statistics
 from polyak.lab.compare import arms as specs
+from polyak.lab.compare.answer import TaskComparison
 from polyak.lab.compare.budget import Budget
+from polyak.lab.compare.comparison import Comparison
 from polyak.lab.compare.experiment import experiment
-from polyak.lab.compare.result import Comparison, Setup, TaskComparison
+from polyak.lab.compare.rows import Setup
 from polyak.lab.compare.task import Facts
 from polyak.lab.result import ClaimResult, TrialResult
 
@@ -140,7 +142,7 @@ def made_up(
             way = curves[arm.text][seed] if curves else [final] * 4
             curve = tuple(
                 (
-                    {"used": (i + 1) / len(way), "step": i + 1.0, "seconds": 0.1 * (i + 1)},
+                    {"used": (i + 1) / len(way), "step": i + 1.0, "seconds": 0.1 * (i + 1), "gradients": i + 1.0},
                     {metric: v, "train_loss": abs(v)},
                 )
                 for i, v in enumerate(way)
@@ -158,11 +160,14 @@ def made_up(
             trials.append(
                 _trial(name, arm.text, seed, "report", {"lr": 0.01}, values, () if diverged else curve, diverged)
             )
-        for lr, value in (tuning or {}).get(arm.text, ()):
-            diverged = abs(value) == float("inf")
-            curve = (({"used": 1.0, "step": 4.0, "seconds": 0.4}, {"validation": value}),)
-            trials.append(_trial(name, arm.text, 10_000, "tuning", {"lr": lr}, {"validation": value}, curve, diverged))
-    seeds = tuple(range(len(next(iter(finals.values())))))
+        for seed in range(seeds):
+            for lr, value in (tuning or {}).get(arm.text, ()):
+                diverged = abs(value) == float("inf")
+                curve = (({"used": 1.0, "step": 4.0, "seconds": 0.4}, {"validation": value}),)
+                trials.append(
+                    _trial(name, arm.text, 10_000 + seed, "tuning", {"lr": lr}, {"validation": value}, curve, diverged)
+                )
+    seeds = tuple(range(seeds))
     criteria = statistics.judge(claim, trials, seeds, scale=claim.scales[0].name)
     result = ClaimResult(
         slug=claim.slug,
@@ -171,9 +176,9 @@ def made_up(
         verdict=statistics.verdict(criteria),
         criteria=criteria,
         trials=tuple(trials),
-        chosen={name: {arm.text: {"lr": 0.01} for arm in arms}},
+        chosen={name: {arm.text: ({"lr": 0.01},) * len(seeds) for arm in arms}},
         seeds=seeds,
-        tuning_seeds=(10_000,),
+        tuning_seeds=tuple(10_000 + seed for seed in seeds),
         date="2026-11-20T10:11:12+00:00",
         seconds=12.0,
         versions=VERSIONS,

@@ -9,7 +9,8 @@ from typing import Any
 import claims_for_tests as examples
 import pytest
 
-from polyak.lab.claim import Arm, Metric, Plot, Scale, Task, Trial, measure
+from polyak import claims
+from polyak.lab.claim import Arm, Metric, Plot, Scale, Task, Trial, check_rules, measure
 
 PLAIN = Arm(name="plain", label="", role="baseline")
 QUICK = Arm(name="quick", label="", role="method")
@@ -103,3 +104,22 @@ def test_measurements_and_worst_values() -> None:
     assert Metric(name="loss", label="").worst_value == math.inf
     assert Metric(name="score", label="", better="higher").worst_value == -math.inf
     assert Metric(name="score", label="", better="higher", worst=0.0).worst_value == 0.0
+
+
+# --------------------------------------------------------------------------------------------------- every seed, or the mean
+
+
+@pytest.mark.parametrize(("exact", "against"), [((), ""), (("loss",), "global_draw"), (("global_draw",), "")])
+def test_every_seed_is_asked_of_exact_metrics_only(exact: tuple[str, ...], against: str) -> None:
+    metrics = tuple(replace(m, exact=m.name in exact) for m in examples.METRICS)
+    claim = examples.make(metrics=metrics, criteria=(replace(CRITERION, rule="every", against_metric=against),))
+    noisy = against or "loss"
+    with pytest.raises(ValueError, match=rf"criterion 'better': rule='every' is for exact metrics, and {noisy} is not"):
+        check_rules(claim)
+    check_rules(replace(claim, metrics=tuple(replace(m, exact=True) for m in metrics)))
+    check_rules(replace(claim, criteria=(CRITERION,)))
+
+
+@pytest.mark.parametrize("slug", sorted(claims.catalogue()))
+def test_no_claim_asks_every_seed_of_a_noisy_metric(slug: str) -> None:
+    check_rules(claims.load(slug))

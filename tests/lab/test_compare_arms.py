@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from polyak.lab.compare import budget
-from polyak.lab.compare.arms import ArmError, Range, names, parse, split_options
+from polyak.lab.compare.arms import parse
 from polyak.lab.compare.experiment import _labels
+from polyak.lab.compare.samplers import split_options
+from polyak.lab.compare.spec import ArmError, Range, names
 
 
 def test_names_are_found_in_polyak_first_then_in_torch() -> None:

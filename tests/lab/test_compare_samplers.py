@@ -10,9 +10,10 @@ import torch
 
 from polyak.generate import DPMSolver
 from polyak.lab.claim import Diverged, Trial
-from polyak.lab.compare.arms import ArmError, find, parse
-from polyak.lab.compare.examine import try_arms
+from polyak.lab.compare.arms import parse
+from polyak.lab.compare.rehearsal import try_arms
 from polyak.lab.compare.sampling import Draw, sampler
+from polyak.lab.compare.spec import ArmError, find
 from polyak.lab.compare.task import SamplingTask, load
 
 from .tasks_for_tests import DRAWING, PIPELINE, SAMPLING, write

@@ -18,9 +18,9 @@ import pytest
 
 from polyak.lab import Store, compare, report, words
 from polyak.lab.compare.budget import Budget
+from polyak.lab.compare.comparison import Comparison
 from polyak.lab.compare.page import page
 from polyak.lab.compare.record import Record
-from polyak.lab.compare.result import Comparison
 from polyak.lab.compared import Compared, Shelf
 from polyak.lab.database import FILE
 from polyak.lab.pages import Pages
@@ -31,7 +31,7 @@ from .tasks_for_tests import REGRESSION, SAMPLING, write
 
 ARMS = "adamw,adan:betas=(0.9, 0.9, 0.99),sgd:momentum=0.9:lr=0.1:weight_decay=0"
 GIVEN: dict[str, Any] = {"budget": "20steps", "seeds": 2, "trials": 3, "points": 4, "jobs": 2, "progress": False}
-TOTAL = 3 * 2 + 2 * 3  # nothing is tuned of SGD
+TOTAL = 3 * 2 * 2 + 2 * 3  # nothing is tuned of SGD
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +96,8 @@ def test_a_record_comes_back_as_it_was_and_holds_no_folder(whole, task):
     assert record.slug == noted.slug
     assert json.dumps(record.to_json()) == json.dumps(noted.data)
     assert str(task.parent) not in json.dumps(noted.data)
-    with pytest.raises(ValueError, match="version must be 1, got 2"):
-        Record.from_json({**noted.data, "version": 2})
+    with pytest.raises(ValueError, match="version must be 2, got 3"):
+        Record.from_json({**noted.data, "version": 3})
 
 
 def test_the_command_runs_nothing_that_is_stored(whole, task):
@@ -186,8 +186,8 @@ def test_what_is_missing_is_counted_and_drawn_and_nothing_is_judged(home, whole)
     assert "Nothing runs it now" in shown
     assert "polyak compare line.py --arms" in shown
     [first] = [t.values["distance"] for t in whole[1].task().trials("adamw") if t.seed == 0]
-    assert re.search(r"AdamW (\S+) 1 of 2 3 of 3 \S+ lr = ", shown)[1] == words.number(first)
-    assert re.search(r"Adan \(betas \(0.9, 0.9, 0.99\)\) 0 of 2 3 of 3 \S+ lr = \S+, weight_decay = \S+ SGD", shown)
+    assert re.search(r"AdamW (\S+) 1 of 2 6 of 6 \S+ lr = ", shown)[1] == words.number(first)
+    assert re.search(r"Adan \(betas \(0.9, 0.9, 0.99\)\) 0 of 2 6 of 6 \S+ lr = \S+, weight_decay = \S+ SGD", shown)
     assert re.search(r" SGD \(momentum 0.9, lr 0.1, …\) \S+ 2 of 2 nothing Distance", shown)
     html = of.answer(f"/{compared.record.slug}.html").body.decode()
     assert html.count("<svg") - html.count('class="swatch"') == 4  # two curves over two places, the loss, sensitivity
@@ -334,8 +334,8 @@ def test_a_time_for_all_samplers_holds_the_drawings_on_the_way(tmp_path, monkeyp
     asked = compare(
         task, "ddim,heun,dpmsolver:order=1..3", budget="97s", seeds=5, trials=4, store=tmp_path, progress=False
     )
-    # Four tuning trials draw once, fifteen reported ones with 1/8, 1/4, 1/2 and all of the budget.
-    assert asked.setup.budget.amount == pytest.approx(97 / (4 + 15 * 1.875), rel=0.02)
+    # Four tuning trials of each seed draw once, fifteen reported ones with 1/8, 1/4, 1/2 and all of the budget.
+    assert asked.setup.budget.amount == pytest.approx(97 / (5 * 4 + 15 * 1.875), rel=0.02)
     single = compare(task, "ddim,euler", budget="1nfe", seeds=1, trials=1, store=tmp_path, progress=False)
     assert single.setup.budget.words == "1 evaluation for each trial"
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import torch_claim_for_tests as torch_example
 from polyak.lab import Progress, Store, StoreError, TrialError, collect, run, run_many
 from polyak.lab.claim import Arm, Criterion, Metric, Scale, Task
 from polyak.lab.result import ClaimResult, TrialResult
-from polyak.lab.tuning import FIRST_TUNING_SEED, choose
+from polyak.lab.store import Planned, Stored
+from polyak.lab.tuning import FIRST_TUNING_SEED, Plan, choose
 
 HERE = Path(__file__).parent
 
@@ -78,18 +79,18 @@ def test_a_run_tunes_reports_and_judges(tmp_path: Path) -> None:
         result = run(examples.make(), jobs=2, store=store, on_progress=seen.append)
         assert collect(examples.make(), store=store) == result
     assert result.verdict == "holds"
-    assert result.chosen == {"parabola": {"plain": {"lr": 0.003}, "quick": {"lr": 0.2}}}
+    assert result.chosen == {"parabola": {"plain": ({"lr": 0.003},) * 5, "quick": ({"lr": 0.2},) * 5}}
     assert result.seeds == (0, 1, 2, 3, 4)
-    assert result.tuning_seeds == (FIRST_TUNING_SEED,)
+    assert result.tuning_seeds == tuple(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + 5))
     assert len(result.finals("parabola", "quick", "loss")) == 5
     assert set(result.versions) == {"python", "torch", "numpy", "polyak", "fingerprint"}
     tuning = [t for t in result.trials if t.purpose == "tuning"]
-    assert Counter(t.arm for t in tuning) == {"plain": 3, "quick": 3}
-    assert [t.point for t in tuning if t.diverged] == [{"lr": 2.0}]
+    assert Counter(t.arm for t in tuning) == {"plain": 15, "quick": 15}
+    assert [t.point for t in tuning if t.diverged] == [{"lr": 2.0}] * 5
     assert len(result.trials[0].curve) == 20
     assert result.trials[0].curve[3][0] == {"step": 3.0}
-    assert (seen[0].done, seen[0].total, seen[0].cached) == (0, 16, 0)
-    assert (seen[-1].done, seen[-1].running, seen[-1].eta_seconds) == (16, (), 0.0)
+    assert (seen[0].done, seen[0].total, seen[0].cached) == (0, 40, 0)
+    assert (seen[-1].done, seen[-1].running, seen[-1].eta_seconds) == (40, (), 0.0)
     assert any("quick on parabola, tuning lr=0.1" in p.running for p in seen)
     assert any("quick on parabola, seed 4" in p.running for p in seen)
 
@@ -108,8 +109,57 @@ def test_tuning_seeds_are_never_reported(tmp_path: Path, journal: Callable[[], C
     with Store(tmp_path) as store:
         result = run(examples.make(scales=(scale,)), store=store)
     seeds = {purpose: {t.seed for t in result.trials if t.purpose == purpose} for purpose in ("tuning", "report")}
-    assert seeds == {"tuning": {FIRST_TUNING_SEED, FIRST_TUNING_SEED + 1}, "report": {0, 1, 2}}
-    assert len(journal()) == 2 * 3 * 2 + 2 * 3
+    assert seeds == {"tuning": {FIRST_TUNING_SEED + i for i in range(6)}, "report": {0, 1, 2}}
+    assert len(journal()) == 2 * 3 * 2 * 3 + 2 * 3
+
+
+def noisy_plan(seeds: int = 3, tuning_seeds: int = 2, grid: Sequence[float] = (0.1, 0.2)) -> Plan:
+    scale = Scale(name="small", says="", seeds=seeds, tuning_seeds=tuning_seeds, options={"steps": 5})
+    arms = tuple(
+        Arm(name=n, label="", role=role, grid={"lr": list(grid)})
+        for n, role in (("plain", "baseline"), ("quick", "method"))
+    )
+    return Plan(examples.make(scales=(scale,), arms=arms), scale="small", seeds=None, device="cpu", versions={})
+
+
+def test_every_seed_has_a_tuning_of_its_own() -> None:
+    """What is chosen for a seed follows from its own tuning seeds alone, and from no other seed's luck."""
+    plan = noisy_plan()
+    best = {
+        ("plain", 0): 0.1,
+        ("plain", 1): 0.2,
+        ("plain", 2): 0.1,
+        ("quick", 0): 0.2,
+        ("quick", 1): 0.2,
+        ("quick", 2): 0.1,
+    }
+    named: list[Planned] = []
+    for trial in list(plan.known()):
+        reported = (trial.seed - FIRST_TUNING_SEED) // 2
+        loss = 1.0 if trial.point["lr"] == best[trial.arm, reported] else 2.0
+        named += plan.add(trial, ended(trial, loss))
+    assert {(t.arm, t.seed): t.point["lr"] for t in named} == best
+    assert not any(plan.add(trial, ended(trial, 1.0)) for trial in named)
+    assert plan.complete
+    chosen = plan.result().chosen["parabola"]
+    assert chosen == {arm: tuple({"lr": best[arm, seed]} for seed in range(3)) for arm in ("plain", "quick")}
+
+
+def ended(trial: Planned, loss: float) -> Stored:
+    result = TrialResult(task=trial.task, arm=trial.arm, seed=trial.seed, purpose=trial.purpose, point=trial.point,
+                         values={"loss": loss}, curve=(), seconds=0.0)  # fmt: skip
+    return Stored(result=result, finished="", machine={})
+
+
+@pytest.mark.parametrize(
+    ("seeds", "tuning_seeds", "named"), [(1001, 1, "seeds"), (1, 10, "tuning_seeds"), (0, 1, "seeds")]
+)
+def test_numbers_of_seeds_have_a_range(seeds: int, tuning_seeds: int, named: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{named}.* must be"):
+        noisy_plan(seeds, tuning_seeds)
+    assert max(noisy_plan(1000, 9, grid=[0.1, 0.2]).tuning_seeds) < 20_000, (
+        "which is looked at, and neither tuned nor reported"
+    )
 
 
 def test_stored_trials_are_not_run_again(tmp_path: Path, journal: Callable[[], Counter[str]]) -> None:
@@ -118,10 +168,10 @@ def test_stored_trials_are_not_run_again(tmp_path: Path, journal: Callable[[], C
         first = run(examples.make(), store=store)
         second = run(examples.make(), store=store, on_progress=seen.append)
         assert second == first
-        assert (seen[0].done, seen[0].cached) == (16, 16)
+        assert (seen[0].done, seen[0].cached) == (40, 40)
         more = run(examples.make(), seeds=6, store=store)
     assert set(journal().values()) == {1}
-    assert sum(journal().values()) == 18
+    assert sum(journal().values()) == 40 + 2 * 4
     assert more.seeds == (0, 1, 2, 3, 4, 5)
 
 
@@ -151,7 +201,7 @@ def test_an_untuned_claim_has_no_tuning_trials(tmp_path: Path) -> None:
         result = run(examples.slow(seeds=3, sleep=0.0), store=store)
     assert result.tuning_seeds == ()
     assert {t.purpose for t in result.trials} == {"report"}
-    assert result.chosen == {"parabola": {"plain": {}, "quick": {}}}
+    assert result.chosen == {"parabola": {"plain": ({},) * 3, "quick": ({},) * 3}}
 
 
 def test_scales_and_arms_may_leave_tasks_out(tmp_path: Path) -> None:
@@ -211,7 +261,7 @@ def test_an_arm_that_diverges_everywhere_is_judged_all_the_same(tmp_path: Path) 
     with Store(tmp_path) as store:
         result = run(claim, store=store)
     assert (result.verdict, result.criteria[0].estimate) == ("fails", float("inf"))
-    assert result.chosen["parabola"]["quick"] == {"lr": 5.0}
+    assert result.chosen["parabola"]["quick"] == ({"lr": 5.0},) * 5
     assert result.notes == (
         "quick on parabola: every tuning trial diverged; the grid's first point is used",
         "quick on parabola: 5 of 5 reported trials diverged",
@@ -389,8 +439,8 @@ def test_a_disk_that_fills_up_stops_the_run_and_keeps_what_is_stored(
     assert kept["done"] > 0
     with Store(tmp_path) as store:
         run(claim, jobs=1, store=store)
-    assert states(tmp_path) == {"done": 16}
-    assert sum(journal().values()) == 17, "only the trial that found no room is run again"
+    assert states(tmp_path) == {"done": 40}
+    assert sum(journal().values()) == 41, "only the trial that found no room is run again"
 
 
 def test_progress_that_raises_ends_the_run(tmp_path: Path) -> None:

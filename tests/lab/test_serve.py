@@ -85,7 +85,7 @@ def test_pages_of_a_complete_run(full, serving):
     _, runs = ask(server, "/runs.html")
     assert 'href="parabola.html?scale=small&amp;device=cpu"' in runs
     assert "the present code" in plain(runs)
-    assert re.search(r"Parabola small cpu 16 0 ", plain(runs))
+    assert re.search(r"Parabola small cpu 40 0 ", plain(runs))
     _, named = ask(server, "/parabola.html?scale=small&device=cpu")
     assert "✓ Holds" in plain(named)
     _, other = ask(server, "/parabola.html?scale=paper")
@@ -270,7 +270,7 @@ def test_a_run_in_another_process_is_seen_from_its_first_trial_to_its_verdict(tm
         other.kill()
         other.communicate()
     assert progress()["runs"] == []
-    assert "? Undecided at scale small, on 3 seeds" in plain(ask(server, "/slow.html")[1])  # too few to be sure
+    assert "✓ Holds at scale small, on 3 seeds" in plain(ask(server, "/slow.html")[1])
 
 
 def test_a_killed_run_is_in_flight_no_more(tmp_path, serving):
@@ -381,14 +381,14 @@ def test_progress_in_a_browser(chromium, tmp_path, serving):
         page.locator(".run progress[max='6']:not([value='0'])").wait_for(timeout=20_000)
         assert page.locator(".latest tbody tr").count() >= 1
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        page.locator(".verdict", has_text="? Undecided at scale small, on 3 seeds").wait_for(timeout=40_000)
+        page.locator(".verdict", has_text="✓ Holds at scale small, on 3 seeds").wait_for(timeout=40_000)
         assert other.wait(20) == 0
     finally:
         other.kill()
         other.communicate()
     page.locator("#live:empty").wait_for(state="attached", timeout=10_000)
     assert page.evaluate("window.marked") is True
-    assert page.title() == "Slow: undecided"
+    assert page.title() == "Slow: holds"
     page.locator("summary", has_text="6 trials").click()
     page.locator("table.trials th", has_text="Seed").get_by_role("button").click()  # what was put in sorts, too
     assert page.locator("table.trials tbody td:nth-child(3)").all_inner_texts() == ["0", "0", "1", "1", "2", "2"]

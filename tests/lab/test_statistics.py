@@ -9,10 +9,12 @@ from typing import Any
 import claims_for_tests as examples
 import numpy as np
 import pytest
+import scipy.stats
 
+from polyak.lab import intervals
 from polyak.lab.claim import Arm, Claim, Criterion, Metric, Scale, Task
 from polyak.lab.result import CriterionResult, TrialResult
-from polyak.lab.statistics import judge, verdict
+from polyak.lab.statistics import corrected, judge, verdict
 
 INF = math.inf
 
@@ -176,16 +178,14 @@ def test_worst_of_what_should_be_high_has_a_ratio() -> None:
 def test_one_divergence_does_not_win_the_mean() -> None:
     """The rival diverges once and is better otherwise: the mean is at infinity, but the evidence is not enough."""
     result = judged(criterion(), quick=[2.0] * 8, plain=[INF] + [1.0] * 7)
-    assert result.estimate == 0.0
-    assert result.low == 0.0
-    assert result.high == pytest.approx(2.0)
+    assert (result.estimate, result.low, result.high) == (0.0, 0.0, INF)
     assert result.verdict == "undecided"
 
 
 def test_divergence_of_every_trial_of_the_arm_fails() -> None:
     result = judged(criterion(), quick=[INF] * 5, plain=[1.0, 2.0, 3.0, 4.0, 5.0])
     assert (result.estimate, result.low, result.high) == (INF, INF, INF)
-    assert (result.p_value, result.verdict, result.improvement) == (1 / 32, "fails", 0.0)
+    assert (result.p_value, result.verdict, result.improvement) == (4**-4, "fails", 0.0)
 
 
 def test_as_many_infinities_on_both_sides_leave_the_finite_ones() -> None:
@@ -222,31 +222,64 @@ def test_two_seeds_are_too_few_unless_the_scale_declares_them() -> None:
     assert (result.verdict, result.note) == ("undecided", "2 seeds cannot decide: at least 3 are needed")
     (result,) = judge(claim_of(c, seeds=1), trials, range(2), scale="small")
     assert result.verdict == "holds"
+    (result,) = judge(claim_of(replace(c, rule="mean"), seeds=1), trials, range(2), scale="small")
+    assert result.note == "2 seeds cannot decide: at least 3 are needed"
 
 
-def test_sign_flip_p_values_by_hand() -> None:
-    c = criterion(compare="difference", bound=0.0)
-    # 5 seeds on one side: only the observed signs of 2^5 are as extreme.
-    assert judged(c, quick=[1.0, 2.0, 3.0, 4.0, 5.0], plain=[6.0] * 5).p_value == 1 / 32
-    # -1 five times and +0.1: the sum -4.9 is undercut by -5.1 alone, so 2 of 2^6.
-    assert judged(c, quick=[0.0] * 5 + [1.1], plain=[1.0] * 6).p_value == 2 / 64
-    # On the other side the test turns.
-    assert judged(c, quick=[2.0, 2.5, 3.0, 3.5, 4.0], plain=[1.0] * 5).p_value == 1 / 32
-    # All at the bound: every flip is as extreme.
-    assert judged(c, quick=[1.0] * 5, plain=[1.0] * 5).p_value == 1.0
+QUICK, PLAIN = [1.0, 1.1, 0.9, 1.2, 1.0], [2.0, 2.1, 2.2, 1.9, 2.0]
 
 
-def test_the_mean_decides_from_five_seeds_on() -> None:
-    quick, plain = [1.0, 1.1, 0.9, 1.2, 1.0], [2.0, 2.1, 2.2, 1.9, 2.0]
+@pytest.mark.parametrize("n", [3, 4, 5])
+def test_the_mean_decides_by_students_t(n: int) -> None:
+    quick, plain = QUICK[:n], PLAIN[:n]
+    logs = np.log(np.divide(quick, plain))
+    known = scipy.stats.ttest_1samp(logs, 0)
+    ends = np.exp(known.confidence_interval(0.95))
     better = judged(criterion(), quick=quick, plain=plain)
-    assert (better.verdict, better.p_value, better.improvement) == ("holds", 1 / 32, 1.0)
-    assert better.estimate == pytest.approx(np.exp(np.mean(np.log(np.divide(quick, plain)))))
-    assert min(better.per_seed) <= better.low < better.estimate < better.high <= max(better.per_seed)
+    assert (better.verdict, better.improvement) == ("holds", 1.0)
+    assert (better.p_value, better.adjusted) == pytest.approx((known.pvalue, known.pvalue), rel=1e-12)
+    assert (better.estimate, better.low, better.high) == pytest.approx((np.exp(logs.mean()), *ends), rel=1e-12)
     worse = judged(criterion(), quick=plain, plain=quick)
-    assert (worse.verdict, worse.p_value, worse.improvement) == ("fails", 1 / 32, 0.0)
-    few = judged(criterion(), quick=quick[:4], plain=plain[:4])
-    assert (few.verdict, few.p_value) == ("undecided", 1 / 16)
-    assert few.note == "4 seeds cannot decide: the exact test at 5% needs at least 5"
+    assert (worse.verdict, worse.improvement) == ("fails", 0.0)
+    assert worse.p_value == pytest.approx(known.pvalue, rel=1e-12), "both sides are alike"
+    # The same distance from another bound is as likely.
+    assert judged(criterion(bound=0.1), quick=quick, plain=np.multiply(10, plain).tolist()).p_value == pytest.approx(
+        known.pvalue, rel=1e-9
+    )
+
+
+def test_criteria_that_count_are_corrected_for_their_number() -> None:
+    """Holm's steps, by hand: the smallest of three p-values counts three times, the next one twice."""
+    rng = np.random.default_rng(3)
+    spread = rng.standard_normal(5)
+    shifts = {"a": -3.0, "b": -1.9, "c": -0.2}
+    criteria = [criterion(name=name, metric=name, compare="difference", bound=0.0) for name in shifts]
+    criteria += [criterion(name="told", metric="b", compare="difference", bound=0.0, gating=False)]
+    metrics = tuple(Metric(name=name, label="") for name in shifts)
+    trials = [
+        TrialResult(task="parabola", arm=arm, seed=seed, purpose="report", point={}, curve=(), seconds=1.0,
+                    values={name: (shift + spread[seed] if arm == "quick" else 0.0) for name, shift in shifts.items()})
+        for arm in ("quick", "plain") for seed in range(5)
+    ]  # fmt: skip
+    results = {c.name: c for c in judge(claim_of(*criteria, metrics=metrics), trials, range(5))}
+    own = {name: scipy.stats.ttest_1samp(shift + spread, 0).pvalue for name, shift in shifts.items()}
+    assert own["a"] < own["b"] < 0.05 < 2 * own["b"] < own["c"]
+    assert {name: c.p_value for name, c in results.items()} == pytest.approx(own | {"told": own["b"]})
+    adjusted = {"a": 3 * own["a"], "b": 2 * own["b"], "c": own["c"], "told": own["b"]}
+    assert {name: c.adjusted for name, c in results.items()} == pytest.approx(adjusted)
+    verdicts = {"a": "holds", "b": "undecided", "c": "undecided", "told": "holds"}
+    assert {name: c.verdict for name, c in results.items()} == verdicts
+    assert "Holm" in results["b"].note
+    assert results["c"].note == "the interval does not tell the mean from the bound"
+
+
+def test_claims_are_corrected_together() -> None:
+    (alone,) = judge(claim_of(criterion()), trials_of(quick=QUICK, plain=PLAIN), range(5))
+    many = corrected([alone] * 4)
+    assert [c.adjusted for c in many] == pytest.approx([4 * alone.p_value] * 4)
+    assert corrected(many) == many
+    every = judged(criterion(rule="every"), quick=QUICK, plain=PLAIN)
+    assert corrected([every, alone]) == (every, alone), "what no mean decides takes no part"
 
 
 def test_the_interval_must_clear_the_bound() -> None:
@@ -258,9 +291,12 @@ def test_the_interval_must_clear_the_bound() -> None:
 
 
 def test_equal_values_need_no_interval() -> None:
+    """Of two arms that are alike one pair in four at most differs by a certain amount: the n-th time is no surprise of 4^(1-n)."""
     result = judged(criterion(), quick=[1.0] * 5, plain=[2.0] * 5)
     assert (result.estimate, result.low, result.high) == pytest.approx((0.5, 0.5, 0.5))
-    assert result.verdict == "holds"
+    assert (result.verdict, result.p_value) == ("holds", 4**-4)
+    three = judged(criterion(), quick=[1.0] * 3, plain=[2.0] * 3)
+    assert (three.verdict, three.p_value) == ("undecided", 1 / 16)
     on_the_bound = judged(criterion(), quick=[2.0] * 5, plain=[2.0] * 5)
     assert (on_the_bound.verdict, on_the_bound.p_value) == ("undecided", 1.0)
 
@@ -283,11 +319,70 @@ def test_improvement_counts_ties_half() -> None:
     assert result.improvement == (1 + 0.5 + 0 + 1) / 4
 
 
-def test_many_seeds_use_drawn_flips_and_are_repeatable() -> None:
-    quick, plain = list(np.linspace(1, 2, 20)), list(np.linspace(1.1, 2.5, 20))
-    first, second = (judged(criterion(), quick=quick, plain=plain) for _ in range(2))
-    assert first == second
-    assert first.verdict == "holds"
+# -- over seeds ------------------------------------------------------------------------------------------------------------
+
+
+def test_intervals_and_p_values_are_scipys() -> None:
+    """Of numbers whose squares overflow or vanish, too."""
+    values = np.random.default_rng(0).standard_normal((4, 3, 7)) + np.array([[0.0], [0.5], [1.0]])
+    sizes = np.array([1e-200, 1.0, 1e200])
+    found, known = intervals.mean(values * sizes[:, None]), scipy.stats.ttest_1samp(values, 0, axis=-1)
+    ends = known.confidence_interval(0.95)
+    assert found.mean / sizes == pytest.approx(values.mean(-1), rel=1e-12)
+    assert found.p == pytest.approx(known.pvalue, rel=1e-9)
+    assert (found.low / sizes, found.high / sizes) == (pytest.approx(ends.low), pytest.approx(ends.high))
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high", "p"),
+    [
+        # In the limit four of five infinities are four ones and a zero: t = 0.8 / 0.2.
+        ([INF, INF, INF, INF, 3.0], INF, INF, 2 * scipy.stats.t.sf(4.0, 4)),
+        ([-INF, -INF, -INF, -INF, 3.0], -INF, -INF, 2 * scipy.stats.t.sf(4.0, 4)),
+        ([INF, 1.0, 2.0, 3.0, 4.0], -INF, INF, 2 * scipy.stats.t.sf(1.0, 4)),
+        ([INF, -INF, 1.0, 2.0, 3.0], -INF, INF, 1.0),
+        ([-INF] * 4, -INF, -INF, 4.0**-3),
+        ([2.0], -INF, INF, 1.0),
+    ],
+)
+def test_infinities_are_the_limit_of_large_numbers(values: list[float], low: float, high: float, p: float) -> None:
+    found = intervals.mean(values)
+    assert (found.low, found.high, found.p) == pytest.approx((low, high, p))
+    finite = np.where(np.isinf(values), np.sign(values) * 1e12, values)
+    if len(set(values)) > 1 and 0 < p < 1:
+        assert float(intervals.mean(finite).p) == pytest.approx(p, rel=1e-6)
+
+
+def test_the_95_percent_interval_holds_the_mean_in_95_percent_of_cases() -> None:
+    """20,000 cases: their share is known to 0.15 points."""
+    rng = np.random.default_rng(0)
+    for n in (3, 5, 10):
+        found = intervals.mean(rng.standard_normal((20_000, n)))
+        assert ((found.low <= 0) & (found.high >= 0)).mean() == pytest.approx(0.95, abs=0.0062)
+        assert (found.p <= 0.05).mean() == pytest.approx(0.05, abs=0.0062)
+
+
+def test_no_spread_is_no_more_certain_than_it_can_be() -> None:
+    """Outcomes that are one of two: equal differences on all seeds are the most frequent of all wrong decisions there."""
+    rng = np.random.default_rng(1)
+    for n in (4, 5):
+        outcomes = rng.integers(2, size=(2, 100_000, n))
+        found = intervals.mean(outcomes[0] - outcomes[1])
+        equal = (found.low == found.high) & (found.mean != 0)
+        assert equal.mean() < 4.0 ** (1 - n)
+        assert (found.p <= 0.05).mean() < 0.05
+
+
+def test_holm_over_the_last_axis() -> None:
+    p = [[0.01, 0.04, 0.03], [0.02, 0.9, 0.5], [0.04, 0.04, 0.04]]
+    assert intervals.holm(p) == pytest.approx(np.array([[0.03, 0.06, 0.06], [0.06, 1.0, 1.0], [0.12, 0.12, 0.12]]))
+
+
+@pytest.mark.parametrize(("count", "n"), [(0, 5), (3, 5), (5, 5), (9, 10)])
+def test_intervals_of_shares_are_exact(count: int, n: int) -> None:
+    known = scipy.stats.binomtest(count, n).proportion_ci(0.95, "exact")
+    assert intervals.share(count, n) == pytest.approx((known.low, known.high))
+    assert 0 < intervals.share(2.5, 5)[0] < 0.5 < intervals.share(2.5, 5)[1] < 1
 
 
 # -- controls and the claim's verdict --------------------------------------------------------------------------------------

@@ -301,7 +301,7 @@ def report(
     """
     named = [_load(slug) for slug in slugs or []]
     _check_scale(named, scale)
-    check_count("--nproc-per-trial", processes)
+    check_count("--nproc-per-trial", processes, "processes")
     check_device(device, processes)
     entries = _entries(list(claims.catalogue().values()), home, scale, device, processes)
     pages = {c.slug for c in named} or None

@@ -30,6 +30,7 @@ from polyak.cli.shared import (
     stop,
     trackers,
     trial_error,
+    wrong,
 )
 
 EXAMPLES = Path(__file__).parents[1] / "lab" / "templates"
@@ -57,8 +58,8 @@ def compare(
             help="A time for all trials together (5m), for each (20s/trial), or a count for each (500steps, 20nfe)."
         ),
     ] = "5m",
-    seeds: Annotated[int, typer.Option(help="How many are reported; 5 or more can decide something.")] = 5,
-    trials: Annotated[int, typer.Option(help="Tuning trials of every arm.")] = 10,
+    seeds: Annotated[int, typer.Option(help="How many are reported; 3 or more can decide something.")] = 5,
+    trials: Annotated[int, typer.Option(help="Tuning trials of every arm, for each seed anew.")] = 6,
     baseline: Annotated[
         str | None, typer.Option(help="The arm to compare with (default: the first).", show_default=False)
     ] = None,
@@ -100,9 +101,9 @@ def compare(
 
     Exit status: 0 if it could be compared, 2 if the command is wrong, 3 if something could not run, 130 if interrupted.
     """
-    from polyak.lab.compare.arms import ArmError
     from polyak.lab.compare.budget import seconds
     from polyak.lab.compare.main import compare as carry_out
+    from polyak.lab.compare.spec import ArmError
     from polyak.lab.compare.task import NoTaskError, TaskError
     from polyak.lab.run import TrialError
     from polyak.lab.store import Store
@@ -144,13 +145,13 @@ def compare(
     except KeyboardInterrupt:
         stop(INTERRUPTED, 130)
     except NoTaskError as error:
-        raise typer.BadParameter(f"{error}{_space(tasks, arms)}", param_hint="TASK") from None
+        wrong(f"{error}{_space(tasks, arms)}", "TASK")
     except TaskError as error:
         stop(str(error))
     except ArmError as error:
-        raise typer.BadParameter(str(error), param_hint="--arms") from None
+        wrong(error, "--arms")
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        wrong(error)
     at = out or _page([t.name for t in found.tasks], budget)
     replaced = at.exists()
     path = found.save(at)

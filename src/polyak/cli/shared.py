@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from polyak.core import checks
+from polyak.lab import limits
 
 if TYPE_CHECKING:
     from polyak.lab.run import TrialError
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from polyak.lab.workers import Executor
 
 INTERRUPTED = "interrupted. Finished trials are kept: the same command goes on from there."
+
+_LINE = 1000  # characters of a message about an option
 
 Home = Annotated[
     Path | None,
@@ -67,20 +70,25 @@ def print_json(data: Any) -> None:
     print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
 
 
+def wrong(error: object, option: str | None = None) -> NoReturn:
+    """End with what is wrong with an option, in a line."""
+    raise typer.BadParameter(limits.short(str(error), _LINE), param_hint=option) from None
+
+
 def check(option: str, value: str, allowed: Sequence[str]) -> str:
     """A value among those allowed, or the end, with a suggestion."""
     try:
         return checks.one_of(option, value, allowed)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
+        wrong(error, option)
 
 
-def check_count(option: str, value: int | None) -> None:
-    """An integer from 1, or the end."""
+def check_count(option: str, value: int | None, name: str = "") -> None:
+    """A number of seeds, trials, ... in its range (that of ``name``; by default the option's), or the end."""
     try:
-        checks.integer(option, 1 if value is None else value, least=1)
+        limits.count(name or option.removeprefix("--"), 1 if value is None else value, called=option)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
+        wrong(error, option)
 
 
 def check_device(device: str, processes: int = 1) -> None:
@@ -90,7 +98,7 @@ def check_device(device: str, processes: int = 1) -> None:
     try:
         device_kind(device, processes)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--device") from None
+        wrong(error, "--device")
 
 
 @contextmanager
@@ -98,7 +106,7 @@ def place(
     address: str | None, *, gpus: float | None, processes: int, jobs: int | None, device: str
 ) -> "Iterator[Executor | None]":
     """Where trials run: a cluster, or None for this machine. Options that do not fit are the end."""
-    check_count("--nproc-per-trial", processes)
+    check_count("--nproc-per-trial", processes, "processes")
     if address is None:
         if gpus is not None:
             raise typer.BadParameter("is for trials on a cluster: --cluster", param_hint="--gpus-per-trial")
@@ -112,7 +120,7 @@ def place(
     try:
         cluster = Cluster(address, jobs=jobs, processes=processes, gpus=wanted)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--gpus-per-trial") from None
+        wrong(error, "--gpus-per-trial")
     with cluster:
         try:
             yield cluster
@@ -129,7 +137,7 @@ def trackers(names: Sequence[str] | None) -> "list[Tracker]":
     except TrackerError as error:
         stop(str(error))
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--track") from None
+        wrong(error, "--track")
 
 
 def trial_error(error: "TrialError", verbose: bool) -> str:

@@ -21,7 +21,9 @@ from polyak.lab.report import Entry
 from polyak.lab.result import ClaimResult
 
 if TYPE_CHECKING:
-    from polyak.lab.compare.result import Comparison, Row, TaskComparison
+    from polyak.lab.compare.answer import TaskComparison
+    from polyak.lab.compare.comparison import Comparison
+    from polyak.lab.compare.rows import Estimate, Row
     from polyak.lab.run import Progress
 
 STYLES = {"holds": "green", "fails": "red", "undecided": "yellow", "not run": "dim"}
@@ -147,7 +149,7 @@ def _table(t: TaskComparison, optional: Sequence[str], *, broken: bool) -> Table
     for head in (t.main.label.replace(" ", "\n"), "difference", f"95 %{gap}interval"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    unit, goal = "steps" if t.facts.kind == "training" else "evaluations", t.goal.replace(" ", "\n")
+    unit, goal = t.unit, t.goal.replace(" ", "\n")
     costs = {f"{unit}\nto {goal}": _spent, f"time\nto {goal}": _time}
     first, other = reversed(costs) if t.setup.budget.unit == "seconds" else costs
     heads = {"cost": first, "other cost": other, "chance": "chance\nto win", "diverged": "diverged"}
@@ -161,7 +163,7 @@ def _table(t: TaskComparison, optional: Sequence[str], *, broken: bool) -> Table
         if row.diverged and "diverged" not in shown:
             label.append(f"\n{lost} diverged", "yellow")
         cells = {
-            "chance": f"{100 * row.difference.improvement:.0f} %" if row.difference else "",
+            "chance": _chance(row),
             "diverged": lost,
             "cost": costs[first](t, row),
             "other cost": costs[other](t, row),
@@ -185,20 +187,27 @@ def _plainly(row: Row) -> list[str | Text]:
     return [f"{said}{lost}, ", _judged(row)]
 
 
+def _chance(row: Row) -> str:
+    if row.difference is None or row.chance is None:
+        return ""
+    return "\n".join(words.percent(row.difference.improvement, row.chance))
+
+
 def _spent(t: TaskComparison, row: Row) -> str:
-    return _cost(t, row, words.number(row.spent_to_target))
+    return _cost(t, row, words.number(row.spent_to_target), row.spent_ratio)
 
 
 def _time(t: TaskComparison, row: Row) -> str:
-    return _cost(t, row, words.time(row.seconds_to_target) if math.isfinite(row.seconds_to_target) else "")
+    amount = words.time(row.seconds_to_target) if math.isfinite(row.seconds_to_target) else ""
+    return _cost(t, row, amount, row.seconds_ratio)
 
 
-def _cost(t: TaskComparison, row: Row, amount: str) -> str:
-    """What it took to the target, with how many seeds reached it where not all did."""
+def _cost(t: TaskComparison, row: Row, amount: str, ratio: Estimate | None) -> str:
+    """What it took to the target, with how many seeds reached it where not all did, and the ratio to the baseline's."""
     some = t.reached(row)
-    if math.isfinite(row.seconds_to_target):
-        return f"{amount}\n{some}" if some else amount
-    return f"reached by\n{some}" if row.reached else "not reached"
+    if not math.isfinite(row.seconds_to_target):
+        amount, some = ("reached by", some) if row.reached else ("not reached", "")
+    return "\n".join(filter(None, [amount, some, words.times(ratio.value, ratio.low, ratio.high) if ratio else ""]))
 
 
 _OUTCOMES = {"holds": "✓ better", "fails": "✗ worse", "undecided": "? undecided"}

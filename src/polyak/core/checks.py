@@ -68,6 +68,8 @@ def one_of(name: str, value: T, allowed: Iterable[T]) -> T:
     """A member of ``allowed`` (1 is not True); a near miss is suggested."""
     options = list(allowed)
     whole = math.prod(getattr(value, "shape", ())) == 1  # comparing larger tensors gives no truth
+    if type(value).__module__ == "numpy" and hasattr(value, "item") and whole:
+        value = value.item()  # type: ignore[attr-defined]  # NumPy's numbers and truths are Python's
     if not whole or not any(isinstance(value, bool) == isinstance(o, bool) and value == o for o in options):
         listed = ", ".join(repr(o) for o in options)
         raise ValueError(f"{name} must be one of {listed}, got {shown(value)}{suggestion(value, options)}")

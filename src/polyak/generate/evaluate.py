@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from polyak.core import checks
 from polyak.generate.guidance import Guidance
@@ -132,7 +133,9 @@ class Evaluator:
 
     def looks(self, x: Tensor) -> bool:
         """Whether predictions on x's device are looked at."""
-        return x.device.type == "cpu" if self.check_finite is None else self.check_finite
+        if self.check_finite is None:
+            return x.device.type == "cpu" and not isinstance(x, FakeTensor)
+        return self.check_finite
 
     @property
     def plain(self) -> bool:

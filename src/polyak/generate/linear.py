@@ -98,25 +98,26 @@ class LinearSolver(Solver):
         generator: Generators | None = None,
         memory: Memory | None = None,
     ) -> Run:
-        stages = self.table(times, process)
-        final = max(i for i, stage in enumerate(stages) if stage.last)
+        kind, stages = "flow", self.table(times, process)
         index, values = (0, ()) if memory is None else (memory.steps, memory.values)
         at = first_stage(stages, index)
-        start, began = x, stages[at].t
-        p: Any = yield Query(x, began)
-        if self.by_kind:
-            stages = replanned(self, stages, times, process, p)
-            final = len(stages) - 1
-        for i, stage in enumerate(stages[at:], start=at):
-            if i > at:
-                p = yield Query(x, stage.t, stage.first)
+        start, began = x, 0.0
+        while at < len(stages):
+            stage = stages[at]
+            p: Any = yield Query(x, stage.t, stage.first)
+            if stage.first and self.by_kind and (said := getattr(p, "kind", "flow")) != kind:
+                # A guidance may change the dialect on the way, a corrector does from the start.
+                kind, stages = said, self.table(times, process, said)
+                at = first_stage(stages, index)
+                stage = stages[at]
             if stage.first:
                 start, began = p.x, stage.t
             made, values = take_stage(stage, start, p, values, generator)
-            x = made.next
+            x, at = made.next, at + 1
             if stage.last:
                 done = Memory(index + 1, values)
-                step = Step(x, began, stage.to, index, i == final, made.mean, stage.std or None, memory=done)
+                last = not any(stage.last for stage in stages[at:])
+                step = Step(x, began, stage.to, index, last, made.mean, stage.std or None, memory=done)
                 if stage.first:
                     step.gain = (stage.view, stage.value)
                 change = yield step
@@ -129,22 +130,9 @@ class LinearSolver(Solver):
 
 
 def first_stage(stages: Sequence[Stage], step: int) -> int:
-    """Where the stages of a step, counted from 0, begin."""
+    """Where the stages of a step, counted from 0, begin; their end for the one after the last."""
     starts = [i for i, stage in enumerate(stages) if stage.first]
-    if not 0 <= step < len(starts):
-        raise ValueError(f"the run has {len(starts)} steps; there is none after {step}")
-    return starts[step]
-
-
-def replanned(
-    solver: LinearSolver, stages: list[Stage], times: Sequence[float], process: ProbabilityPath, prediction: Any
-) -> list[Stage]:
-    """The stages for the dialect that the predictions turn out to have; the same list where it makes no difference."""
-    kind = getattr(prediction, "kind", "flow")
-    if kind == "flow":
-        return stages
-    again = solver.table(times, process, kind)
-    return stages if len(again) == len(stages) else again
+    return starts[step] if step < len(starts) else len(stages)
 
 
 class Folded(NamedTuple):
@@ -178,6 +166,7 @@ def apply(
     values: tuple[Tensor, ...],
     generator: Generators | None = None,
     mean: bool = True,
+    also: Sequence[tuple[float, float]] = (),
 ) -> tuple[Update, tuple[Tensor, ...]]:
     """What a stage makes of an output at x, and what is remembered after it.
 
@@ -186,16 +175,19 @@ def apply(
         values: what is remembered.
         generator: of the noise, where the stage draws some.
         mean: whether the mean of a stochastic step is wanted.
+        also: weights of x and the output in what is made beside, in the same pass.
     """
     if not (stage.past or stage.base or stage.std or stage.keep):
-        return advance(x, output, stage.of_x, stage.of_output), ()
-    rest: list[tuple[float, Tensor]] = list(zip(stage.past, values, strict=False)) if stage.past else []
+        return advance(x, output, stage.of_x, stage.of_output, also=also), ()
+    if any(stage.past[len(values) :]):
+        raise ValueError(f"a stage weighs {len(stage.past)} remembered values, and there are {len(values)}")
+    rest: list[tuple[float, Tensor]] = list(zip(stage.past, values, strict=False))
     if stage.base:
         rest.append((stage.base, start))
     noise = None
     if stage.std:
         noise = stage.std, standard_normal(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    made = advance(x, output, stage.of_x, stage.of_output, rest, value=stage.value, noise=noise, mean=mean)
+    made = advance(x, output, stage.of_x, stage.of_output, rest, value=stage.value, noise=noise, mean=mean, also=also)
     if not stage.keep:
         return made, ()
     known = (made.value, *values)
@@ -209,6 +201,7 @@ def take_stage(
     values: tuple[Tensor, ...],
     generator: Generators | None = None,
     mean: bool = True,
+    also: Sequence[tuple[float, float]] = (),
 ) -> tuple[Update, tuple[Tensor, ...]]:
     """:func:`apply` for a prediction; a stage's first is taken to be of the step's start, whatever that was before."""
     weighed = getattr(prediction, "weights", None)
@@ -216,7 +209,7 @@ def take_stage(
         output, weighed = getattr(prediction, stage.view), _as_it_is
     else:
         output = prediction.output
-    return apply(folded(stage, weighed), start, prediction.x, output, values, generator, mean)
+    return apply(folded(stage, weighed), start, prediction.x, output, values, generator, mean, also)
 
 
 def _as_it_is(view: str) -> tuple[float, float]:

@@ -36,15 +36,16 @@ def run_table(
     kind, sigma_data, model = denoiser.prediction, denoiser.sigma_data, denoiser.model
     stages = solver.table(times, process, kind)
     steps = [folded(s, lambda view, t=s.t: weights_at(kind, view, process, t, sigma_data)) for s in stages]
-    moments = stages[0].t.of if isinstance(stages[0].t, Moment) else process.moments([s.t for s in stages])
-    told = denoiser.labels(moments, x)
-    labels = [told[t.index] if isinstance(t := stage.t, Moment) else told[i] for i, stage in enumerate(stages)]
+    asked = [stage.t for stage in stages if isinstance(stage.t, Moment)]
+    if len(asked) < len(stages) or not all(t.of is asked[0].of for t in asked):
+        asked = list(process.moments([stage.t for stage in stages]))
+    labels = denoiser.labels(asked, x)
     casts, scales = x.dtype != dtype, kind == "edm"
     values, start, shape = (), x, x.shape
     for i, (stage, step, label) in enumerate(zip(stages, steps, labels, strict=True)):
         fed = x.to(dtype) if casts else x
         output = model(denoiser.scaled(fed, stage.t) if scales else fed, label)
-        if output.shape != shape:
+        if not isinstance(output, Tensor) or output.shape != shape:
             Prediction(output, x, stage.t, process, kind)  # refuses it
         if check is not None:
             check(output, i + 1, stage.t)
@@ -52,6 +53,6 @@ def run_table(
             start = x
         made, values = apply(step, start, x, output, values, generator, mean=False)
         x = made.next
-    denoiser.nfe += len(stages)
-    denoiser.evaluations += len(stages)
+        denoiser.nfe += 1
+        denoiser.evaluations += 1
     return x, stages

@@ -63,8 +63,12 @@ class _At:
     def __init__(self, moments: Moments, index: int) -> None:
         self.moments, self.index = moments, index
 
-    def __getattr__(self, name: str) -> float:
-        return getattr(self.moments, name)[self.index]
+    # Found without __getattr__, which takes ten times as long: these are read at every evaluation.
+    alpha = property(lambda self: self.moments.alpha[self.index])
+    sigma = property(lambda self: self.moments.sigma[self.index])
+    dalpha = property(lambda self: self.moments.dalpha[self.index])
+    dsigma = property(lambda self: self.moments.dsigma[self.index])
+    sigma_hat = property(lambda self: self.moments.sigma_hat[self.index])
 
 
 class _Of:
@@ -76,13 +80,15 @@ class _Of:
         self.process, self.t = process, t
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in _Of.__slots__:
+            raise AttributeError(name)
         return getattr(self.process, name)(self.t)
 
 
 def _schedules(process: ProbabilityPath, t: float | Tensor) -> Any:
     if isinstance(t, Tensor):
         return _Of(process, t.to(wide(t.device)))
-    if isinstance(t, Moment) and (t.of.path is process or t.of.path == process):
+    if isinstance(t, Moment) and t.of.are_of(process):
         return _At(t.of, t.index)
     return _Of(process, t)
 
@@ -118,12 +124,15 @@ def weights(kind: str, view: str, at: Any, sigma_data: float = 0.5) -> tuple[Any
         return -a * over, -b * over
     if _OWN.get(view) == kind:
         return 0.0, 1.0
+    if view not in VIEWS:
+        checks.one_of("view", view, VIEWS)
     # v = alpha eps - sigma x0; dx/dt = alpha' x0 + sigma' eps
     of_x0, of_eps = (-at.sigma, at.alpha) if view == "v" else (at.dalpha, at.dsigma)
     (a0, b0), (a1, b1) = _x0_weights(kind, at, sigma_data), _eps_weights(kind, at, sigma_data)
     return of_x0 * a0 + of_eps * a1, of_x0 * b0 + of_eps * b1
 
 
+VIEWS = ("x0", "eps", "score", "v", "flow")
 _OWN = {"x0": "sample", "eps": "epsilon", "score": "score", "v": "v_prediction", "flow": "flow"}
 
 
@@ -201,6 +210,9 @@ class Prediction:
         *,
         sigma_data: float = 0.5,
     ) -> None:
+        if not isinstance(output, Tensor):
+            hint = "; take its .sample" if hasattr(output, "sample") else ""
+            raise TypeError(f"a network's output must be a tensor, got {type(output).__name__}{hint}")
         if output.shape != x.shape:
             raise ValueError(f"output must have x's shape {tuple(x.shape)}, got {tuple(output.shape)}")
         self.output, self.x, self.process = output, x, process
@@ -297,6 +309,27 @@ def edm_label(sigma_hat: float | Tensor) -> float | Tensor:
     return sigma_hat.log() / 4 if isinstance(sigma_hat, Tensor) else math.log(sigma_hat) / 4
 
 
+class _Told:
+    """The labels of a run, one row of a table for each of its times; None where there is no label."""
+
+    def __init__(self, moments: Moments, key: tuple[int, torch.dtype, torch.device], labels: list[float]) -> None:
+        rows, dtype, device = key
+        self.moments, self.key = moments, key
+        # From pinned memory a copy does not wait for the device.
+        told = torch.tensor(labels, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+        self._table = told.to(device, non_blocking=True)[:, None].repeat(1, rows)
+        made = self._table.unbind()
+        self.rows = [None if math.isnan(label) else row for label, row in zip(labels, made, strict=True)]
+        self._version = self._seen()
+
+    def _seen(self) -> int | None:
+        return None if self._table.is_inference() else self._table._version
+
+    def touched(self) -> bool:
+        """Whether a network may have written over what it was told."""
+        return self._seen() is None or self._seen() != self._version
+
+
 class Denoiser:
     """A network and what its output means: the callable ``(x, t) -> Prediction`` that samplers take.
 
@@ -334,7 +367,7 @@ class Denoiser:
         self.prediction = check_kind("prediction", prediction)
         self.sigma_data = checks.positive("sigma_data", sigma_data)
         self._label = label
-        self._told: tuple[Moments, Any, Sequence[Tensor]] | None = None
+        self._told: _Told | None = None
         self.nfe = self.evaluations = 0
 
     def __call__(self, x: Tensor, t: float | Tensor) -> Prediction:
@@ -374,29 +407,31 @@ class Denoiser:
     def _labels(self, x: Tensor, t: float | Tensor) -> Tensor:
         """(B,), in float32 where x's own precision would round the label."""
         if isinstance(t, Moment):
-            return self.labels(t.of, x)[t.index]
-        dtype = _label_dtype(x)
+            return self.labels([t], x)[0]
         label = self.label(t.to(wide(t.device)) if isinstance(t, Tensor) else t)
         if isinstance(label, Tensor):
-            return label.to(device=x.device, dtype=dtype).expand(x.shape[0])
-        return torch.full((x.shape[0],), label, dtype=dtype, device=x.device)
+            return label.to(device=x.device, dtype=_label_dtype(x)).expand(x.shape[0])
+        return torch.full((x.shape[0],), label, dtype=_label_dtype(x), device=x.device)
 
-    def labels(self, moments: Moments, x: Tensor) -> Sequence[Tensor]:
-        """What the network is told for x at all times of a run, each of shape (B,); made and moved to the device together."""
-        key = (len(x), _label_dtype(x), x.device)
-        known = self._told
-        if known is None or known[0] is not moments or known[1] != key:
-            rows, dtype, device = key
-            low, high = self.process.t_min, self.process.t_max
-            # Clean data below the range has no label: no network is asked there.
-            told = [float(self.label(float(t))) if low <= t <= high else math.nan for t in moments.times]
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
-                # A captured graph may read no memory that is not its own.
-                made = [torch.full((rows,), label, dtype=dtype, device=device) for label in told]
-                return made
-            made = torch.tensor(told, dtype=dtype).to(device)[:, None].repeat(1, rows).unbind()
-            known = self._told = (moments, key, made)
-        return known[2]
+    def labels(self, times: Sequence[Moment], x: Tensor) -> list[Tensor]:
+        """What the network is told for x at some of the times of a run, each of shape (B,).
+
+        The labels of all times of the run are made and moved to the device together, when the first is asked for.
+        """
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return [self._labels(x, float(t)) for t in times]  # a captured graph may read no memory that is not its own
+        key, known = (len(x), _label_dtype(x), x.device), self._told
+        if known is None or known.moments is not times[0].of or known.key != key or known.touched():
+            known = self._told = _Told(times[0].of, key, [self._told_at(t) for t in times[0].of])
+        rows = [known.rows[t.index] for t in times]
+        return [self._labels(x, float(t)) if row is None else row for t, row in zip(times, rows, strict=True)]
+
+    def _told_at(self, t: float) -> float:
+        """The label, or nan: a run's last time need have none, since nobody is asked there."""
+        try:
+            return float(self.label(float(t))) if self.process.t_min <= t <= self.process.t_max else math.nan
+        except (ValueError, ZeroDivisionError, OverflowError):
+            return math.nan
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_told": None}

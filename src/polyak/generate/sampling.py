@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from polyak.core import checks
 from polyak.generate.evaluate import HALF, Corrector, DynamicThresholding, Evaluator, Model, look
@@ -21,6 +22,7 @@ from polyak.generate.guidance import Guidance
 from polyak.generate.linear import LinearSolver, tabled
 from polyak.generate.plain import run_table
 from polyak.generate.process import Generators, ProbabilityPath, wide
+from polyak.generate.process.path import unwatched
 from polyak.generate.solver import Change, Solver, Step, drive, resume
 from polyak.generate.steering import Steering
 
@@ -130,7 +132,8 @@ def sample(
             holds one for each row: a sample then does not depend on its batch.
         dtype, device: of the start that is drawn for a shape. (For a Step ``dtype`` is what the denoiser is given x in: that of a
             half precision run, whose own state is in float32.)
-        callback: called after each step (after steering) with the solver's :class:`Step`.
+        callback: called after each step (after steering) with the solver's :class:`Step`; the run goes on from its ``x``, which
+            may be changed in place or be another tensor.
         check_finite: look for NaN and infinity in every prediction. Default: on the CPU every time; elsewhere only in the
             final sample, because each look waits for the device, and not at all while a CUDA graph is captured.
         return_info: also return a :class:`SamplingInfo`.
@@ -146,7 +149,7 @@ def sample(
     process = _process_of(denoiser, process)
     _check_parts(denoiser, process, solver, guidance, steering, corrector)
     if isinstance(grid, str) or grid is None:
-        times = process.check_times(solver.times(process, steps=steps, nfe=nfe, grid=grid))
+        times = _times(process, solver, steps, nfe, grid)
     elif steps is None and nfe is None:
         times = process.check_times(grid)
     else:
@@ -192,12 +195,19 @@ def invert(
     if solver.stochastic:
         raise ValueError(f"only a deterministic solver can be inverted, got {solver!r}")
     _check_parts(denoiser, process, solver, guidance, None, None)
-    times = process.check_times(solver.times(process, steps=steps, nfe=nfe, grid=grid))
+    times = _times(process, solver, steps, nfe, grid)
     with torch.no_grad():
         x = _start(process, x, None, None, None, None)
         count = None if solver.adaptive else len(times) - 1
         evaluator = Evaluator(denoiser, guidance=guidance, dtype=x.dtype, check_finite=check_finite, steps=count)
         return _Loop(evaluator, x, solver, None, None, None, None).run(times[::-1], process)
+
+
+def _times(
+    process: ProbabilityPath, solver: Solver, steps: int | None, nfe: int | None, grid: str | None
+) -> list[float]:
+    with unwatched(), torch.device("cpu"):
+        return process.check_times(solver.times(process, steps=steps, nfe=nfe, grid=grid))
 
 
 def _process_of(denoiser: Model, process: ProbabilityPath | None) -> ProbabilityPath:
@@ -223,6 +233,14 @@ def _check_parts(
         raise TypeError(f"solver must be a Solver (an instance, not the class), got {solver!r}")
     if solver.needs_gaussian and not process.is_gaussian:
         raise ValueError(f"{solver!r} needs Gaussian noise, which {process!r} has not; use a deterministic solver")
+    for name, part, words in (
+        ("guidance", guidance, ("paired", "init")),
+        ("steering", steering, ("particles", "step")),
+    ):
+        if part is not None and (isinstance(part, type) or not all(hasattr(part, word) for word in words)):
+            raise TypeError(f"{name} must be a {name.title()} (an instance, not the class), got {checks.shown(part)}")
+    if corrector is not None and not callable(corrector):
+        raise TypeError(f"corrector must be a function (x0, t) -> x0, got {checks.shown(corrector)}")
     if guidance is not None and guidance.paired and not hasattr(denoiser, "pair"):
         raise ValueError(f"{guidance!r} needs a Denoiser with an unconditional prediction, got {denoiser!r}")
     if corrector is not None and solver.no_corrector:
@@ -240,7 +258,13 @@ def _start(
     device: torch.device | str | None,
 ) -> Tensor:
     k = 1 if steering is None else checks.integer("steering.particles", steering.particles, least=1)
+    several = generator if isinstance(generator, Sequence) else [] if generator is None else [generator]
+    for one in several:
+        if not isinstance(one, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, or one for each row, got {checks.shown(generator)}")
     if not isinstance(given, Tensor):
+        if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+            raise TypeError(f"x_T_or_shape must be a tensor or a shape (B, ...), got {checks.shown(given)}")
         rows, *event = (checks.integer(f"shape[{i}]", n, least=0) for i, n in enumerate(given))
         return process.prior((rows * k, *event), generator=generator, dtype=dtype, device=device)
     if dtype is not None or device is not None:
@@ -251,7 +275,6 @@ def _start(
         )
     if len(given) % k:
         raise ValueError(f"x_T must hold k={k} particles for each system, got {len(given)} rows")
-    several = generator if isinstance(generator, Sequence) else [] if generator is None else [generator]
     if isinstance(generator, Sequence) and len(generator) != len(given):
         raise ValueError(f"generator must be one, or one for each of the {len(given)} rows, got {len(generator)}")
     for one in several:
@@ -327,7 +350,7 @@ class _Loop:
         return x
 
     def _look_at_the_end(self, x: Tensor) -> None:
-        if self.evaluator.check_finite is not None or x.device.type == "cpu":
+        if self.evaluator.check_finite is not None or x.is_meta or isinstance(x, FakeTensor):
             return
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return
@@ -341,10 +364,12 @@ class _Loop:
             change = self._steer(step)
         self.info.steps.append((float(step.s), float(step.t)))
         if self.callback is not None:
-            # A copy: the run goes on in its own.
-            step.guidance = copy.deepcopy(self.evaluator.state)
-            step.steering = self.steered
+            # Copies: the run goes on in its own.
+            step.guidance, step.steering = copy.deepcopy((self.evaluator.state, self.steered))
+            x = step.x
             self.callback(step)
+            if step.x is not x:
+                change = Change(step.x, None if change is None else change.ancestors)
         return change
 
     def _steer(self, step: Step) -> Change:
@@ -359,7 +384,7 @@ class _Loop:
             state,
             step.x,
             pred=guided,
-            x0_hat=guided.x0,
+            x0_hat=getattr(guided, "x0", None),
             step=step.index,
             t=step.s,
             t_next=step.t,

@@ -88,7 +88,7 @@ class Solver:
 
     Attributes:
         order: of accuracy, on the probability-flow ODE.
-        tapers: whether its last steps are of lower order, so that the whole run is, asymptotically, one order lower.
+        tapers: whether the whole run is, asymptotically, one order lower (its last steps are, or a published formula is).
         stages: evaluations per step.
         stochastic: whether it draws noise.
         needs_gaussian: whether it is valid for Gaussian processes only.
@@ -160,16 +160,15 @@ def drive(
 ) -> Tensor:
     """Run a solver to its end: ``answer`` its queries; ``done`` hears of each step, and may change the batch."""
     reply: Any = None
-    send = run.send
-    try:
-        while True:
-            event = send(reply)
-            if type(event) is Query:
-                reply = answer(event)
-            else:
-                reply = None if done is None else done(event)  # type: ignore[arg-type]
-    except StopIteration as stop:
-        return stop.value
+    while True:
+        try:
+            event = run.send(reply)
+        except StopIteration as stop:
+            return stop.value
+        if type(event) is Query:
+            reply = answer(event)
+        else:
+            reply = None if done is None else done(event)  # type: ignore[arg-type]
 
 
 def resume(
@@ -180,7 +179,15 @@ def resume(
     *,
     generator: Generators | None = None,
 ) -> Run:
-    """The coroutine that goes on after a step of a run over ``times``; the step stays as it is, and can be resumed again."""
+    """The coroutine that goes on after a step of a run over ``times``; the step stays as it is, and can be resumed again.
+
+    Raises:
+        ValueError: a step that did not end at one of the times, or a solver that remembers predictions, but not in its steps.
+    """
+    if not solver.adaptive and float(step.t) not in map(float, times):
+        raise ValueError(
+            f"the step ended at t={float(step.t):.6g}, which is none of this run's times: resume the same run"
+        )
     if step.memory is not None:
         return solver.run(step.x, times, process, generator=generator, memory=step.memory)
     if solver.history:
@@ -190,11 +197,11 @@ def resume(
 
 def _renumbered(run: Run, by: int) -> Run:
     reply = None
-    try:
-        while True:
+    while True:
+        try:
             event = run.send(reply)
-            if isinstance(event, Step):
-                event.index += by
-            reply = yield event
-    except StopIteration as stop:
-        return stop.value
+        except StopIteration as stop:
+            return stop.value
+        if isinstance(event, Step):
+            event.index += by
+        reply = yield event

@@ -64,7 +64,7 @@ class Steering(Protocol):
         x_next: Tensor,
         *,
         pred: Prediction,
-        x0_hat: Tensor,
+        x0_hat: Tensor | None,
         step: int,
         t: float,
         t_next: float,
@@ -81,7 +81,7 @@ class Steering(Protocol):
         Args:
             x_next: (batch * k, ...), the states at t_next.
             state: as the last step returned it, without its ancestors.
-            pred, x0_hat: the prediction at the step's start, guided and corrected, and its x0.
+            pred, x0_hat: the prediction at the step's start, guided and corrected, and its x0, where it has one.
             step: the step's index, from 0; ``last`` marks the last one.
             mean, std: of the Gaussian that x_next was drawn from; None after a deterministic step.
             log_ratio: (batch * k,), float64: log of the density of this transition without guidance and correction over the one

@@ -6,11 +6,13 @@ What a step makes of its inputs, with all weights known before as numbers:
     mean  = w_x x + w_o o + sum_i w_i r_i              x, o: the point and the network's output there
     next  = mean + std z
 
-On a GPU this is a single Triton launch; elsewhere, and for whatever the kernel cannot take, a few calls of PyTorch.
+and, for whoever asks, further combinations of x and o. On a GPU this is a single Triton launch; elsewhere, and for whatever the
+kernel cannot take, a few calls of PyTorch.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,11 +32,13 @@ _launch = Launcher()
 
 @dataclass(slots=True)
 class Update:
-    """What :func:`advance` made: the next state, the remembered value (or None), and the mean where noise was added."""
+    """What :func:`advance` made: the next state, the remembered value (or None), the mean where noise was added, and what else
+    was asked for."""
 
     next: Tensor
     value: Tensor | None = None
     mean: Tensor | None = None
+    also: tuple[Tensor, ...] = ()
 
 
 def combine(*terms: tuple[float, Tensor]) -> Tensor:
@@ -70,6 +74,7 @@ def advance(
     value: tuple[float, float] | None = None,
     noise: tuple[float, Tensor] | None = None,
     mean: bool = True,
+    also: Sequence[tuple[float, float]] = (),
 ) -> Update:
     """``of_x x + of_output output + sum c r``, with x's dtype and shape.
 
@@ -80,8 +85,9 @@ def advance(
         value: ``(a, b)``: also make ``a x + b output``, a tensor of its own even where it is one of them.
         noise: ``(std, z)``: add ``std z``.
         mean: whether what the noise is added to is wanted, too.
+        also: further ``(a, b)``, as of the value.
     """
-    alone = not rest and value is None and noise is None
+    alone = not rest and value is None and noise is None and not also
     if alone and of_x == 1.0 and (output.dtype == x.dtype or output.dtype in _LOW):
         return Update(torch.add(x, output, alpha=of_output))
     rest = [(c, r) for c, r in rest if c]
@@ -90,13 +96,19 @@ def advance(
         seen = _looked_at(tensors)
         if seen is not None:
             numbers = [of_x, of_output, *[c for c, _ in rest]]
-            return _fused(tensors, seen, numbers, value, None if noise is None else noise[0], mean)
-    made = None if value is None else combine((value[0], x), (value[1], output))
+            kept = also if value is None else (value, *also)
+            made = _fused(tensors, seen, numbers, kept, None if noise is None else noise[0], mean)
+            if value is not None:
+                made.value, *more = made.also
+                made.also = tuple(more)
+            return made
+    value_of = None if value is None else combine((value[0], x), (value[1], output))
+    others = tuple(combine((a, x), (b, output)) for a, b in also)
     middle = combine((of_x, x), (of_output, output), *rest)
     if noise is None:
-        return Update(middle, made)
+        return Update(middle, value_of, None, others)
     std, z = noise
-    return Update(torch.add(middle, z, alpha=std), made, middle if mean else None)
+    return Update(torch.add(middle, z, alpha=std), value_of, middle if mean else None, others)
 
 
 def _looked_at(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
@@ -132,18 +144,21 @@ def _watched() -> bool:
 
 
 @cache
-def _kernel(inputs: int, value: bool, noise: bool, mean: bool) -> Any:
+def _kernel(inputs: int, kept: int, noise: bool, mean: bool) -> Any:
     names = [f"in{i}" for i in range(inputs + noise)]
-    outputs = ["out", *(["kept"] if value else []), *(["middle"] if mean else [])]
-    numbers = [*(f"w{i}" for i in range(inputs)), *(["a", "b"] if value else []), *(["std"] if noise else [])]
+    outputs = ["out", *(f"kept{i}" for i in range(kept)), *(["middle"] if mean else [])]
+    pairs = [f"{name}{i}" for i in range(kept) for name in "ab"]
+    numbers = [*(f"w{i}" for i in range(inputs)), *pairs, *(["std"] if noise else [])]
     lines = [
         f"at = tl.program_id(0).to(tl.int64) * {BLOCK} + tl.arange(0, {BLOCK})",
         "inside = at < size",
         *(f"x{i} = tl.load({name} + at, mask=inside).to(tl.float32)" for i, name in enumerate(names)),
         "mean = " + " + ".join(f"w{i} * x{i}" for i in range(inputs)),
     ]
-    if value:
-        lines.append("tl.store(kept + at, (a * x0 + b * x1).to(kept.dtype.element_ty), mask=inside)")
+    lines += [
+        f"tl.store(kept{i} + at, (a{i} * x0 + b{i} * x1).to(kept{i}.dtype.element_ty), mask=inside)"
+        for i in range(kept)
+    ]
     if mean:
         lines.append("tl.store(middle + at, mean.to(middle.dtype.element_ty), mask=inside)")
     if noise:
@@ -156,26 +171,24 @@ def _fused(
     tensors: Sequence[Tensor],
     seen: tuple[int, ...],
     numbers: Sequence[float],
-    value: tuple[float, float] | None,
+    kept: Sequence[tuple[float, float]],
     std: float | None,
     mean: bool,
 ) -> Update:
     x, (size, place, _, aligned) = tensors[0], seen
     if is_elsewhere(place):
         with torch.cuda.device(place):
-            return _fused(tensors, seen, numbers, value, std, mean)
+            return _fused(tensors, seen, numbers, kept, std, mean)
     mean = mean and std is not None
     made = Update(torch.empty_like(x))
-    given: list[Any] = [*tensors, made.next]
-    if value is not None:
-        made.value = torch.empty_like(x)
-        given.append(made.value)
+    made.also = tuple(torch.empty_like(x) for _ in kept)
+    given: list[Any] = [*tensors, made.next, *made.also]
     if mean:
         made.mean = torch.empty_like(x)
         given.append(made.mean)
-    given += map(float, (*numbers, *(value or ()), *(() if std is None else (std,))))
+    given += map(float, (*numbers, *itertools.chain(*kept), *(() if std is None else (std,))))
     given.append(size)
-    shape = len(numbers), value is not None, std is not None, mean
+    shape = len(numbers), len(kept), std is not None, mean
     # Where addresses are not all aligned, Triton has to look at each of them at every launch.
     _launch(lambda: _kernel(*shape), -(-size // BLOCK), given, _WARPS, (seen, shape) if aligned else None)
     return made

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polyak.lab.cluster import Cluster, ClusterError
-    from polyak.lab.compare.arms import ArmError
+    from polyak.lab.compare.comparison import Comparison
     from polyak.lab.compare.main import compare
-    from polyak.lab.compare.result import Comparison
+    from polyak.lab.compare.spec import ArmError
     from polyak.lab.compare.task import SamplingTask, TaskError, TrainingTask
     from polyak.lab.data import DataError
     from polyak.lab.run import Progress, TrialError, collect, run, run_many
@@ -47,9 +47,9 @@ __all__ = [
 
 _HOMES = {
     "cluster": ("Cluster", "ClusterError"),
-    "compare.arms": ("ArmError",),
+    "compare.spec": ("ArmError",),
+    "compare.comparison": ("Comparison",),
     "compare.main": ("compare",),
-    "compare.result": ("Comparison",),
     "compare.task": ("SamplingTask", "TaskError", "TrainingTask"),
     "data": ("DataError",),
     "run": ("Progress", "TrialError", "collect", "run", "run_many"),

@@ -45,9 +45,9 @@ class Paper:
 class Arm:
     """One competitor.
 
-    ``options`` are fixed and handed to the trial. ``grid`` is tuned: every point of the product of its values is one tuning
-    trial per task, on seeds that are never reported, and the best point is used for the reported seeds. Within a claim
-    every arm that is tuned on a task must have a grid of the same size.
+    ``options`` are fixed and handed to the trial. ``grid`` is tuned: for every reported seed each point of the product of its
+    values is one tuning trial per task, on seeds that are never reported, and the best point is used for that seed. Within a
+    claim every arm that is tuned on a task must have a grid of the same size.
     """
 
     name: str
@@ -67,13 +67,17 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A measured quantity. ``worst`` is what a diverged trial scores (default: infinitely bad)."""
+    """A measured quantity. ``worst`` is what a diverged trial scores (default: infinitely bad).
+
+    ``exact``: mathematics decides it, and a seed only picks the instance. What training reaches is not exact, nor what is sampled.
+    """
 
     name: str
     label: str
     better: Literal["lower", "higher"] = "lower"
     unit: str = ""
     worst: float | None = None
+    exact: bool = False
 
     @property
     def worst_value(self) -> float:
@@ -113,7 +117,8 @@ class Scale:
     name: str
     says: str
     seeds: int
-    tuning_seeds: int = 1
+    first_seed: int = 0  # the seeds that are reported are those from here on
+    tuning_seeds: int = 1  # for each reported seed
     options: Mapping[str, Value] = field(default_factory=dict)
     task_options: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)  # per task, over the task's own
     tasks: tuple[str, ...] = ()  # the tasks that exist at this scale; empty: all
@@ -126,9 +131,9 @@ class Criterion:
     compare: "ratio" arm/against, "difference" arm - against, "value" arm alone. With several names in ``against``
         (or several arms) the best of them, seed by seed, is compared with.
     op, bound: the statistic must be ``<=``, ``<``, ``>=`` or ``>`` than the bound.
-    rule: "every" seed must satisfy it (exact and deterministic claims, "n of n seeds"); or the "mean" over seeds must,
-        with a paired-bootstrap interval and an exact sign-flip test both on one side of the bound, else it is undecided.
-        Ratios are averaged as logarithms.
+    rule: "every" seed must satisfy it (of exact metrics only, "n of n seeds"); or the "mean" over seeds must,
+        where Student's t over seeds puts it on one side of the bound, at 5 % for all gating criteria together (Holm); else it
+        is undecided. Ratios are averaged as logarithms.
     control: an arm that lacks the method's key ingredient; put in ``arm``'s place it must not pass, else the criterion says
         nothing and is ``undecided``.
     gating: whether the claim's verdict depends on it; a criterion that is not gating is only reported.
@@ -307,3 +312,14 @@ def check_claim(claim: Claim) -> None:
                 raise ValueError(f"{where}, criterion {c.name!r}: unknown metric {metric!r}; it has {sorted(metrics)}")
         if (c.compare == "value") == bool(c.rivals):
             raise ValueError(f"{where}, criterion {c.name!r}: compare={c.compare!r} with against={c.against!r}")
+
+
+def check_rules(claim: Claim) -> None:
+    """Raise ValueError where every seed must pass by a noisy metric: more seeds would make that harder, whatever is true."""
+    exact = {m.name for m in claim.metrics if m.exact}
+    for c in claim.criteria:
+        if c.rule == "every" and (noisy := {c.metric, c.against_metric} - exact - {""}):
+            raise ValueError(
+                f"claim {claim.slug!r}, criterion {c.name!r}: rule='every' is for exact metrics, and {', '.join(sorted(noisy))} is "
+                "not declared so (Metric(exact=True)); where seeds are noisy the rule is 'mean'"
+            )

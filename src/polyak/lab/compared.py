@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from polyak.lab.compare.comparison import Comparison
 from polyak.lab.compare.record import Record
-from polyak.lab.compare.result import Comparison
 from polyak.lab.compare.search import ComparisonPlan
 from polyak.lab.store import InFlight, Noted, Store
 

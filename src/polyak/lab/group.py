@@ -18,22 +18,10 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from polyak.lab.claim import Diverged
-from polyak.lab.workers import (
-    STOPPED,
-    Ask,
-    Died,
-    Job,
-    Outcome,
-    Tell,
-    Trouble,
-    Worker,
-    begin_process,
-    end,
-    end_of,
-    settle,
-)
-from polyak.lab.workers import begin as begin_life
-from polyak.lab.workers import carry_out as carry_out_alone
+from polyak.lab.jobs import STOPPED, Ask, Died, Job, Outcome, Tell, Trouble, settle
+from polyak.lab.jobs import carry_out as carry_out_alone
+from polyak.lab.spawning import Worker, begin_process, end, end_of
+from polyak.lab.spawning import begin as begin_life
 
 _HOST = "127.0.0.1"
 # Where one rank fails the others often fail for want of it: for this long the first cause is waited for.

@@ -172,7 +172,7 @@ def arm_facts(claim: Claim, arm: Arm, result: ClaimResult | None) -> dict[str, A
     from markupsafe import Markup
 
     chosen = {
-        claim.task(task).label: words.options(points[arm.name])
+        claim.task(task).label: words.choices(points[arm.name])
         for task, points in (result.chosen.items() if result else ())
         if points.get(arm.name) and any(t.name == task for t in claim.tasks)
     }

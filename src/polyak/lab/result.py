@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -37,12 +37,14 @@ class CriterionResult:
     op: str
     bound: float
     estimate: float  # mean over seeds (geometric for ratios)
-    low: float  # 95% paired-bootstrap interval
+    low: float  # its 95 % interval, by Student's t over seeds
     high: float
-    p_value: float  # exact one-sided sign-flip test of the statistic against the bound, on the side of the estimate
+    p_value: float  # two-sided, of an estimate this far from the bound, by itself
     per_seed: tuple[float, ...]
     seeds_passing: int
     improvement: float  # probability that a random seed's arm is better than its rival on the same seed
+    by_mean: bool = False  # whether the mean over seeds decides; else it is every seed, or nothing can
+    adjusted: float = 1.0  # the p-value that decides then: corrected for the number of criteria that count (Holm)
     control_verdict: str = ""  # the verdict with the control in the arm's place; "" where there is none
     note: str = ""
 
@@ -57,7 +59,7 @@ class ClaimResult:
     verdict: Verdict
     criteria: tuple[CriterionResult, ...]
     trials: tuple[TrialResult, ...]
-    chosen: Mapping[str, Mapping[str, Mapping[str, Any]]]  # task -> arm -> the tuned point
+    chosen: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]  # task -> arm -> the tuned point of each seed
     seeds: tuple[int, ...]
     tuning_seeds: tuple[int, ...]
     date: str  # ISO, UTC, of the last trial
@@ -80,9 +82,14 @@ class ClaimResult:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ClaimResult:
         """The inverse of :meth:`to_json`. Data without "trials" (a published verdict) gives a result without any."""
+        seeds = len(data["seeds"])
         return cls(
             **{
                 **data,
+                "chosen": {
+                    task: {arm: _each(points, seeds) for arm, points in arms.items()}
+                    for task, arms in data["chosen"].items()
+                },
                 "criteria": tuple(CriterionResult(**_numbers(c)) for c in data["criteria"]),
                 "trials": tuple(_trial(t) for t in data.get("trials", ())),
                 "seeds": tuple(data["seeds"]),
@@ -101,6 +108,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
     return value
+
+
+def _each(points: Any, seeds: int) -> tuple[Mapping[str, Any], ...]:
+    """The point of each seed; a verdict that was published when all seeds had one has it once."""
+    return (points,) * seeds if isinstance(points, Mapping) else tuple(points)
 
 
 def _trial(data: Mapping[str, Any]) -> TrialResult:

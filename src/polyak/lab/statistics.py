@@ -1,10 +1,11 @@
-"""From trials to verdicts: pure functions, with every test and interval taken from scipy.
+"""From trials to verdicts: pure functions on what :mod:`polyak.lab.intervals` says of means over seeds.
 
 How each rule decides is said in :class:`~polyak.lab.claim.Criterion`. What this file adds is care at the edges:
 
+*Many criteria.* Those that count and are decided by a mean are corrected for their number (Holm): the chance that any of them is
+decided wrongly is 5 % at most.
+
 *Infinities.* A diverged trial scores infinitely badly (or its metric's ``worst``), so that a seed's statistic may be infinite.
-Means, resampled means and sign flips with infinities are taken as the limit of ever larger numbers put in their place: how often
-each sign of infinity occurs decides first, the finite values decide between equals. Nothing becomes NaN on the way.
 
 *Both diverged.* Where the arm and all of its rivals diverged on a seed, the arm is not better: that seed's ratio or difference is
 the one that satisfies the criterion least. A criterion may say that they are equal there instead.
@@ -16,25 +17,17 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from polyak.lab import intervals
 from polyak.lab.claim import Claim, Criterion, Metric, Verdict
+from polyak.lab.intervals import LEVEL
 from polyak.lab.result import CriterionResult, TrialResult
 
-if TYPE_CHECKING:
-    import numpy as np
-
-LEVEL = 0.05  # of the sign-flip test; the interval holds 1 - LEVEL
-LEAST_SEEDS = 3  # below, a verdict needs a scale that declares fewer
-UNCLEAR = "the sign-flip test does not tell the mean from the bound"
-LEAST_SEEDS_MEAN = 5  # 2^-5 is the first power of a half below LEVEL
+LEAST_SEEDS = 3  # below, a verdict needs a scale that declares fewer, and a mean has none
+UNCLEAR = "tell the mean from the bound"  # in the note of what is undecided for this reason alone
 OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
-# Up to 14 seeds all sign flips are counted; beyond, this many are drawn.
-_FLIPS = 2**14
-_RESAMPLES = 9999
 
 
 def judge(
@@ -53,15 +46,44 @@ def judge(
     if scale is not None:
         least = min(least, claim.scale(scale).seeds)
         there = {t.name for t in claim.tasks_at(scale)}
-    results = []
-    for criterion in claim.criteria:
-        if criterion.task in there:
-            results.append(_judge(_Judged(claim, criterion, reported, tuple(seeds), least)))
-        else:
-            absent = _Judged(claim, criterion, {}, tuple(seeds), least)
-            note = f"scale {scale!r} leaves out task {criterion.task!r}"
-            results.append(replace(_outcome(absent), verdict="undecided", gating=False, note=note))
-    return tuple(results)
+    judged = [
+        _Judged(claim, criterion, reported if criterion.task in there else None, tuple(seeds), least)
+        for criterion in claim.criteria
+    ]
+    results = [_outcome(one) if one.trials is not None else _left_out(one, scale) for one in judged]
+    return tuple(
+        _with_control(result, one) if one.trials is not None else result
+        for result, one in zip(corrected(results), judged, strict=True)
+    )
+
+
+def _left_out(judged: _Judged, scale: str | None) -> CriterionResult:
+    note = f"scale {scale!r} leaves out task {judged.criterion.task!r}"
+    return replace(_outcome(judged), verdict="undecided", gating=False, by_mean=False, note=note)
+
+
+def corrected(results: Sequence[CriterionResult]) -> tuple[CriterionResult, ...]:
+    """Verdicts of what means decide, by p-values that are corrected for the number of those that count (Holm).
+
+    One that does not count stands for itself. Criteria of several claims may be given together.
+    """
+    family = [i for i, c in enumerate(results) if c.by_mean and c.gating]
+    adjusted = {i: c.p_value for i, c in enumerate(results) if c.by_mean}
+    if family:
+        adjusted |= zip(family, map(float, intervals.holm([results[i].p_value for i in family])), strict=True)
+    return tuple(
+        _by_mean(c, adjusted[i], len(family) if c.gating else 1) if i in adjusted else c for i, c in enumerate(results)
+    )
+
+
+def _by_mean(c: CriterionResult, adjusted: float, among: int) -> CriterionResult:
+    """A criterion's verdict by its mean."""
+    if adjusted > LEVEL:
+        note = f"the interval does not {UNCLEAR}"
+        if c.p_value <= LEVEL:
+            note = f"p = {c.p_value:.2g} by itself; among {among} criteria {adjusted:.2g} (Holm)"
+        return replace(c, adjusted=adjusted, verdict="undecided", note=note)
+    return replace(c, adjusted=adjusted, verdict="holds" if OPERATORS[c.op](c.estimate, c.bound) else "fails", note="")
 
 
 def verdict(criteria: Iterable[CriterionResult]) -> Verdict:
@@ -78,7 +100,7 @@ class _Judged:
 
     claim: Claim
     criterion: Criterion
-    trials: Mapping[tuple[str, str, int], TrialResult]
+    trials: Mapping[tuple[str, str, int], TrialResult] | None  # None: the scale leaves its task out
     seeds: tuple[int, ...]
     least: int
 
@@ -96,7 +118,7 @@ class _Judged:
 
     def value(self, arm: str, metric: Metric, seed: int) -> tuple[float, bool] | None:
         """An arm's metric on one seed, and whether the trial diverged; None where it is missing."""
-        trial = self.trials.get((self.criterion.task, arm, seed))
+        trial = (self.trials or {}).get((self.criterion.task, arm, seed))
         if trial is None or metric.name not in trial.values:
             return None
         return float(trial.values[metric.name]), trial.diverged
@@ -113,9 +135,9 @@ class _Judged:
         return own, min(there, key=lambda rival: (rival[1], sign * rival[0]), default=None)
 
 
-def _judge(judged: _Judged) -> CriterionResult:
+def _with_control(result: CriterionResult, judged: _Judged) -> CriterionResult:
+    """A criterion's result, which says nothing where its control passes (by itself: that is the stricter way)."""
     criterion = judged.criterion
-    result = _outcome(judged)
     if not criterion.control:
         return result
     if criterion.rivals == (criterion.control,):
@@ -123,7 +145,7 @@ def _judge(judged: _Judged) -> CriterionResult:
     # Among several rivals the control must not meet itself.
     rivals = tuple(name for name in criterion.rivals if name != criterion.control)
     in_place = replace(criterion, arm=criterion.control, against=rivals, control="")
-    control = _outcome(replace(judged, criterion=in_place)).verdict
+    (control,) = (c.verdict for c in corrected([_outcome(replace(judged, criterion=in_place))]))
     result = replace(result, control_verdict=control)
     if control != "holds":
         return result
@@ -146,10 +168,8 @@ def _outcome(judged: _Judged) -> CriterionResult:
     passing = sum(OPERATORS[criterion.op](s, criterion.bound) for s in per_seed)
     # What is averaged: on this scale the bound is at zero and both sides of it are alike.
     shifted = [_log(s) - math.log(criterion.bound) if logarithmic else s - criterion.bound for s in per_seed]
-    mean, low, high = _mean_and_interval(shifted)
-    below = mean <= 0 if criterion.op in ("<=", "<") else mean < 0
-    p_value = _sign_flip(shifted, below=below)
-    decided, note = _decide(judged, len(per_seed), passing, low, high, p_value, below=below)
+    middle, low, high, p_value = _mean_and_interval(shifted)
+    decided, note = _decide(judged, len(per_seed), passing)
 
     def back(number: float) -> float:
         if math.isinf(number) or math.isnan(number):
@@ -159,48 +179,34 @@ def _outcome(judged: _Judged) -> CriterionResult:
     return CriterionResult(
         name=criterion.name,
         says=criterion.says,
-        verdict=decided,
+        verdict=decided or "undecided",
         gating=criterion.gating,
         statistic=_words(criterion),
         op=criterion.op,
         bound=criterion.bound,
-        estimate=back(mean),
+        estimate=back(middle),
         low=back(low),
         high=back(high),
         p_value=p_value,
         per_seed=tuple(per_seed),
         seeds_passing=passing,
         improvement=_improvement(judged, pairs, passing),
+        by_mean=decided is None,
+        adjusted=p_value,
         note=note,
     )
 
 
-def _decide(
-    judged: _Judged, n: int, passing: int, low: float, high: float, p_value: float, *, below: bool
-) -> tuple[Verdict, str]:
-    criterion = judged.criterion
+def _decide(judged: _Judged, n: int, passing: int) -> tuple[Verdict | None, str]:
+    """A verdict, and why; None where the mean is to decide."""
     if n < len(judged.seeds):
         return "undecided", f"trials are missing: {n} of {len(judged.seeds)} seeds are complete"
-    if n < judged.least:
-        return "undecided", f"{n} seed{'s' if n != 1 else ''} cannot decide: at least {judged.least} are needed"
-    if criterion.rule == "every":
-        return ("holds" if passing == n else "fails"), ""
-    if n < LEAST_SEEDS_MEAN:
-        return (
-            "undecided",
-            f"{n} seed{'s' if n != 1 else ''} cannot decide: the exact test at {LEVEL:.0%} needs at least {LEAST_SEEDS_MEAN}",
-        )
-    if p_value > LEVEL:
-        return "undecided", f"{UNCLEAR} (p = {p_value:.3g})"
-    # The interval must not reach over to the other side; whether it may touch the bound, the operator says.
-    in_bounds = OPERATORS[criterion.op]
-    wants_below = criterion.op in ("<=", "<")
-    nearest, farthest = (high, low) if wants_below else (low, high)
-    if below == wants_below and in_bounds(nearest, 0.0):
-        return "holds", ""
-    if below != wants_below and not in_bounds(farthest, 0.0):
-        return "fails", ""
-    return "undecided", "the interval holds the bound"
+    least = LEAST_SEEDS if judged.criterion.rule == "mean" else judged.least
+    if n < least:
+        return "undecided", f"{n} seed{'s' if n != 1 else ''} cannot decide: at least {least} are needed"
+    if judged.criterion.rule == "mean":
+        return None, ""
+    return ("holds" if passing == n else "fails"), ""
 
 
 # -- a seed's statistic ----------------------------------------------------------------------------------------------------
@@ -272,83 +278,12 @@ def _words(criterion: Criterion) -> str:
 # -- over seeds ------------------------------------------------------------------------------------------------------------
 
 
-def _mean_and_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and 95% bootstrap interval: BCa, or percentile where BCa is not defined."""
+def _mean_and_interval(values: Sequence[float]) -> tuple[float, float, float, float]:
+    """The mean, its interval, and its p-value."""
     if not values:
-        return math.nan, -math.inf, math.inf
-    array, beyond = _finite(values)
-    mean = float(array.mean())
-    if len(values) == 1:
-        return values[0], -math.inf, math.inf  # one seed says nothing about the others
-    if (array == array[0]).all():
-        # No spread, so no interval to estimate; the mean's rounding must not open one.
-        return values[0], values[0], values[0]
-    low, high = _bootstrap(array)
-
-    def limit(number: float) -> float:
-        return number if abs(number) <= beyond else math.copysign(math.inf, number)
-
-    return limit(mean), limit(low), limit(high)
-
-
-def _bootstrap(array: np.ndarray) -> tuple[float, float]:
-    import numpy as np
-    from scipy import stats
-
-    for method in ("BCa", "percentile"):
-        with warnings.catch_warnings():
-            # BCa is undefined where all resamples lie on one side of the estimate; the percentiles then serve.
-            warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-            warnings.simplefilter("ignore", RuntimeWarning)
-            interval = stats.bootstrap(
-                (array,),
-                np.mean,
-                confidence_level=1 - LEVEL,
-                n_resamples=_RESAMPLES,
-                method=method,
-                rng=np.random.default_rng(0),
-            ).confidence_interval
-        if not (math.isnan(interval.low) or math.isnan(interval.high)):
-            break
-    return float(interval.low), float(interval.high)
-
-
-def _sign_flip(values: Sequence[float], *, below: bool) -> float:
-    """The exact one-sided p-value of a mean this far below (or above) zero, were the signs a matter of chance."""
-    if not values:
-        return 1.0
-    if len(values) == 1:
-        return 0.5 if values[0] else 1.0  # two flips, which scipy does not count for one value
-    import numpy as np
-    from scipy import stats
-
-    test = stats.permutation_test(
-        (_finite(values)[0],),
-        np.mean,
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=_FLIPS,
-        alternative="less" if below else "greater",
-        rng=np.random.default_rng(0),
-    )
-    return float(test.pvalue)
-
-
-def _finite(values: Sequence[float]) -> tuple[np.ndarray, float]:
-    """Values with numbers for infinities, so large that any one outweighs all that is finite in every mean.
-
-    Returns them with the largest size that a mean of finite ones may have: a mean beyond it stands for an infinite one.
-    """
-    import numpy as np
-
-    array = np.asarray(values, dtype=np.float64)
-    infinite = np.isinf(array)
-    if not infinite.any():
-        return array, math.inf
-    largest = float(np.abs(array[~infinite]).max(initial=0.0))
-    # A mean of n with one such number and n - 1 of the largest finite ones against it is still beyond all finite ones.
-    array[infinite] = np.sign(array[infinite]) * len(array) * (2 * largest + 1)
-    return array, largest * (1 + 1e-9)  # a mean of equal numbers may exceed them by rounding
+        return math.nan, -math.inf, math.inf, 1.0
+    found = intervals.mean(values)
+    return float(found.mean), float(found.low), float(found.high), float(found.p)
 
 
 def _log(number: float) -> float:

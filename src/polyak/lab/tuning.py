@@ -1,8 +1,10 @@
 """Which trials a claim needs, and how each arm's grid is tuned.
 
 Grids are known in advance, so that the tuning trials of all arms and tasks can run at once. Every arm that is tuned gets
-equally many (the claim is refused otherwise), per task, on seeds that are never reported; the best point runs the reported
-seeds. Seeds 0, 1, 2, ... are reported; tuning seeds start at :data:`FIRST_TUNING_SEED`.
+equally many (the claim is refused otherwise), per task, on seeds that are never reported. Every reported seed has a tuning of its
+own, on seeds of its own: seeds are then independent repeats of all that is random, and an interval over them holds the noise of
+tuning, too. Successive seeds from the scale's first on (0, 1, 2, ...) are reported; tuning seeds start at
+:data:`FIRST_TUNING_SEED`.
 """
 
 from __future__ import annotations
@@ -12,15 +14,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from polyak.core import checks
-from polyak.lab import statistics, words
+from polyak.lab import limits, statistics, words
 from polyak.lab import versions as facts
 from polyak.lab.claim import Arm, Claim, Metric
 from polyak.lab.result import ClaimResult, TrialResult
 from polyak.lab.store import Planned, Store, Stored
 
 FIRST_TUNING_SEED = 10_000
+_MOST_TUNING_SEEDS = 9  # for each reported one: with them all, what lies beyond twice the first is no trial's
 _NODES_NAMED = 8  # of a cluster, in a note
-Key = tuple[str, str]  # task, arm
+Key = tuple[str, str, int]  # task, arm, reported seed
 
 
 class Plan:
@@ -38,27 +41,38 @@ class Plan:
         self, claim: Claim, *, scale: str, seeds: int | None, device: str, versions: Mapping[str, str]
     ) -> None:
         at = claim.scale(scale)
-        count = checks.integer("seeds", at.seeds if seeds is None else seeds, least=1, most=FIRST_TUNING_SEED)
-        extra = checks.integer(f"tuning_seeds of scale {scale!r}", at.tuning_seeds, least=1)
+        count = limits.count("seeds", at.seeds if seeds is None else seeds)
+        what = f"tuning_seeds of scale {scale!r}"
+        self._extra = checks.integer(what, at.tuning_seeds, least=1, most=_MOST_TUNING_SEEDS)
         self.claim, self.scale, self.device, self.versions = claim, scale, device, dict(versions)
-        self.seeds = tuple(range(count))
-        self.tuning_seeds = tuple(range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + extra))
+        first = checks.integer(f"first_seed of scale {scale!r}", at.first_seed, least=0, most=FIRST_TUNING_SEED - count)
+        self.seeds = tuple(range(first, first + count))
+        self.tuning_seeds = tuple(seed for s in self.seeds for seed in self._tuning_seeds(s))
         self.found: dict[str, Stored] = {}
         self.chosen: dict[Key, dict[str, Any]] = {}
-        self.notes: list[str] = []
+        self._notes: dict[tuple[str, str, str], list[int]] = {}  # arm, task, what is said -> of which seeds
         self._arms = {(t.name, a.name): a for t in claim.tasks_at(scale) for a in claim.arms_on(t.name)}
         self._tuning: dict[Key, list[list[Planned]]] = {}
+        self._places: dict[str, Key] = {}  # of tuning trials, by digest: whose they are
         for (task, name), arm in self._arms.items():
-            if len(arm.points) == 1:
-                self.chosen[task, name] = arm.points[0]  # no choice, no tuning
-            else:
-                self._tuning[task, name] = [
-                    [self._trial((task, name), "tuning", point, seed) for seed in self.tuning_seeds]
+            for reported in self.seeds:
+                key = (task, name, reported)
+                if len(arm.points) == 1:
+                    self.chosen[key] = arm.points[0]  # no choice, no tuning
+                    continue
+                self._tuning[key] = [
+                    [self._trial(key, "tuning", point, seed) for seed in self._tuning_seeds(reported)]
                     for point in arm.points
                 ]
+                self._places |= {trial.digest: key for trials in self._tuning[key] for trial in trials}
+
+    def _tuning_seeds(self, reported: int) -> range:
+        """The seeds that the options of one reported seed are chosen on."""
+        first = FIRST_TUNING_SEED + reported * self._extra
+        return range(first, first + self._extra)
 
     def _trial(self, key: Key, purpose: Literal["tuning", "report"], point: Mapping[str, Any], seed: int) -> Planned:
-        task, arm = key
+        task, arm, _ = key
         return Planned(
             claim=self.claim.slug,
             scale=self.scale,
@@ -119,29 +133,41 @@ class Plan:
         for points in self._tuning.values():
             for trials in points:
                 yield from trials
-        for key in self._arms:
-            if key in self.chosen:
-                yield from self.reported(key)
+        yield from self._chosen_ones()
 
-    def reported(self, key: Key) -> list[Planned]:
-        """The reported trials of one arm on one task, whose point is chosen."""
-        return [self._trial(key, "report", self.chosen[key], seed) for seed in self.seeds]
+    def _chosen_ones(self) -> Iterator[Planned]:
+        """The reported trials whose points are chosen, arm by arm."""
+        for task, arm in self._arms:
+            for seed in self.seeds:
+                if (task, arm, seed) in self.chosen:
+                    yield self.reported((task, arm, seed))
+
+    def reported(self, key: Key) -> Planned:
+        """A reported trial, whose point is chosen."""
+        return self._trial(key, "report", self.chosen[key], key[2])
 
     def add(self, trial: Planned, stored: Stored) -> list[Planned]:
         """Take in a result. Returns the trials that can be named now and could not before."""
         self.found[trial.digest] = stored
-        key = (trial.task, trial.arm)
-        if key in self.chosen:
+        key = self._places.get(trial.digest)
+        if key is None or any(t.digest not in self.found for trials in self._tuning[key] for t in trials):
             return []
-        if any(t.digest not in self.found for trials in self._tuning[key] for t in trials):
-            return []
-        arm = self._arms[key]
+        arm = self._arms[trial.task, trial.arm]
         results = [[self.found[t.digest].result for t in trials] for trials in self._tuning[key]]
         tuned_by = self.claim.metric(self.claim.task(trial.task).tune)
         self.chosen[key], note = choose(arm, tuned_by, results)
         if note:
-            self.notes.append(f"{arm.name} on {trial.task}: {note}")
-        return self.reported(key)
+            self._notes.setdefault((arm.name, trial.task, note), []).append(key[2])
+        return [self.reported(key)]
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the tuning."""
+
+        def which(seeds: list[int]) -> str:
+            return "" if len(seeds) == len(self.seeds) else f" (seeds {', '.join(map(str, sorted(seeds)))})"
+
+        return sorted(f"{arm} on {task}: {note}{which(seeds)}" for (arm, task, note), seeds in self._notes.items())
 
     def load(self, store: Store) -> list[Planned]:
         """Take in all that is stored of what is known. Returns the known trials that are missing."""
@@ -164,9 +190,6 @@ class Plan:
         trials = tuple(s.result for s in stored)
         criteria = statistics.judge(self.claim, trials, self.seeds, scale=self.scale)
         latest = max(stored, key=lambda s: s.finished)
-        chosen: dict[str, dict[str, dict[str, Any]]] = {}
-        for task, arm in self._arms:
-            chosen.setdefault(task, {})[arm] = self.chosen[task, arm]
         return ClaimResult(
             slug=self.claim.slug,
             scale=self.scale,
@@ -174,22 +197,27 @@ class Plan:
             verdict=statistics.verdict(criteria),
             criteria=criteria,
             trials=trials,
-            chosen=chosen,
+            chosen=self._points(),
             seeds=self.seeds,
             tuning_seeds=self.tuning_seeds if self.tunes else (),
             date=latest.finished,
             seconds=sum(t.seconds for t in trials),
             versions=self.versions,
             machine={name: fact for name, fact in latest.machine.items() if name != "node"},
-            notes=(*sorted(self.notes), *_divergences(trials), *_places([s.machine for s in stored])),
+            notes=(*self.notes, *_divergences(trials), *_places([s.machine for s in stored])),
         )
+
+    def _points(self) -> dict[str, dict[str, tuple[dict[str, Any], ...]]]:
+        """By task and arm the points that were chosen, in the order of seeds."""
+        points: dict[str, dict[str, tuple[dict[str, Any], ...]]] = {}
+        for task, arm in self._arms:
+            own = tuple(self.chosen[task, arm, s] for s in self.seeds if (task, arm, s) in self.chosen)
+            points.setdefault(task, {})[arm] = own
+        return points
 
     def so_far(self) -> ClaimResult:
         """The trials that have ended, for their curves; nothing is judged."""
         stored = list(self.found.values())
-        chosen: dict[str, dict[str, dict[str, Any]]] = {}
-        for (task, arm), point in self.chosen.items():
-            chosen.setdefault(task, {})[arm] = point
         return ClaimResult(
             slug=self.claim.slug,
             scale=self.scale,
@@ -197,7 +225,7 @@ class Plan:
             verdict="undecided",
             criteria=(),
             trials=tuple(s.result for s in stored),
-            chosen=chosen,
+            chosen=self._points(),
             seeds=self.seeds,
             tuning_seeds=(),
             date=max((s.finished for s in stored), default=""),
@@ -213,28 +241,16 @@ def choose(arm: Arm, metric: Metric, results: Sequence[Sequence[TrialResult]]) -
     ``results`` holds, for each of the grid's points in order, the trials on all tuning seeds. A diverged trial counts as the
     metric's worst; of equal points the first is taken, and of a grid whose every trial diverged the first of all.
     """
-    import optuna
-
     if all(trial.diverged for trials in results for trial in trials):
         return arm.points[0], "every tuning trial diverged; the grid's first point is used"
-    quiet = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # a study says at once that it was made
-    try:
-        study = optuna.create_study(direction="minimize" if metric.better == "lower" else "maximize")
-        space: dict[str, optuna.distributions.BaseDistribution] = {
-            name: optuna.distributions.CategoricalDistribution(list(values)) for name, values in arm.grid.items()
-        }
-        for point, trials in zip(arm.points, results, strict=True):
-            mean = sum(t.values[metric.name] for t in trials) / len(trials)
-            study.add_trial(optuna.trial.create_trial(params=point, distributions=space, value=mean))
-    finally:
-        optuna.logging.set_verbosity(quiet)
-    return arm.points[study.best_trial.number], ""
+    means = [sum(t.values[metric.name] for t in trials) / len(trials) for trials in results]
+    best = (min if metric.better == "lower" else max)(range(len(means)), key=means.__getitem__)
+    return arm.points[best], ""
 
 
 def _divergences(trials: Sequence[TrialResult]) -> list[str]:
     """A note for each arm and task with reported trials that diverged."""
-    groups: dict[Key, list[TrialResult]] = {}
+    groups: dict[tuple[str, str], list[TrialResult]] = {}
     for trial in trials:
         if trial.purpose == "report":
             groups.setdefault((trial.task, trial.arm), []).append(trial)

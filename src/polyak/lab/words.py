@@ -142,6 +142,45 @@ def options(point: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} = {number(v) if isinstance(v, float) else v}" for k, v in point.items()) or "none"
 
 
+def choices(points: Sequence[Mapping[str, Any]]) -> str:
+    """What tuning chose, of each seed: "lr = 0.01", "lr = 0.01 (3 seeds) or 0.02 (2 seeds)", "lr = 0.0034 (0.001 to 0.01)"."""
+    said = []
+    for name in points[0] if points else ():
+        values = [point[name] for point in points]
+        shown = [number(v) if isinstance(v, float) else str(v) for v in values]
+        counts = Counter(shown)
+        if len(counts) == 1:
+            said.append(f"{name} = {shown[0]}")
+        elif len(counts) == 2 or not all(isinstance(v, (int, float)) for v in values):
+            ordered = sorted(counts, key=lambda v: (-counts[v], shown.index(v)))
+            said.append(f"{name} = " + " or ".join(f"{v} ({count(counts[v], 'seed')})" for v in ordered))
+        else:
+            said.append(f"{name} = {number(typical(values))} ({number(min(values))} to {number(max(values))})")
+    return ", ".join(said) or "none"
+
+
+def times(value: float, low: float, high: float) -> str:
+    """A ratio with its interval: "0.8 × (0.6 to 1.1)"."""
+    return f"{number(value, 2)} × ({number(low, 2)} to {number(high, 2)})"
+
+
+def percent(share: float, interval: tuple[float, float]) -> tuple[str, str]:
+    """A probability and its interval, in percent: ("80 %", "28 to 99 %")."""
+    return f"{100 * share:.0f} %", " to ".join(f"{100 * end:.0f}" for end in interval) + " %"
+
+
+def typical(values: Sequence[Any]) -> Any:
+    """The middle one of numbers (of an even count the lower one), or the most frequent of what are none."""
+    if all(isinstance(v, (int, float)) for v in values):
+        return sorted(values)[(len(values) - 1) // 2]
+    return Counter(values).most_common(1)[0][0]
+
+
+def typical_point(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of each option the typical value."""
+    return {name: typical([point[name] for point in points]) for name in (points[0] if points else ())}
+
+
 def verdict_of(result: ClaimResult | None) -> str:
     """The verdict, or "not run"."""
     return result.verdict if result else "not run"
@@ -172,10 +211,10 @@ def _why_undecided(c: CriterionResult) -> str:
     if c.control_verdict == "holds":
         return "the control, which lacks the method's key ingredient, passes too"
     note = c.note.rstrip(".")
+    if UNCLEAR in note and c.low < c.bound < c.high:
+        return f"the interval reaches across the bound (p = {number(c.p_value)})"
     if not note:
         return f"the interval, {interval(c)}, does not lie on one side of the bound"
-    if note.startswith(UNCLEAR) and c.low < c.bound < c.high:
-        return f"the interval reaches across the bound (p = {number(c.p_value)})"
     return note
 
 

@@ -230,8 +230,8 @@ def _pair(projected: str, plain: str, names: str, gating: bool) -> Iterator[Crit
     )  # fmt: skip
     yield Criterion(
         name=f"{projected}_effective_step",
-        says=f"{names}: at the end, the effective step is larger than the baseline's for every seed",
-        task="convnet", metric="turn", arm=projected, against=plain, op=">", bound=1.0, rule="every", gating=gating,
+        says=f"{names}: at the end, the effective step is larger than the baseline's",
+        task="convnet", metric="turn", arm=projected, against=plain, op=">", bound=1.0, gating=gating,
     )  # fmt: skip
     yield Criterion(
         name=f"{projected}_gain",
@@ -269,7 +269,7 @@ CRITERIA = (
             name=f"{task}_{method}",
             says=f"{words} on ImageNet ({task}): validation accuracy is above the baseline's",
             task=task, metric="accuracy", arm=f"{method}_100", against=f"{plain}_100", compare="difference", op=">",
-            bound=0.0, rule="every",
+            bound=0.0,
         )
         for task in PAPER_TASKS
         for method, plain, words in (("adamp", "adamw", "AdamP"), ("sgdp", "sgd", "SGDP"))
@@ -304,12 +304,13 @@ CLAIM = Claim(
             name="small",
             says="an exactly solvable toy, and a small network on digits: about three minutes on two cores",
             seeds=5,
+            first_seed=100,
             tasks=("toy", "convnet"),
         ),
         Scale(
             name="paper",
             says="ImageNet-1k with three networks, days on one accelerator; needs timm, and ImageNet in a folder or from the hub",
-            seeds=1,
+            seeds=3,
             tasks=PAPER_TASKS,
             options={"batch": 256, "micro_batch": 256, "workers": 16},
         ),
@@ -317,10 +318,10 @@ CLAIM = Claim(
     metrics=(
         Metric(name="gap", label="Gap to the minimum"),
         Metric(name="norm", label="Norm of the weight"),
-        Metric(name="steps", label="Steps to a gap of 1e-6", unit="steps"),
+        Metric(name="steps", label="Steps to a gap of 1e-6", unit="steps", exact=True),
         Metric(name="growth_ratio", label="Growth of ||w||^2 by squared steps (median)"),
-        Metric(name="off_1", label="Largest distance of that growth to 1"),
-        Metric(name="off_19", label="Largest distance of that growth to 19"),
+        Metric(name="off_1", label="Largest distance of that growth to 1", exact=True),
+        Metric(name="off_19", label="Largest distance of that growth to 19", exact=True),
         Metric(name="train_loss", label="Training loss"),
         Metric(name="validation_loss", label="Loss on the tuning images"),
         Metric(name="test_loss", label="Test loss"),
@@ -344,10 +345,13 @@ CLAIM = Claim(
         "cosine's own factor, the same for all, is taken out.",
         "Gains in accuracy are reported for either pair, and decide nothing: at this scale they are a few images. SGDP against SGD "
         "is reported only.",
-        "Paper scale: timm's models with random crops and flips; one seed; Adam's rate 1e-3 (MobileNetV2: 2e-3), SGD's 0.1, decay "
-        "1e-4. These settings and the figures above are as quoted elsewhere, and not compared with the paper's appendix again.",
+        "Paper scale: timm's models with random crops and flips; three seeds; Adam's rate 1e-3 (MobileNetV2: 2e-3), SGD's 0.1, "
+        "decay 1e-4. These settings and the figures above are as quoted elsewhere, and not compared again with the paper's "
+        "appendix.",
         "The paper's equation 11 has no absolute value in the test; its code has, and its authors say it is meant. With "
         "nesterov=False the official SGDP also projects the momentum buffer; the part does this with project_buffer=True only.",
+        "Until 2026-11-30 criteria on what training reaches asked every seed, so that more seeds made passing harder. Before this "
+        "run they were reset to ask the mean, with the same bounds; the small scale's seeds, from 100 on, had not been run.",
     ),
     usage=(
         "from polyak.optim import AdamP\n\n"

@@ -162,7 +162,6 @@ CRITERIA = (
         arm="adan",
         against="adamw",
         bound=0.5,
-        rule="every",
         control="no_difference",
     ),
     Criterion(
@@ -173,7 +172,6 @@ CRITERIA = (
         arm="adan_half",
         against="adamw",
         bound=2.0,
-        rule="every",
     ),
     *_reported("vit", "train_loss", "training loss")[1:],
     *_reported("vit", "test_loss", "test loss"),
@@ -213,7 +211,6 @@ CRITERIA = (
         compare="difference",
         op=">=",
         bound=0.0,
-        rule="every",
     ),
     Criterion(
         name="imagenet_half_cost",
@@ -225,7 +222,6 @@ CRITERIA = (
         compare="difference",
         op=">=",
         bound=0.0,
-        rule="every",
     ),
 )
 
@@ -256,13 +252,14 @@ CLAIM = Claim(
             name="small",
             says="three small models, minutes on two cores",
             seeds=5,
+            first_seed=100,
             tasks=SMALL,
             options={"weight_decay": 0.02},
         ),
         Scale(
             name="paper",
             says="DeiT-small on ImageNet-1k, days on one accelerator; needs timm, and ImageNet in a folder or from the hub",
-            seeds=1,
+            seeds=3,
             tasks=("imagenet",),
             options={"micro_batch": 256, "workers": 16},
         ),
@@ -284,9 +281,11 @@ CLAIM = Claim(
         "The language model's text is Tiny Shakespeare if POLYAK_DATA has it, else the standard library's source, which differs "
         "between versions of Python.",
         "Paper scale: one device with accumulated gradients in place of eight; bfloat16 autocast in place of float16 with loss "
-        "scaling; DeiT's repeated augmentation is left out for both arms; one seed. Transformer-XL and GPT2 are not run.",
+        "scaling; DeiT's repeated augmentation is left out for both arms; three seeds. Transformer-XL and GPT2 are not run.",
         "The paper's Algorithm 1 starts its averages at the first gradient and corrects no bias; the code that produced its "
         "results, and the part here, start at zero and correct. The paper's betas are one minus these.",
+        "Until 2026-11-30 criteria on what training reaches asked every seed, so that more seeds made passing harder. Before this "
+        "run they were reset to ask the mean, with the same bounds; the small scale's seeds, from 100 on, had not been run.",
     ),
     usage=(
         "from polyak.optim import Adan\n\n"

@@ -283,7 +283,7 @@ NETWORK = (
     Criterion(
         name="network_adamw_beyond",
         says="AdamW's weights go beyond 1/3, the bound of Lion with wd 3",
-        task="network", metric="largest_weight", arm="network_adamw", compare="value", op=">", bound=1 / 3, rule="every",
+        task="network", metric="largest_weight", arm="network_adamw", compare="value", op=">", bound=1 / 3,
         gating=False,
     ),
     *(
@@ -323,22 +323,23 @@ CLAIM = Claim(
             name="small",
             says="three convex problems whose constrained minima are known, and a small network: a minute on two cores",
             seeds=5,
+            first_seed=100,
             options={"steps": 20_000, "lr": 1e-2, "last_lr": 1e-5, "watched_steps": 500},
         ),
     ),
     metrics=(
         *(
-            Metric(name=f"gap_{name}", label=f"Gap to the minimum, {name.replace('_', ' ')}")
+            Metric(name=f"gap_{name}", label=f"Gap to the minimum, {name.replace('_', ' ')}", exact=True)
             for name in (*VECTOR, *MATRIX)
         ),
-        Metric(name="infeasibility", label="Distance to the domain"),
-        Metric(name="contraction", label="Contraction above 1 - lr wd"),
-        Metric(name="rises", label="Steps that raise H", unit="steps"),
+        Metric(name="infeasibility", label="Distance to the domain", exact=True),
+        Metric(name="contraction", label="Contraction above 1 - lr wd", exact=True),
+        Metric(name="rises", label="Steps that raise H", unit="steps", exact=True),
         Metric(name="train_loss", label="Training loss"),
         Metric(name="test_loss", label="Test loss"),
         Metric(name="accuracy", label="Test accuracy", better="higher", worst=0.0),
         Metric(name="largest_weight", label="Largest weight"),
-        Metric(name="use_of_bound", label="Largest weight times wd"),
+        Metric(name="use_of_bound", label="Largest weight times wd", exact=True),
     ),
     criteria=(*(c for task in CONVEX for c in _criteria(task)), *NETWORK),
     trial=trial,
@@ -355,6 +356,8 @@ CLAIM = Claim(
         "The network's weights start inside the bound, so that they stay there by arithmetic.",
         "Here the gradient's sign is the usual one; the paper's momentum is minus this one. The explicit step of size lr is the "
         "paper's implicit one of size lr / (1 - lr wd).",
+        "Until 2026-11-30 criteria on what training reaches asked every seed, so that more seeds made passing harder. Before this "
+        "run they were reset to ask the mean, with the same bounds; the small scale's seeds, from 100 on, had not been run.",
     ),
     usage=(
         "from polyak.optim import Lion\n\n"

@@ -231,21 +231,21 @@ def _criteria(one: str, five: str) -> Iterator[Criterion]:
     yield Criterion(
         name=f"{five}_near_ceiling", says="MoNNA's worst accuracy under attack is at most 5 points below D-SGD's without attack",
         task=five, metric="worst", arm="monna", against="ceiling", against_metric="accuracy", compare="difference", op=">=",
-        bound=-0.05, rule="every", control="dsgd",
+        bound=-0.05, control="dsgd",
     )  # fmt: skip
     yield Criterion(
         name=f"{one}_best", says="MoNNA's accuracy under its worst attack is at most a point below every baseline's under theirs",
-        task=one, metric="worst", arm="monna", against=RIVALS, compare="difference", op=">=", bound=-0.01, rule="every",
+        task=one, metric="worst", arm="monna", against=RIVALS, compare="difference", op=">=", bound=-0.01,
         control="dsgd",
     )  # fmt: skip
     yield Criterion(
         name=f"{one}_dsgd_falls", says="Sign flip or FOE costs D-SGD more than 20 points",
         task=one, metric="worst_flip_foe", arm="dsgd", against="ceiling", against_metric="accuracy", compare="difference",
-        op="<", bound=-0.2, rule="every",
+        op="<", bound=-0.2,
     )  # fmt: skip
     yield Criterion(
         name=f"{one}_momentum", says="Under ALIE, momentum makes NNA more accurate",
-        task=one, metric="accuracy_alie", arm="monna", against="nna", compare="difference", op=">", bound=0.0, rule="every",
+        task=one, metric="accuracy_alie", arm="monna", against="nna", compare="difference", op=">", bound=0.0,
     )  # fmt: skip
     yield Criterion(
         name=f"{one}_gradients", says="MoNNA evaluates no more gradients than D-SGD",
@@ -291,6 +291,7 @@ CLAIM = Claim(
             name="small",
             says="digits, 64-32-10, 11 workers of whom 2 attack, 300 steps: minutes on two cores",
             seeds=3,
+            first_seed=100,
             tasks=(*DIGITS, "quadratic"),
             options={"n": 11, "f": 2, "lr": 0.5, "steps": 300},
         ),
@@ -310,11 +311,11 @@ CLAIM = Claim(
             Metric(name=f"accuracy_{a}", label=f"Accuracy under {a.replace('_', ' ')}", better="higher", worst=0.0)
             for a in ATTACKS
         ),
-        Metric(name="gradients", label="Sample gradients evaluated"),
+        Metric(name="gradients", label="Sample gradients evaluated", exact=True),
         Metric(name="alpha", label="Largest spread after over before mixing"),
         Metric(name="lam", label="Largest squared shift of the mean over the spread"),
-        Metric(name="excess", label="Distance to the optimum over the bound"),
-        Metric(name="nonlinearity", label="D-SGD's distance over what is linear in z, minus one"),
+        Metric(name="excess", label="Distance to the optimum over the bound", exact=True),
+        Metric(name="nonlinearity", label="D-SGD's distance over what is linear in z, minus one", exact=True),
     ),
     criteria=(
         *_criteria("digits_1", "digits_5"),
@@ -339,6 +340,8 @@ CLAIM = Claim(
         "Every worker hears itself, n - 2 f - 1 random honest others and all attackers, as in the official code. The exact part "
         "lets everyone hear all, for which the bound is proved here (n > 5 f); the paper's own constants were not at hand.",
         "Krum, median and MVA are not run; CIFAR-10 is not, either. LEARN is run on MNIST only.",
+        "Until 2026-11-30 criteria on what training reaches asked every seed, so that more seeds made passing harder. Before this "
+        "run they were reset to ask the mean, with the same bounds; the small scale's seeds, from 100 on, had not been run.",
     ),
     sources=(
         "polyak.optim.monna.aggregators",

@@ -160,7 +160,7 @@ def _below(name: str, says: str, task: str, arm: str, against: str, **more: Any)
 def _criteria(task: str, label: str) -> tuple[Criterion, ...]:
     return (
         _below("ema", f"{label}: LCSC is better than the best EMA of the same checkpoints", task, "lcsc", "ema", control="uniform"),
-        _below("last", f"{label}: LCSC is better than the last checkpoint, for every seed", task, "lcsc", "last", rule="every"),
+        _below("last", f"{label}: LCSC is better than the last checkpoint", task, "lcsc", "last"),
         _below(
             "half", f"{label}: LCSC after half the training is at least as good as the best EMA after all of it",
             task, "lcsc_half", "ema", op="<=",
@@ -211,6 +211,7 @@ CLAIM = Claim(
             name="small",
             says="digits, a few minutes on two cores",
             seeds=5,
+            first_seed=100,
             options={
                 "steps": 3000, "checkpoints": 30, "width": 128, "batch": 64, "lr": 2e-3, "scales": 18,
                 "evals": 400, "samples": 500, "fresh": 2000,
@@ -238,6 +239,8 @@ CLAIM = Claim(
         "training sees them all: it is an arm of its own, and reported.",
         "There is no paper scale: it would need the intermediate checkpoints of CIFAR-10 and ImageNet-64 trainings, which nobody "
         "has published.",
+        "Until 2026-11-30 criteria on what training reaches asked every seed, so that more seeds made passing harder. Before this "
+        "run they were reset to ask the mean, with the same bounds; the small scale's seeds, from 100 on, had not been run.",
     ),
     usage=(
         "from polyak.teachers import LCSC, metric_to, sample_metric\n\n"

@@ -112,15 +112,20 @@ class DPMSolverAdaptive(DPMSolver):
                 f"adaptive needs a finite lam at both ends, got {lam} at t={s:g} and {lam_end} at t={end:g}"
             )
         towards = math.copysign(1.0, lam_end - lam)
-        retry = False
+        retry, worst = False, 0.0
         while s != end:
+            if known.nfe + self.order > self.max_nfe:
+                raise RuntimeError(
+                    f"adaptive DPM-Solver spent {known.nfe} evaluations (max_nfe={self.max_nfe}) and is at t={s:.6g}, "
+                    f"error {worst:g} times the tolerance"
+                )
             left = abs(lam_end - lam)
             t = end if known.h >= left else process.t_of_lam(lam + towards * known.h)
             h = min(known.h, left)
             inner = [process.t_of_lam(lam + towards * h * j / self.order) for j in range(1, self.order)]
             p: Any = yield Query(x, s, first=not retry)
             x = p.x
-            values, r = yield from self._stages(x, s, t, getattr(p, self._view), inner, process)
+            values, r = yield from self._stages(x, s, t, self._own(p), inner, process)
             nfe = known.nfe + self.order
             low = self._step(x, s, t, values[:-1], r[:-1], process)
             high = self._step(x, s, t, values, r, process)
@@ -143,15 +148,15 @@ class DPMSolverAdaptive(DPMSolver):
                     x = change.x
                     known = known if change.ancestors is None else known.take(change.ancestors)
                 s, lam = t, process.lam(t)
-            if nfe + self.order > self.max_nfe and s != end:
-                raise RuntimeError(
-                    f"adaptive DPM-Solver spent {nfe} evaluations (max_nfe={self.max_nfe}) and is at t={s:.6g}, "
-                    f"error {worst:g} times the tolerance"
-                )
         if self.denoise_to_zero:
             p = yield Query(x, end)
             x = p.x0
         return x
+
+    def _own(self, prediction: Any) -> Tensor:
+        """The value, apart from the network's output: compiled and captured networks write every one to the same place."""
+        value = getattr(prediction, self._view)
+        return value.clone() if value is prediction.output else value
 
     def _step(
         self, x: Tensor, s: float, t: float, values: Sequence[Tensor], r: Sequence[float], process: Any
@@ -169,5 +174,5 @@ class DPMSolverAdaptive(DPMSolver):
         for j, q in enumerate(inner):
             at = dpm_step(x, s, q, values, process, r=[node / r[j] for node in r[:j]], form=self.form, kind="taylor")
             p = yield Query(at, q, first=False)
-            values.append(getattr(p, self._view))
+            values.append(self._own(p))
         return values, r

@@ -43,6 +43,10 @@ class _Multistep(DPMSolver, LinearSolver):
         return self.order - 1
 
     @property
+    def tapers(self) -> bool:  # type: ignore[override]
+        return self.order == 3 and self.parity == "official"
+
+    @property
     def reaches_zero(self) -> bool:  # type: ignore[override]
         return self.form == "data" and not self.denoise_to_zero
 

@@ -10,7 +10,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from polyak.generate.process.path import Generators, ProbabilityPath, check_batch, expand, standard_normal, wide
+from polyak.generate.process.path import (
+    Generators,
+    ProbabilityPath,
+    check_batch,
+    expand,
+    standard_normal,
+    unwatched,
+    wide,
+)
 
 RHO = 7.0  # of the "karras" grid (EDM, equation 5)
 _HALVINGS = 100  # of the interval in which t is sought: more than a double has bits
@@ -22,7 +30,8 @@ def _in_float64(method: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Any],
     @wraps(method)
     def call(self: Any, t: Any) -> Any:
         if not isinstance(t, Tensor):
-            return method(self, torch.tensor(_number(t), dtype=torch.float64)).item()
+            with unwatched():
+                return method(self, torch.tensor(_number(t), dtype=torch.float64, device="cpu")).item()
         if not t.is_floating_point():
             raise ValueError(f"t must be floating point, got a tensor of {t.dtype}")
         return method(self, t.to(wide(t.device))).to(t.dtype)
@@ -209,9 +218,16 @@ class Process(ProbabilityPath):
         return standard_normal(shape, generator=generator, dtype=dtype, device=device).mul_(self.prior_std)
 
     def evaluable(self, t: float, kind: str = "flow") -> bool:
-        """Whether an output of a dialect determines the field ``dx/dt`` at t: within [t_min, t_max], and of a dialect that is
-        not divided by a sigma or alpha that is 0 there."""
+        """Whether an output of a dialect determines the field ``dx/dt = alpha' x0 + sigma' eps`` at t.
+
+        Within [t_min, t_max], "flow" does. The others do where both slopes are finite, and the dialect is not divided by a sigma
+        or alpha that is 0 there.
+        """
         if not self.t_min <= t <= self.t_max:
+            return False
+        if kind == "flow":
+            return True
+        if not (math.isfinite(self.dalpha(t)) and math.isfinite(self.dsigma(t))):
             return False
         if kind in ("sample", "edm", "score") and self.sigma(t) == 0:
             return False

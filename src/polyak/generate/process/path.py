@@ -10,10 +10,12 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from polyak.core import checks
 
@@ -48,7 +50,7 @@ class Moments(Sequence[Moment]):
     """
 
     def __init__(self, path: ProbabilityPath, times: Sequence[float]) -> None:
-        self.path = path
+        self.path = self._equal = path
         self.times: list[Moment] = []
         for i, t in enumerate(times):
             moment = Moment(t)
@@ -61,13 +63,23 @@ class Moments(Sequence[Moment]):
     def __getitem__(self, index: Any) -> Any:
         return self.times[index]
 
+    def are_of(self, path: ProbabilityPath) -> bool:
+        """Whether they are times of this path, or of an equal one."""
+        if path is self.path or path is self._equal:
+            return True
+        if path != self.path:
+            return False
+        self._equal = path  # which need not be compared again
+        return True
+
     def __getattr__(self, name: str) -> list[float]:
         if name.startswith("_"):
             raise AttributeError(name)
         schedule = getattr(self.path, name, None)
         if schedule is None:
             raise AttributeError(f"{self.path!r} has no {name}, which Gaussian processes have and this solver needs")
-        values = schedule(torch.tensor(self.times, dtype=torch.float64)).tolist()
+        with unwatched():
+            values = schedule(torch.tensor(self.times, dtype=torch.float64, device="cpu")).tolist()
         self.__dict__[name] = values
         return values
 
@@ -78,6 +90,12 @@ def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_alike(a[name], b[name]) for name in a)
     return bool(a == b)
+
+
+def unwatched() -> AbstractContextManager[Any]:
+    """Numbers are computed as they are, also where modes see every operation (FakeTensorMode, memory estimates)."""
+    core: Any = torch._C
+    return _disable_current_modes() if core._len_torch_dispatch_stack() else nullcontext()
 
 
 def wide(device: torch.device) -> torch.dtype:
@@ -214,8 +232,12 @@ class ProbabilityPath:
         last = self.check_time("end", self.t_min if end is None else end)
         if last >= first:
             raise ValueError(f"end must be below start={first!r}, got {last!r}")
+        with unwatched(), torch.device("cpu"):
+            return self._grid(n, kind, first, last)
+
+    def _grid(self, n: int, kind: str, first: float, last: float) -> Tensor:
         if last < self.t_min:
-            head = self.grid(n - 1, kind, start=first) if n > 1 else torch.tensor([first], dtype=torch.float64)
+            head = self._grid(n - 1, kind, first, self.t_min) if n > 1 else torch.tensor([first], dtype=torch.float64)
             return torch.cat([head, torch.tensor([last], dtype=torch.float64)])
         forward, back = self._scale(kind)
         ends = forward(torch.tensor([first, last], dtype=torch.float64))

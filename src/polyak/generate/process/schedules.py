@@ -87,7 +87,8 @@ class CosineVP(_VariancePreserving):
         return math.pi / 2 * (t + self.s) / (1 + self.s)
 
     def _log_alpha(self, t: Tensor) -> Tensor:
-        return torch.log(torch.cos(self._angle(t))) - self._offset
+        log_alpha = torch.log(torch.cos(self._angle(t))) - self._offset
+        return log_alpha.clamp(max=0.0)  # at t = 0 it rounds to either side of 0
 
     def _dlog_alpha(self, t: Tensor) -> Tensor:
         return -math.pi / 2 / (1 + self.s) * torch.tan(self._angle(t))
@@ -166,13 +167,18 @@ class Discrete(_VariancePreserving):
         return self._tables[device]
 
     def _cell(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        table = self._on(t.device)
-        left = torch.floor(t * self.n).clamp(0, self.n - 1).long()
-        return left, table[left], table[left + 1]
+        """How far t is between two points of the table, and what stands at both."""
+        table, place = self._on(t.device), t * self.n
+        point = place.round()
+        # A point is met, however its time was rounded.
+        place = torch.where((place - point).abs() < 1e-9 * point, point, place)
+        left = torch.floor(place).clamp(0, self.n - 1).long()
+        return place - left, table[left], table[left + 1]
 
     def _log_alpha(self, t: Tensor) -> Tensor:
-        left, low, high = self._cell(t)
-        return torch.lerp(low, high, t * self.n - left)
+        part, low, high = self._cell(t)
+        # The last may be -inf, which times nothing is no number.
+        return torch.where(part == 0, low, torch.where(part == 1, high, torch.lerp(low, high, part)))
 
     def _dlog_alpha(self, t: Tensor) -> Tensor:
         _, low, high = self._cell(t)

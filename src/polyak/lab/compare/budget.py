@@ -6,20 +6,29 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from polyak.lab import words
+from polyak.lab import limits, words
 
-Unit = Literal["steps", "evaluations", "seconds"]
+Unit = Literal["steps", "gradients", "evaluations", "seconds"]
 _NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([a-z]+)\s*(/\s*trial)?")
 _SECONDS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
 _COUNTS: dict[str, Unit] = {
     "step": "steps",
     "steps": "steps",
+    "grad": "gradients",
+    "grads": "gradients",
+    "gradient": "gradients",
+    "gradients": "gradients",
     "nfe": "evaluations",
     "evaluation": "evaluations",
     "evaluations": "evaluations",
 }
-LEAST_DEADLINE_S: dict[Unit, float] = {"seconds": 60.0, "steps": 1800.0, "evaluations": 1800.0}  # of a trial
-FORMS = "a time for all (90s, 5m, 1h), a time for each trial (20s/trial), or a count for each trial (500steps, 20nfe)"
+LEAST_DEADLINE_S: dict[Unit, float] = {
+    "seconds": 60.0,
+    "steps": 1800.0,
+    "gradients": 1800.0,
+    "evaluations": 1800.0,
+}  # of a trial
+FORMS = "a time for all (90s, 5m, 1h), a time for each trial (20s/trial), or a count for each trial (500steps, 500grads, 20nfe)"
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,16 @@ def seconds(name: str, text: str) -> float:
     """A time such as 90s, 5m or 1h, in seconds; ValueError for anything else."""
     match = _NUMBER.fullmatch(text.strip().lower())
     if match is None or match[2] not in _SECONDS or match[3] or not float(match[1]):
-        raise ValueError(f"{name} must be a time such as 90s, 5m or 1h, got {text!r}")
-    return float(match[1]) * _SECONDS[match[2]]
+        raise ValueError(f"{name} must be a time such as 90s, 5m or 1h, got {limits.short(text)!r}")
+    return _time(name, match)
+
+
+def _time(name: str, match: re.Match[str]) -> float:
+    """Seconds, of which there are not more than anybody can wait for."""
+    found = float(match[1]) * _SECONDS[match[2]]
+    if found > limits.MOST_SECONDS:
+        raise ValueError(f"{name} must be at most {limits.MOST_SECONDS:g} s, got {limits.short(match[0])!r}")
+    return found
 
 
 def parse(text: str, trials: float) -> Budget:
@@ -66,15 +83,17 @@ def parse(text: str, trials: float) -> Budget:
     match = _NUMBER.fullmatch(text.strip().lower())
     unit = match[2] if match else ""
     if match is None or unit not in {*_SECONDS, *_COUNTS}:
-        raise ValueError(f"budget must be {FORMS}, got {text!r}")
+        raise ValueError(f"budget must be {FORMS}, got {limits.short(text)!r}")
     amount = float(match[1])
     if unit in _COUNTS:
-        if amount != int(amount) or amount < 1:
-            raise ValueError(f"budget must be a whole number of {_COUNTS[unit]}, at least 1, got {text!r}")
+        if not 1 <= amount <= limits.MOST_COUNT or amount != int(amount):
+            raise ValueError(
+                f"budget must be a whole number of {_COUNTS[unit]}, from 1 to {limits.MOST_COUNT:.0e}, got {limits.short(text)!r}"
+            )
         return Budget(_COUNTS[unit], int(amount))
     if amount <= 0:
-        raise ValueError(f"budget must be more than no time, got {text!r}")
-    time = amount * _SECONDS[unit]
+        raise ValueError(f"budget must be more than no time, got {limits.short(text)!r}")
+    time = _time("budget", match)
     if match[3]:
         return Budget("seconds", time)
     return Budget("seconds", float(f"{time / trials:.2g}"), total=time)

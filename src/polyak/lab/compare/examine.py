@@ -1,26 +1,26 @@
 """Looking at a task before it is compared on: does it run, is it a pure function of its seed, does it give itself away?
 
-:func:`examine` and :func:`try_arms` run in processes of their own, so that what the user's code does to them is forgotten.
+:func:`examine` runs in a process of its own, so that what the user's code does to it is forgotten.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyak.lab import group
-from polyak.lab.claim import Measurement, Trial
-from polyak.lab.compare.arms import ArmError
 from polyak.lab.compare.contents import digest, targets
 from polyak.lab.compare.generators import Generators, number
-from polyak.lab.compare.sampling import UnsuitedError, sampler, samples_of
+from polyak.lab.compare.leaks import changed, held
+from polyak.lab.compare.ranks import BATCHES, SEED, same_batches
+from polyak.lab.compare.sampling import samples_of
 from polyak.lab.compare.task import (
     AnyTask,
     Facts,
@@ -34,26 +34,24 @@ from polyak.lab.compare.task import (
     metrics,
     says,
 )
-from polyak.lab.compare.trial import build, rehearse
-from polyak.lab.workers import Job, Outcome, settle
+from polyak.lab.compare.trial import copied
+from polyak.lab.workers import call_apart, settle
 
 if TYPE_CHECKING:
     from torch import nn
 
 _State = tuple[dict[str, str], dict[str, str]]  # digests of parameters, and of what else is saved
 
-SEED = 20_000  # neither tuned on nor reported
-_BATCHES = 3  # are compared
-_EVALUATIONS = 8  # of a sampler that is tried
 _STEPS = 2  # of a pipeline that is looked at
 _SHOWN = 3  # names in a message
+_PATIENCE_S = 120.0  # with a process of its own, where a cause is looked for
 _ROUNDING = 1e-3  # relative, of an accelerator, which may sum in another order every time
 
 
 def examine(file: str, device: str, processes: int = 1) -> Facts | str:
     """The facts of a task, or what is wrong with it, in a sentence. ``processes``: of each trial."""
     # First, while this process holds nothing on an accelerator.
-    same = _same_batches(file, device, processes) if processes > 1 else ()
+    same = same_batches(file, device, processes) if processes > 1 else ()
     with group.of_one() if processes > 1 else nullcontext():
         found = _examine(file, device)
     return found if isinstance(found, str) else replace(found, warnings=(*same, *found.warnings))
@@ -62,7 +60,7 @@ def examine(file: str, device: str, processes: int = 1) -> Facts | str:
 def _examine(file: str, device: str) -> Facts | str:
     try:
         began = time.perf_counter()
-        first = _load(file, device)
+        first = fresh(file, device)
         building = time.perf_counter() - began
         if isinstance(first, SamplingTask):
             return replace(_examine_sampling(first, file, device), building=building)
@@ -71,58 +69,7 @@ def _examine(file: str, device: str) -> Facts | str:
         return str(error)
 
 
-def try_arms(
-    file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any]]], processes: int = 1
-) -> ArmError | TaskError | None:
-    """What is wrong with the first arm that cannot be used on a task; None where all can.
-
-    ``arms``: each one's words, and its options as a trial gets them. ``processes``: of each trial.
-    """
-    with group.of_one() if processes > 1 else nullcontext():
-        return _try_arms(file, device, arms)
-
-
-def _try_arms(file: str, device: str, arms: Sequence[tuple[str, Mapping[str, Any]]]) -> ArmError | TaskError | None:
-    try:
-        for text, options in arms:
-            task = _load(file, device)
-            name = str(options["class"]).rpartition(":")[2]
-            try:
-                if isinstance(task, SamplingTask):
-                    _draw_once(task, options, device)
-                    continue
-                optimizer = build(task, task.model.train(), options)
-            except UnsuitedError as error:
-                return ArmError(f"arm {text!r}: {error}")
-            except Exception as error:
-                what = "draw on this task" if isinstance(task, SamplingTask) else "be made"
-                return ArmError(f"arm {text!r}: {name} cannot {what}: {type(error).__name__}: {error}")
-            if missing := [part for part in ("step", "zero_grad", "param_groups") if not hasattr(optimizer, part)]:
-                return ArmError(f"arm {text!r}: {name} is no optimizer: it has no {' and no '.join(missing)}")
-            try:
-                rehearse(task, task.model, optimizer, next(endless(task.batches, Path(file).name)))
-            except TaskError:
-                raise
-            except Exception as error:
-                return ArmError(f"arm {text!r}: a step of {name} raised {type(error).__name__}: {error}")
-    except TaskError as error:
-        return error
-    return None
-
-
-def _draw_once(task: SamplingTask, options: Mapping[str, Any], device: str) -> None:
-    """Draw samples with a small budget, or with the whole one where so little is not enough for a step."""
-    import torch
-
-    arm, whole = sampler(task, options, device), int(options["budget"].get("evaluations", _EVALUATIONS))
-    with torch.no_grad():
-        try:
-            arm.draw(min(_EVALUATIONS, whole), SEED)
-        except ValueError:
-            arm.draw(whole, SEED)
-
-
-def _load(file: str, device: str) -> AnyTask:
+def fresh(file: str, device: str) -> AnyTask:
     settle(("numpy", "torch"), SEED)
     return load(file, SEED, device)
 
@@ -131,7 +78,7 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
     name = Path(file).name
     weights = digest(first.model.state_dict())
     with blame(f"{name}: taking a batch", file):
-        batches = list(islice(endless(first.batches, name), _BATCHES))
+        batches = list(islice(endless(first.batches, name), BATCHES))
     contents = digest(batches)
     warnings: list[str] = []
     state = _state(first.model)
@@ -148,9 +95,9 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
     if validated is not None and not {next(iter(untrained)), "validate"} & validated.keys():
         raise TaskError(f"{name}: validate must return {next(iter(untrained))!r}, too, which arms are compared by")
     _check_schedule(first, file)
-    seconds, loss = _take_steps(first, batches, file)
+    seconds, losses = _take_steps(first, batches, file, device)
     # A second call with the same seed must not meet what the first one left: trained weights, drawn random numbers.
-    second = _load(file, device)
+    second = fresh(file, device)
     assert isinstance(second, TrainingTask)
     ours, theirs = ({p.data_ptr() for p in t.model.parameters() if p.numel()} for t in (first, second))
     if ours & theirs:
@@ -164,7 +111,7 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
             "(a generator made outside of the function?). Make it inside, from the seed"
         )
     with blame(f"{name}: taking a batch", file):
-        again = digest(list(islice(endless(second.batches, name), _BATCHES)))
+        again = digest(list(islice(endless(second.batches, name), BATCHES)))
     if again != contents:
         raise TaskError(
             f"{name}: two calls with one seed give different batches: something is left from one call to the next (an iterator or "
@@ -173,7 +120,9 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
     for what, found in (("evaluate", untrained), ("validate", validated)):
         if found is not None:
             again = _evaluate(second, what, file, device)
-            _compare_numbers(found, again, f"{what}(model)", "untrained model", name, device)
+            retry = partial(_evaluate_anew, what, file, device)
+            _compare_numbers(found, again, retry, f"{what}(model)", "untrained model", file, device)
+    _compare_losses(losses, _take_steps(second, batches, file, device)[1], file, device)
     warnings += targets(batches, name)
     if first.validate and validated == untrained:
         warnings.append(
@@ -190,7 +139,7 @@ def _examine_training(first: TrainingTask, file: str, device: str) -> Facts:
         validates=first.validate is not None,
         seconds=seconds,
         evaluating=evaluating,
-        identity=_identity(weights, contents, loss, untrained, validated),
+        identity=_identity(weights, contents, losses[0], untrained, validated),
         warnings=tuple(warnings),
     )
 
@@ -232,18 +181,38 @@ def _random_numbers(device: str) -> Generators:
     return Generators(device, number("evaluation", SEED))
 
 
+def _evaluate_anew(what: str, file: str, device: str) -> None:
+    task = fresh(file, device)
+    assert isinstance(task, TrainingTask)
+    _evaluate(task, what, file, device)
+
+
 def _compare_numbers(
-    first: Mapping[str, float], second: Mapping[str, float], what: str, given: str, name: str, device: str
+    first: Mapping[str, float],
+    second: Mapping[str, float],
+    retry: Callable[[], object],
+    what: str,
+    given: str,
+    file: str,
+    device: str,
 ) -> None:
-    """Those that two calls with one seed give: equal on a CPU."""
+    """Those that two calls with one seed give: equal on a CPU. ``retry``: makes them once more, so that the cause is seen."""
     for key in dict.fromkeys([*first, *second]):
         one, other = first.get(key, math.nan), second.get(key, math.nan)
         near = math.isclose(one, other, rel_tol=0.0 if device == "cpu" else _ROUNDING)
         if not near and not (math.isnan(one) and math.isnan(other)):
+            before = held(file)
+            retry()
+            names = changed(before, held(file))
+            why = (
+                f"{names} outside of the function changes with each"
+                if names
+                else "Something is left from one call to the next, or comes from no seed (held-out data from a generator made "
+                "outside of the function? from os.urandom?)"
+            )
             raise TaskError(
-                f"{name}: two calls with one seed give different numbers: of the same {given} {what} is {one!r}, then {other!r} "
-                f"({key}). Something is left from one call to the next, or comes from no seed (held-out data from a generator "
-                "made outside of the function? from os.urandom?). Make it inside, from the seed"
+                f"{Path(file).name}: two calls with one seed give different numbers: of the same {given} {what} is {one!r}, then "
+                f"{other!r} ({key}). {why}. Make it inside, from the seed"
             )
 
 
@@ -279,16 +248,20 @@ def _listed(names: Sequence[str]) -> str:
     return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 
-def _take_steps(task: TrainingTask, batches: list[Any], file: str) -> tuple[float, float]:
-    """A few plain gradient steps: the loss is one finite number with a gradient. Seconds for one, and the first loss."""
+def _take_steps(task: TrainingTask, batches: list[Any], file: str, device: str) -> tuple[float, list[float]]:
+    """A few plain gradient steps: the loss is one finite number with a gradient. Seconds for one, and the losses.
+
+    Last comes the loss of the first batch again, which all that the steps have done is in.
+    """
     import torch
 
     name = Path(file).name
     task.model.train()
     took, losses = [], []
-    for batch in batches:
+    numbers = Generators(device, number("steps", SEED))
+    for batch in map(copied, [*batches, batches[0]]):
         began = time.perf_counter()
-        with blame(f"{name}: loss(model, batch)", file):
+        with blame(f"{name}: loss(model, batch)", file), numbers:
             loss = task.loss(task.model, batch)
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             what = f"one of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
@@ -308,7 +281,41 @@ def _take_steps(task: TrainingTask, batches: list[Any], file: str) -> tuple[floa
                     p.add_(p.grad, alpha=-1e-3)
                     p.grad = None
         took.append(time.perf_counter() - began)
-    return min(took), losses[0]
+    return min(took), losses
+
+
+def _compare_losses(first: list[float], second: list[float], file: str, device: str) -> None:
+    """Those of the same steps, on what two calls with one seed give: equal on a CPU."""
+    for step, (one, other) in enumerate(zip(first, second, strict=True), 1):
+        near = math.isclose(one, other, rel_tol=0.0 if device == "cpu" else _ROUNDING)
+        if not near and not (math.isnan(one) and math.isnan(other)):
+            raise TaskError(
+                f"{Path(file).name}: the same steps, taken twice in one process, give different numbers: the training loss of step "
+                f"{step} is {one!r}, then {other!r}. {cause(first, file, device)}"
+            )
+
+
+def losses_of(file: str, device: str) -> list[float]:
+    """The losses of a few steps on what a call gives."""
+    task = fresh(file, device)
+    assert isinstance(task, TrainingTask)
+    batches = list(islice(endless(task.batches, Path(file).name), BATCHES))
+    return _take_steps(task, batches, file, device)[1]
+
+
+def cause(first: list[float], file: str, device: str) -> str:
+    """Why two trials differ, in a sentence: by what the task's modules hold, and by what a process of its own finds."""
+    before = held(file)
+    losses_of(file, device)
+    if names := changed(before, held(file)):
+        return f"{names} outside of task(seed, device) changes from trial to trial: make it inside of the function"
+    try:
+        found = [call_apart(losses_of, file, device, timeout=_PATIENCE_S) for _ in range(2)]
+    except (RuntimeError, TimeoutError):
+        found = []
+    if len(found) == 2 and found[0] != found[1]:
+        return "In new processes they differ, too: something is drawn from no seed (os.urandom? the time?). Take it from the seed"
+    return "Something is left from one trial to the next (in an imported package? in a file?). Make it inside of the function"
 
 
 def _examine_sampling(first: SamplingTask, file: str, device: str) -> Facts:
@@ -317,7 +324,7 @@ def _examine_sampling(first: SamplingTask, file: str, device: str) -> Facts:
     one = look(first, file, device)
     better = betters(first, one.numbers, file)
     # A second call with the same seed must not meet what the first one left, be it in the samples or in what judges them.
-    second = _load(file, device)
+    second = fresh(file, device)
     assert isinstance(second, SamplingTask)
     other = look(second, file, device)
     if one.made != other.made:
@@ -325,7 +332,13 @@ def _examine_sampling(first: SamplingTask, file: str, device: str) -> Facts:
             f"{name}: two calls with one seed give {one.of} that differ: something is left from one call to the next (a generator "
             "made outside of the function?). Make it inside, from the seed"
         )
-    _compare_numbers(one.numbers, other.numbers, "metric(samples)", "samples", name, device)
+
+    def retry() -> None:
+        third = fresh(file, device)
+        assert isinstance(third, SamplingTask)
+        look(third, file, device)
+
+    _compare_numbers(one.numbers, other.numbers, retry, "metric(samples)", "samples", file, device)
     return Facts(
         kind="sampling",
         says=says(file),
@@ -394,66 +407,3 @@ def _judged(task: SamplingTask, samples: Any, file: str, device: str) -> dict[st
     with _random_numbers(device), blame(f"{Path(file).name}: metric(samples)", file):
         numbers = metrics(task.metric(samples), "metric", file)
     return {"numbers": numbers, "evaluating": time.perf_counter() - began}
-
-
-# -- trials of several processes -------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _FirstBatches:
-    """A trial function: whether all ranks have the same first batches. They meet at the store that was there before them."""
-
-    file: str
-
-    def __call__(self, trial: Trial) -> Iterator[Measurement]:
-        from torch.distributed import TCPStore
-
-        task, own = load(self.file, trial.seed, trial.device), ""
-        if isinstance(task, TrainingTask):
-            batches = list(islice(endless(task.batches, Path(self.file).name), _BATCHES))
-            own = digest(batches) if _is_data(batches) else ""
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        store.set(f"polyak/{os.environ['RANK']}", own)
-        found = {store.get(f"polyak/{rank}").decode() for rank in range(int(os.environ["WORLD_SIZE"]))}
-        yield Measurement(values={"same": float(len(found) == 1 and "" not in found)})
-
-
-def _same_batches(file: str, device: str, processes: int) -> tuple[str, ...]:
-    """A warning where a task gives the same to all processes of a trial, which then do the same work."""
-    name, trial = Path(file).name, Trial(claim="", scale="", task="", arm="", seed=SEED, device=device)
-    job = Job(
-        function=_FirstBatches(file),
-        trial=trial,
-        worst={"same": 0.0},
-        needed=frozenset(["same"]),
-        libraries=("numpy", "torch"),
-        processes=processes,
-    )
-    found = group.carry_out(job, lambda *_: None, lambda *_: True)
-    # What goes wrong here goes wrong in a trial, too, which says so.
-    if not isinstance(found, Outcome) or not found.values["same"]:
-        return ()
-    all_ = "both" if processes == 2 else f"all {processes}"
-    return (
-        f"{name} gives {all_} processes of a trial the same batches: unless its loss or its model shares them out, each does the "
-        "same work. Give every rank batches of its own: by torch.distributed.get_rank() or the variable RANK, with a "
-        "DistributedSampler, or with accelerate",
-    )
-
-
-def _is_data(batches: Sequence[Any]) -> bool:
-    """Whether a digest sees all of some batches, and they are more than numbers of steps, for which a loss makes its own data."""
-    import numpy as np
-    import torch
-
-    data, parts = (torch.Tensor, np.ndarray, str), list(_leaves(batches))
-    known = all(isinstance(part, (*data, int, float, type(None))) for part in parts)
-    return known and any(isinstance(part, data) for part in parts)
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if not isinstance(value, (Mapping, list, tuple)):
-        yield value
-        return
-    for part in value.values() if isinstance(value, Mapping) else value:
-        yield from _leaves(part)

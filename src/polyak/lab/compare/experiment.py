@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from polyak.lab.claim import Arm, Claim, Criterion, Metric, Paper, Plot, Scale, Task
-from polyak.lab.compare.arms import ArmSpec
 from polyak.lab.compare.budget import Budget
 from polyak.lab.compare.sampling import Draw
 from polyak.lab.compare.search import MEASURE
+from polyak.lab.compare.spec import ArmSpec
 from polyak.lab.compare.task import Facts
 from polyak.lab.compare.trial import Train
 from polyak.lab.store import COMPARISON
@@ -22,7 +22,6 @@ _ROUNDING = 1e-6  # relative to the values: what two orders of the same sums in 
 _OWN_METRICS = (
     Metric(name="train_loss", label="training loss"),
     Metric(name="steps", label="steps", better="higher"),
-    Metric(name="evaluations", label="evaluations", better="higher"),
     Metric(name="seconds", label="seconds", unit="s"),
     Metric(name="memory", label="memory", unit="MB"),
     Metric(name="processor", label="share of a processor", better="higher"),
@@ -37,6 +36,7 @@ def experiment(file: Path, facts: Facts, arms: Sequence[ArmSpec], budget: Budget
     x, x_label = {
         "seconds": ("seconds", "seconds of training"),
         "steps": ("step", "optimizer step"),
+        "gradients": ("gradients", "gradients of batches"),
         "evaluations": ("evaluations", "evaluations of the model"),
     }[budget.unit]
     if facts.kind == "sampling":
@@ -45,7 +45,7 @@ def experiment(file: Path, facts: Facts, arms: Sequence[ArmSpec], budget: Budget
     plots = [Plot(x=x, y=m.name, x_label=x_label, log_x=sampled) for m in measured[:3]]
     if not sampled:
         plots.append(Plot(x=x, y="train_loss", x_label=x_label))
-        if x == "step":
+        if x != "seconds":
             plots.insert(1, Plot(x="seconds", y=facts.main, x_label="seconds of training"))
     return Claim(
         slug=f"{COMPARISON}{name}",
@@ -71,7 +71,7 @@ def experiment(file: Path, facts: Facts, arms: Sequence[ArmSpec], budget: Budget
         metrics=(
             *measured,
             Metric(name=MEASURE, label=f"{facts.main.replace('_', ' ')} in tuning", better=better),
-            *(m for m in _OWN_METRICS if m.name not in facts.better),
+            *(m for m in _own_metrics(sampled) if m.name not in facts.better),
         ),
         criteria=tuple(
             Criterion(
@@ -91,6 +91,11 @@ def experiment(file: Path, facts: Facts, arms: Sequence[ArmSpec], budget: Budget
         ),
         trial=(Draw if sampled else Train)(str(file)),
     )
+
+
+def _own_metrics(sampled: bool) -> tuple[Metric, ...]:
+    asked = Metric(name="evaluations", label="evaluations" if sampled else "gradients", better="higher")
+    return (*_OWN_METRICS, asked)
 
 
 def _labels(arms: Sequence[ArmSpec]) -> dict[str, str]:

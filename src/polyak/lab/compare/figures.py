@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from polyak.core import checks
 from polyak.lab import plots, words
 from polyak.lab.claim import Arm, Claim, Plot
-from polyak.lab.compare.result import Comparison, TaskComparison, regular
+from polyak.lab.compare.answer import TaskComparison
+from polyak.lab.compare.result import Found
+from polyak.lab.compare.rows import regular
 from polyak.lab.compare.search import MEASURE, stopped
 from polyak.lab.plots import Line
 from polyak.lab.result import TrialResult
@@ -26,7 +29,7 @@ _ROOM = 0.06  # of an axis, beyond what is on it
 _PROFILES = Plot(x="ratio", y="share", x_label="times as long as the fastest arm", log_x=True)
 
 
-def figure(comparison: Comparison, what: str, task: str = "") -> Figure:
+def figure(comparison: Found, what: str, task: str = "") -> Figure:
     """One drawing as a matplotlib figure, which a notebook shows.
 
     Raises:
@@ -177,7 +180,7 @@ def _sensitivity(t: TaskComparison) -> _Drawn:
 
 
 _KEYS = {
-    "": "the grid, all else at its centre",
+    "": "grids, all else at its centre (mean over seeds)",
     "other": "other points",
     "stopped": "stopped early, with its last value",
     "diverged": "diverged",
@@ -186,24 +189,55 @@ _KEYS = {
 
 
 def _tuning(t: TaskComparison, arm: Arm, name: str) -> Line:
-    """All of an arm's tuning trials that have this option: a line over its grid of it, and marks for the others."""
+    """All of an arm's tuning trials that have this option: a line over its grids of it, and marks for the others.
+
+    Seeds have grids of their own. The line goes over their steps: at each the means over seeds, in a band of all there are.
+    """
     spec = next(spec for spec in t.setup.arms if spec.text == arm.name)
-    trials = [trial for trial in t.trials(arm.name, "tuning") if name in trial.point]
-    on_grid = _grid(trials, name) if next(iter(spec.space), "") == name else []
-    line = Line(arm, label=arm.label, crosses=[(float(p.point[name]), 0.0) for p in trials if p.diverged])
-    sound = [p for p in trials if not p.diverged]
-    whole = [p for p in sound if not stopped(p)]
-    points = sorted((float(p.point[name]), p.values[MEASURE]) for p in whole if p in on_grid)
-    line.x, line.middle = [x for x, _ in points], [y for _, y in points]
-    line.low = line.high = line.middle
-    chosen = [p for p in whole if p.point == t.result.chosen.get(t.name, {}).get(arm.name)]
-    kinds = {
-        "other": [p for p in whole if p not in on_grid],
-        "stopped": [p for p in sound if stopped(p)],
-        "chosen": chosen[:1],
+    line, marks = Line(arm, label=arm.label), {"other": [], "stopped": [], "chosen": []}
+    steps: dict[int, list[TrialResult]] = {}
+    for seed, point in zip(t.result.seeds, t.result.chosen.get(t.name, {}).get(arm.name, ()), strict=False):
+        tried = [trial for trial in t.tried(arm.name, seed) if name in trial.point]
+        marks["chosen"] += [trial for trial in tried if trial.point == point][:1]
+    for seed in t.result.seeds:
+        tried = [trial for trial in t.tried(arm.name, seed) if name in trial.point]
+        on_grid = _grid(tried, name) if next(iter(spec.space), "") == name else []
+        line.crosses += [(float(trial.point[name]), 0.0) for trial in tried if trial.diverged]
+        sound = [trial for trial in tried if not trial.diverged]
+        marks["stopped"] += [trial for trial in sound if stopped(trial)]
+        marks["other"] += [trial for trial in sound if not stopped(trial) and trial not in on_grid]
+        ordered = sorted(on_grid, key=lambda trial: trial.point[name])
+        for place, trial in enumerate(ordered):
+            if not trial.diverged and not stopped(trial):
+                # Counted from where the grid begins: some seeds' searches have gone beyond it.
+                steps.setdefault(place - ordered.index(on_grid[0]), []).append(trial)
+    for _, found in sorted(steps.items()):
+        values = [trial.values[MEASURE] for trial in found]
+        line.x.append(_middle([float(trial.point[name]) for trial in found]))
+        line.middle.append(statistics.fmean(values))
+        line.low.append(min(values))
+        line.high.append(max(values))
+    line.marks = {
+        kind: [(float(p.point[name]), p.values[MEASURE]) for p in found if not p.diverged]
+        for kind, found in marks.items()
     }
-    line.marks = {kind: [(float(p.point[name]), p.values[MEASURE]) for p in found] for kind, found in kinds.items()}
     return line
+
+
+def _grid(trials: Sequence[TrialResult], name: str) -> list[TrialResult]:
+    """Those trials that differ from the first in this alone."""
+
+    def others(trial: TrialResult) -> dict[str, object]:
+        return {key: value for key, value in trial.point.items() if key != name}
+
+    return [trial for trial in trials if others(trial) == others(trials[0])]
+
+
+def _middle(places: Sequence[float]) -> float:
+    """The mean of an option's values, of its logarithms where it has them."""
+    if len(set(places)) == 1:
+        return places[0]
+    return statistics.geometric_mean(places) if min(places) > 0 else statistics.fmean(places)
 
 
 def _alone(line: Line) -> list[tuple[float, float]]:
@@ -236,30 +270,21 @@ def _tuned(t: TaskComparison) -> str:
     return "lr" if "lr" in names else max(names, key=names.count, default="")
 
 
-def _grid(trials: Sequence[TrialResult], name: str) -> list[TrialResult]:
-    """Those trials that differ from the first in this alone."""
-
-    def others(trial: TrialResult) -> dict[str, object]:
-        return {key: value for key, value in trial.point.items() if key != name}
-
-    return [trial for trial in trials if others(trial) == others(trials[0])]
-
-
 # -- over tasks ------------------------------------------------------------------------------------------------------------
 
 
-def profile_svg(comparison: Comparison) -> str:
+def profile_svg(comparison: Found) -> str:
     """The SVG of the performance profiles."""
     name = "Performance profiles: share of tasks whose target is reached, over the time relative to the fastest arm, per arm"
     return _profiles(comparison).svg(comparison.tasks[0].claim, name, "profiles")
 
 
-def _profiles(comparison: Comparison) -> _Drawn:
+def _profiles(comparison: Found) -> _Drawn:
     title = "share of tasks whose target is reached; higher is better"
     return _Drawn(profile_lines(comparison), _PROFILES, title, {"above": "share of tasks"})
 
 
-def profile_lines(comparison: Comparison) -> list[Line]:
+def profile_lines(comparison: Found) -> list[Line]:
     """Stairs for each arm, all to one right end."""
     profiles = comparison.profiles()
     end = 1.2 * max((ratio for steps in profiles.values() for ratio, _ in steps), default=1.0)

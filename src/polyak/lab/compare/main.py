@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from polyak.core import checks
-from polyak.lab import versions
+from polyak.lab import limits, versions
 from polyak.lab.compare import arms as specs
 from polyak.lab.compare import budget as budgets
-from polyak.lab.compare.arms import ArmSpec
 from polyak.lab.compare.budget import Budget
-from polyak.lab.compare.examine import examine, try_arms
+from polyak.lab.compare.comparison import Comparison
+from polyak.lab.compare.examine import examine
+from polyak.lab.compare.optimizers import BASE
+from polyak.lab.compare.recipe import REST
 from polyak.lab.compare.record import AskedTask, Record
-from polyak.lab.compare.result import Comparison, Setup
+from polyak.lab.compare.rehearsal import Again, rehearse_all
+from polyak.lab.compare.rows import Setup
 from polyak.lab.compare.sampling import PARTS
 from polyak.lab.compare.search import ComparisonPlan
+from polyak.lab.compare.spec import ArmError, ArmSpec, Kind
 from polyak.lab.compare.task import Facts, NoTaskError, TaskError, add_folder
 from polyak.lab.run import Listener, Progress, carry_out, device_kind
 from polyak.lab.store import Store
@@ -30,9 +34,10 @@ from polyak.lab.workers import Executor, call_apart
 
 EXAMINATION_S = 300.0  # a task that has not been built and looked at by then is taken to hang
 # The files that decide what a trial yields, beside the task's and the arm's.
-_OWN_CODE = ("trial", "sampling", "task", "generators")
+_OWN_CODE = ("trial", "sampling", "task", "generators", "recipe")
 _GUARD = '; a script that calls compare must do so under `if __name__ == "__main__":`'
 _REDRAW_S = 2.0
+_FEW = 8  # steps, or evaluations, that all arms but the baseline are looked at for
 _COSTLY = 10.0  # times as long as a plain one a step may take
 _log = logging.getLogger("polyak.lab.compare")
 
@@ -43,7 +48,7 @@ def compare(
     *,
     budget: str = "5m",
     seeds: int = 5,
-    trials: int = 10,
+    trials: int = 6,
     baseline: str | None = None,
     target: float | None = None,
     points: int = 20,
@@ -66,8 +71,8 @@ def compare(
         arms: what is compared, e.g. ``"adamw,adan,lion"`` (see :mod:`polyak.lab.compare.arms`); in a sequence also classes.
         budget: a time for the whole comparison ("5m"), which all trials share equally; a time for each trial ("20s/trial"); or a
             count for each trial ("500steps", for samplers "20nfe").
-        seeds: how many are reported, the same for all arms; 5 or more can decide something.
-        trials: tuning trials of every arm, on a seed that is not reported.
+        seeds: how many are reported, the same for all arms; 3 or more can decide something.
+        trials: tuning trials of every arm for each of these seeds, on a seed that is not reported.
         baseline: the arm that the others are compared with. Default: the first.
         target: a value of the main metric; the report then says what it costs to reach it. Default: the baseline's final value.
         points: how often a reported trial is measured on the way (a tuning trial: half as often).
@@ -104,35 +109,43 @@ def compare(
 
     What it is at before the first trial it says to the logger "polyak.lab.compare".
     """
-    checks.integer("seeds", seeds, least=1)
-    checks.integer("trials", trials, least=1)
-    checks.integer("points", points, least=2)
+    for name, value, least in (
+        ("seeds", seeds, 1),
+        ("trials", trials, 1),
+        ("points", points, 2),
+        ("processes", processes, 1),
+    ):
+        limits.count(name, value, least=least)
+    if jobs is not None:
+        limits.count("jobs", jobs)
     if target is not None:
         checks.real("target", target)
     if deadline is not None:
-        checks.positive("deadline", deadline)
+        limits.seconds("deadline", deadline)
     files = task_files(tasks)
     if not isinstance(budget, str):
         raise ValueError(f"budget must be {budgets.FORMS}, in words, got {budget!r}")
     for file in files:
         add_folder(file)  # arms may be beside the tasks
+    # What is asked for is understood before any task is imported, which may take minutes.
+    spend = budgets.parse(budget, 1)
+    asked = _asked(arms, baseline, spend)
+    if spend.unit == "seconds" and processes > 1:
+        # Each process has a clock of its own: one would go on to a step that the others do not take.
+        raise ValueError(f"budget for trials of several processes is a count like 500steps, got {budget!r}")
     kind = device_kind(device, processes, executor)
     call = call_apart if executor is None else executor.call
     facts = {file: _examine(file, device, processes, deadline or EXAMINATION_S, call) for file in files}
     kind_of_task = next(iter(facts.values())).kind
     if any(f.kind != kind_of_task for f in facts.values()):
         raise TaskError("tasks must be alike: some are of training and some of sampling")
-    competitors = specs.parse(arms, kind_of_task)
-    first = _baseline(baseline, competitors)
-    competitors = (first, *(arm for arm in competitors if arm is not first))
+    competitors = asked.get(kind_of_task) or _first(baseline, specs.parse(arms, kind_of_task))
     tuned = sum(bool(arm.space) for arm in competitors)
     # A reported trial of samplers draws with parts of its budget, too.
     weight = sum(PARTS) if kind_of_task == "sampling" else 1
-    limit = budgets.parse(budget, len(files) * (tuned * trials + len(competitors) * seeds * weight))
-    _check_unit(limit, facts)
-    if limit.unit == "seconds" and processes > 1:
-        # Each process has a clock of its own: one would go on to a step that the others do not take.
-        raise ValueError(f"budget for trials of several processes is a count like 500steps, got {budget!r}")
+    limit = budgets.parse(budget, len(files) * seeds * (tuned * trials + len(competitors) * weight))
+    _check_unit(limit, kind_of_task)
+    _check_amount(limit, facts)
     if limit.unit == "seconds" and executor is not None and jobs is None:
         executor.apart()
     at_once = jobs if jobs is not None else 1 if limit.unit == "seconds" else None
@@ -148,10 +161,10 @@ def compare(
         device=kind,
         versions=versions.versions(),
     )
-    asked = [
+    given = [
         AskedTask(file=file, facts=f, fingerprints=_fingerprints(file, f, competitors)) for file, f in facts.items()
     ]
-    record = Record(setup=setup, tasks=tuple(asked))
+    record = Record(setup=setup, tasks=tuple(given))
     plans = record.plans()
     for plan, f in zip(plans, facts.values(), strict=True):
         plan.deadline = _deadline(limit, f, points) if deadline is None else deadline
@@ -164,7 +177,10 @@ def compare(
             if not there:
                 _say_what_is_not_used(plan, limit, opened)
             if len(there) < len(known):
-                _try(file, plan, limit, device, processes, deadline or EXAMINATION_S, call)
+                patience = deadline or EXAMINATION_S
+                again = [] if there or processes > 1 or device != "cpu" else _again(plan, facts[file])
+                patience += 2 * len(again) * (plan.deadline or 0.0)
+                _try(file, plan, limit, device, processes, patience, call, again)
         opened.note(record.slug, record.to_json())
         carry_out(
             plans,
@@ -231,17 +247,38 @@ def _try(
     processes: int,
     patience: float,
     call: Callable[..., Any],
+    again: Sequence[Again],
 ) -> None:
-    """Build every arm on the task, and take two steps (or draw once), before the first trial has run its time."""
+    """Build every arm on the task, and take two steps (or draw once); and run trials twice in one process."""
     _log.info("trying each arm on %s", file.name)
     arms = []
     for name, arm in plan.specs.items():
         centre = {option: r.centre for option, r in arm.space.items()}
         shared = {"class": arm.target, "fixed": dict(arm.fixed), "budget": {limit.unit: limit.amount}}
         arms.append((name, {**shared, "tuned": sorted(centre), **centre}))
-    wrong = _apart(file, call, try_arms, str(file), device, arms, processes, timeout=patience)
+    wrong = _apart(file, call, rehearse_all, str(file), device, arms, processes, again, timeout=patience)
     if wrong is not None:
         raise wrong
+
+
+def _again(plan: ComparisonPlan, facts: Facts) -> list[Again]:
+    """The baseline's whole trial, and a few steps of each other arm's, in the middle of their ranges.
+
+    By a count: of a time, about as many steps as will fit.
+    """
+    worst = {metric.name: metric.worst_value for metric in plan.claim.metrics}
+    found = []
+    for arm, spec in plan.specs.items():
+        point = {name: r.centre for name, r in spec.space.items()}
+        options = {**plan.options(arm, "report"), "tuned": sorted(point), **point}
+        [(unit, amount)] = options["budget"].items()
+        if unit == "seconds":
+            fit = max(1, int(amount / facts.seconds))
+            unit, amount = ("steps", fit) if facts.kind == "training" else ("evaluations", _FEW)
+        if found and facts.kind == "training":
+            amount = min(amount, _FEW)
+        found.append(Again(plan.claim.trial, arm, {**options, "budget": {unit: amount}}, worst))
+    return found
 
 
 def _apart(file: Path, call: Callable[..., Any], function: Callable[..., Any], *arguments: Any, timeout: float) -> Any:
@@ -286,23 +323,53 @@ def _say_what_is_not_used(plan: ComparisonPlan, limit: Budget, store: Store) -> 
             return
 
 
-def _baseline(name: str | None, arms: Sequence[ArmSpec]) -> ArmSpec:
+def _asked(arms: str | Sequence[str | type], baseline: str | None, spend: Budget) -> dict[Kind, tuple[ArmSpec, ...]]:
+    """The arms, the baseline first, as competitors of each kind that they can be: which one it is, the task will say.
+
+    Raises:
+        ArmError, ValueError: they are of no kind.
+    """
+    found: dict[Kind, tuple[ArmSpec, ...]] = {}
+    wrong: dict[Kind, ArmError] = {}
+    for kind in ("training", "sampling"):
+        try:
+            found[kind] = specs.parse(arms, kind)
+        except ArmError as error:
+            wrong[kind] = error
+    if not found:
+        # What is nearly the name of a sampler was meant to be one.
+        raise wrong["sampling" if spend.unit == "evaluations" or _nearer_to_samplers(arms) else "training"]
+    if len(found) == 1:
+        _check_unit(spend, next(iter(found)))
+    return {kind: _first(baseline, competitors) for kind, competitors in found.items()}
+
+
+def _nearer_to_samplers(arms: str | Sequence[str | type]) -> bool:
+    words = specs.words_of(arms)
+    near = {kind: sum(specs.nearly(word, kind) for word in words) for kind in ("training", "sampling")}
+    return near["sampling"] > near["training"]
+
+
+def _first(name: str | None, arms: Sequence[ArmSpec]) -> tuple[ArmSpec, ...]:
+    """The arms with the baseline first."""
     if name is None:
-        return arms[0]
+        return tuple(arms)
     found = [arm for arm in arms if name.lower() in (arm.text.lower(), arm.label.lower())]
     if not found:
         texts = [arm.text for arm in arms]
         raise ValueError(
-            f"baseline must be one of the arms {', '.join(texts)}, got {name!r}{checks.suggestion(name, texts)}"
+            f"baseline must be one of the arms {', '.join(texts)}, got {limits.short(name)!r}{checks.suggestion(name, texts)}"
         )
-    return found[0]
+    return (found[0], *(arm for arm in arms if arm is not found[0]))
 
 
-def _check_unit(limit: Budget, facts: Mapping[Path, Facts]) -> None:
-    kind = next(iter(facts.values())).kind
-    wrong, right = ("evaluations", "500steps") if kind == "training" else ("steps", "20nfe")
-    if limit.unit == wrong:
-        raise ValueError(f"budget for {kind} is a time or a count like {right}, got {limit.label}")
+def _check_unit(spend: Budget, kind: Kind) -> None:
+    wrong, right = (("evaluations",), "500steps") if kind == "training" else (("steps", "gradients"), "20nfe")
+    if spend.unit in wrong:
+        raise ValueError(f"budget for {kind} is a time or a count like {right}, got {spend.label}")
+
+
+def _check_amount(limit: Budget, facts: Mapping[Path, Facts]) -> None:
     slowest = max(f.seconds for f in facts.values())
     if limit.unit == "seconds" and limit.amount < 2 * slowest:
         raise ValueError(
@@ -328,7 +395,7 @@ def _deadline(budget: Budget, facts: Facts, points: int) -> float:
 
 
 def _codes(arm: ArmSpec) -> list[str]:
-    parts = [value for name, value in arm.fixed.items() if name in ("guidance", "steering", specs.BASE)]
+    parts = [value for name, value in arm.fixed.items() if name in ("guidance", "steering", BASE, REST)]
     return [versions.code_of(target) for target in (arm.target, *parts)]
 
 

@@ -11,16 +11,18 @@ from markupsafe import Markup, escape
 
 from polyak.lab import plots, report, strips, words
 from polyak.lab.compare import figures
-from polyak.lab.compare.arms import ArmSpec
-from polyak.lab.compare.result import Comparison, Row, Said, TaskComparison
+from polyak.lab.compare.answer import Said, TaskComparison
+from polyak.lab.compare.result import Found
+from polyak.lab.compare.rows import Row
 from polyak.lab.compare.search import MEASURE, stopped
+from polyak.lab.compare.spec import ArmSpec
 from polyak.lab.report import Live
-from polyak.lab.statistics import LEAST_SEEDS_MEAN, LEVEL
+from polyak.lab.statistics import LEAST_SEEDS, LEVEL
 
 OUTCOME = {"holds": "better", "fails": "worse", "undecided": "undecided"}
 
 
-def page(comparison: Comparison, *, live: Live | None = None, command: str = "") -> str:
+def page(comparison: Found, *, live: Live | None = None, command: str = "") -> str:
     """The whole page; served (``live``) with the command that asked for the comparison."""
     return report.render(
         "compare.html",
@@ -37,9 +39,7 @@ def page(comparison: Comparison, *, live: Live | None = None, command: str = "")
     )
 
 
-def so_far(
-    comparison: Comparison, *, live: Live, command: str, done: int, failed: int, total: int, running: bool
-) -> str:
+def so_far(comparison: Found, *, live: Live, command: str, done: int, failed: int, total: int, running: bool) -> str:
     """The page of a comparison of which so many trials have ended; nothing is judged."""
     return report.render(
         "comparing.html",
@@ -55,12 +55,12 @@ def so_far(
     )
 
 
-def _title(comparison: Comparison) -> str:
+def _title(comparison: Found) -> str:
     tasks = comparison.tasks
     return tasks[0].name if len(tasks) == 1 else words.count(len(tasks), "task")
 
 
-def summary(comparison: Comparison) -> str:
+def summary(comparison: Found) -> str:
     """The answer and the table, for a notebook: no style sheet, no script."""
     head = "".join(
         f"<th>{escape(h)}</th>" for h in ("task", "arm", "at the end", "difference", "95 % interval", "verdict")
@@ -109,6 +109,11 @@ def _task(t: TaskComparison) -> dict[str, Any]:
         ],
         "curves": [(title, Markup(svg)) for title, svg in figures.curves(t)],
         "sensitivity": Markup(svg),
+        "gradients": [
+            f"{row.label}: {words.number(t.gradients(row))} a step" for row in t.rows if t.gradients(row) > 1.005
+        ]
+        if t.facts.kind == "training"
+        else [],
         "lost": any(row.diverged for row in t.rows),
         "memory": any(row.memory for row in t.rows),
         # Of a count a solver may leave some over.
@@ -135,7 +140,7 @@ def _row_so_far(t: TaskComparison, spec: ArmSpec) -> dict[str, Any]:
     return {
         "label": t.claim.arm(spec.text).label,
         "swatch": Markup(plots.swatch(t.claim, t.claim.arm(spec.text))),
-        "tuned": f"{len(tuning)} of {t.setup.trials}" if spec.space else "nothing",
+        "tuned": f"{len(tuning)} of {t.setup.trials * t.setup.seeds}" if spec.space else "nothing",
         "best": (words.number(best.values[MEASURE]), words.options(best.point)) if best else ("", ""),
         "seeds": f"{len(reported)} of {t.setup.seeds}",
         "mean": words.number(statistics.fmean(trial.values[t.main.name] for trial in reported)) if reported else "",
@@ -156,26 +161,28 @@ def _trials(t: TaskComparison) -> dict[str, Any]:
 
 def _row(t: TaskComparison, row: Row) -> dict[str, Any]:
     finals = [trial.values[t.main.name] for trial in t.trials(row.arm)]
-    base, low, high = t.rows[0], min(finals), max(finals)
+    low, high = min(finals), max(finals)
     return {
         "row": row,
         "swatch": Markup(plots.swatch(t.claim, t.claim.arm(row.arm))),
         "range": f"{words.number(low)} to {words.number(high)}" if low < high else "",
         "difference": words.compared(row.difference) if row.difference else ("", ""),
-        "reach": _reach(t, row, base),
+        "reach": _reach(t, row),
+        "chance": words.percent(row.difference.improvement, row.chance) if row.difference and row.chance else ("", ""),
     }
 
 
-def _reach(t: TaskComparison, row: Row, base: Row) -> tuple[str, ...]:
-    """What it costs to reach the target, how many seeds do where not all, and how the time compares with the baseline's."""
-    some = t.reached(row)
+def _reach(t: TaskComparison, row: Row) -> tuple[str, ...]:
+    """What it costs to reach the target, how many seeds do where not all, and how the costs compare with the baseline's."""
+    some, unit = t.reached(row), t.unit
     if math.isinf(row.seconds_to_target):
-        return (f"reached by {some}",) if row.reached else ("not reached",)
-    seconds = row.seconds_to_target
-    ratio = seconds / base.seconds_to_target if base.seconds_to_target else math.nan
-    beside = f"{words.number(ratio, 2)} × the baseline's time" if row is not base and 0 < ratio < math.inf else ""
-    said = f"{words.number(row.spent_to_target)}, {words.time(seconds)}"
-    return tuple(filter(None, (said, some, beside)))
+        said = [f"reached by {some}" if row.reached else "not reached"]
+    else:
+        said = [f"{words.number(row.spent_to_target)}, {words.time(row.seconds_to_target)}", some]
+    for what, e in ((unit, row.spent_ratio), ("time", row.seconds_ratio)):
+        if e:
+            said.append(f"{what}: {words.times(e.value, e.low, e.high)}")
+    return tuple(filter(None, said))
 
 
 def why(row: Row) -> str:
@@ -183,17 +190,18 @@ def why(row: Row) -> str:
     d = row.difference
     if d is None or d.verdict != "undecided":
         return ""
-    if row.seeds < LEAST_SEEDS_MEAN:
-        return f"{words.count(row.seeds, 'seed')} cannot decide anything: at least {LEAST_SEEDS_MEAN} can."
+    if row.seeds < LEAST_SEEDS:
+        return f"{words.count(row.seeds, 'seed')} cannot decide anything: at least {LEAST_SEEDS} can."
+    said = f"were both equally good, {words.number(100 * d.p_value, 2)} % of such comparisons would look like this or clearer"
     if d.p_value > LEVEL:
-        chance = f"{words.number(100 * d.p_value, 2)} %"
-        return (
-            f"This may be chance: were both equally good, {chance} of such comparisons would look like this or clearer."
-        )
-    return "No difference is among what these seeds allow: the interval holds 0."
+        return f"This may be chance: {said}."
+    return (
+        f"By itself this would be decided: {said}. But of so many arms one looks like this more often by chance: "
+        f"p = {words.number(d.adjusted, 2)} for all of them together."
+    )
 
 
-def fair(comparison: Comparison) -> list[tuple[str, str]]:
+def fair(comparison: Found) -> list[tuple[str, str]]:
     """How it was compared: what was the same for all arms, and where that ends."""
     setup, first = comparison.setup, comparison.tasks[0]
     sampled = first.facts.kind == "sampling"
@@ -201,19 +209,27 @@ def fair(comparison: Comparison) -> list[tuple[str, str]]:
     if setup.budget.unit == "seconds" and not sampled:
         said.append(("The clock", f"{_CLOCK} {_ALONE if setup.alone else _BESIDE}"))
     said.append(("Tuning", _tuning(comparison)))
-    seeds = f"{', '.join(map(str, first.result.seeds))} {'are' if setup.seeds > 1 else 'is'} reported"
-    tuning = ", ".join(map(str, first.result.tuning_seeds))
-    said.append(("Seeds", f"{seeds}; tuning used {tuning}, which is not." if tuning else f"{seeds}."))
+    seeds = f"{_span(first.result.seeds)} {'are' if setup.seeds > 1 else 'is'} reported"
+    tuning = _span(first.result.tuning_seeds)
+    said.append(("Seeds", f"{seeds}; tuning used {tuning}, one for each, never reported." if tuning else f"{seeds}."))
     same = f"the initial noise of one seed, the model, and the metric. {_TIMES}"
     if not sampled:
         same = (
             "initial weights, and batches in the same order, of one seed; the learning rate's schedule "
-            f"({first.facts.schedule})."
+            f"({first.facts.schedule}), where an arm does not say its own."
         )
     said.append(("Same for all arms", same))
     others = (len(setup.arms) - 1) * len(comparison.tasks)
-    many = f" Each of the {others} comparisons stands for itself: no correction for their number." if others > 1 else ""
-    return [*said, ("Intervals", _INTERVALS + many)]
+    many = (
+        f" The {others} verdicts are corrected for their number (Holm); each interval is of one." if others > 1 else ""
+    )
+    untuned = "" if tuning else " Nothing was tuned, and they say nothing of other options."
+    return [*said, ("Intervals", _INTERVALS + many + untuned), ("Not covered", _NOT_COVERED)]
+
+
+def _span(seeds: Sequence[int]) -> str:
+    """ "0, 1, 2", "0 to 4"."""
+    return ", ".join(map(str, seeds)) if len(seeds) < 4 else f"{seeds[0]} to {seeds[-1]}"
 
 
 _CLOCK = (
@@ -223,8 +239,13 @@ _CLOCK = (
 _ALONE = "Trials ran one at a time on a machine, on one thread."
 _BESIDE = "Trials ran beside each other, which makes times rough."
 _INTERVALS = (
-    "95 %, by bootstrap of the differences seed by seed. An arm is better or worse where the interval and an exact sign-flip test "
-    "agree on it; else it is undecided. A diverged trial counts as the worst value."
+    "95 %, by Student's t over seeds. Each seed is a repeat of all that is random: initial weights, order of batches, and tuning, "
+    "which is done anew for it. An arm is better or worse where chance would explain so large a mean difference in 5 % of "
+    "comparisons at most; else it is undecided. A diverged trial counts as the worst value."
+)
+_NOT_COVERED = (
+    "Other data, other tasks, other budgets, and whatever a task does alike for all seeds, such as one split of its data. With 3 "
+    "or 4 seeds the intervals rest on differences that are roughly normal."
 )
 _TIMES = "Not the times at which the model is asked: they are each solver's own, where an arm does not give its grid."
 _APART = "Chosen by the task's validate(model), on data apart from what is reported."
@@ -242,12 +263,12 @@ _GRID = (
 )
 
 
-def _tuning(comparison: Comparison) -> str:
+def _tuning(comparison: Found) -> str:
     setup = comparison.setup
     if not any(arm.space for arm in setup.arms):
         sampled = comparison.tasks[0].facts.kind == "sampling"
         return f"none: {'no arm has an option with a range' if sampled else 'all options were given'}."
-    how = f"{words.count(setup.trials, 'trial')} for every arm: {_FEW.get(setup.trials, _GRID)}."
+    how = f"{words.count(setup.trials, 'trial')} for every arm, anew for each seed: {_FEW.get(setup.trials, _GRID)}."
     if untuned := [arm.label for arm in setup.arms if not arm.space]:
         how += f" Nothing was tuned of {words.listing(untuned)}: all options were given."
     if comparison.tasks[0].facts.kind == "sampling":

@@ -9,23 +9,32 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from polyak.lab import versions, words
-from polyak.lab.compare.arms import ArmSpec, Range
+from polyak.lab.compare.answer import TaskComparison
 from polyak.lab.compare.budget import Budget
+from polyak.lab.compare.comparison import Comparison
 from polyak.lab.compare.experiment import experiment
-from polyak.lab.compare.result import Comparison, Setup, TaskComparison
+from polyak.lab.compare.rows import Setup
 from polyak.lab.compare.search import ComparisonPlan
+from polyak.lab.compare.spec import ArmSpec, Range
 from polyak.lab.compare.task import Facts
 from polyak.lab.result import ClaimResult
+from polyak.lab.statistics import corrected
 from polyak.lab.store import COMPARISON
 
-VERSION = 1  # of the form that records are stored in
-_UNITS = {"seconds": "s/trial", "steps": "steps", "evaluations": "nfe"}  # as the command takes them
+VERSION = 2  # of the form that records are stored in
+_UNITS = {
+    "seconds": "s/trial",
+    "steps": "steps",
+    "gradients": "grads",
+    "evaluations": "nfe",
+}  # as the command takes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +120,7 @@ class Record:
             trials=setup.trials,
             points=tuning_points,
             fingerprints=task.fingerprints,
+            identity=task.facts.identity,
         )
 
     def comparison(self, plans: Sequence[ComparisonPlan]) -> Comparison:
@@ -122,10 +132,17 @@ class Record:
         return self._judged(plans, [plan.so_far() for plan in plans])
 
     def _judged(self, plans: Sequence[ComparisonPlan], results: Sequence[ClaimResult]) -> Comparison:
-        parts = zip(self.tasks, plans, results, strict=True)
+        # What is found on any of the tasks is found in this comparison: the arms of all are corrected for together.
+        criteria = iter(corrected([c for result in results for c in result.criteria]))
         tasks = [
-            TaskComparison(name=t.file.stem, facts=t.facts, claim=p.claim, result=r, setup=self.setup)
-            for t, p, r in parts
+            TaskComparison(
+                name=t.file.stem,
+                facts=t.facts,
+                claim=p.claim,
+                result=replace(r, criteria=tuple(islice(criteria, len(r.criteria)))),
+                setup=self.setup,
+            )
+            for t, p, r in zip(self.tasks, plans, results, strict=True)
         ]
         return Comparison(setup=self.setup, tasks=tuple(tasks))
 

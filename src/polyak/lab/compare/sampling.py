@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from polyak.lab.claim import Diverged, Measurement, Trial
-from polyak.lab.compare.arms import OF_A_PIPELINE, find, is_scheduler, split_options
 from polyak.lab.compare.generators import Generators, number
+from polyak.lab.compare.samplers import OF_A_PIPELINE, is_scheduler, split_options
+from polyak.lab.compare.spec import find
 from polyak.lab.compare.task import OF_A_TRIAL, SamplingTask, TaskError, load, metrics
 
 PARTS = (0.125, 0.25, 0.5, 1.0)  # of the budget, at which samples are judged

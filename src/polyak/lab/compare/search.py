@@ -1,11 +1,12 @@
-"""Tuning: the same number of trials for every arm, on one seed that is never reported, by Optuna's ask and tell.
+"""Tuning: for every reported seed anew, the same number of trials for every arm, on a seed that is never reported.
 
 An arm's first trials are a grid of its learning rate over its whole range (all else at its centre), which also gives the curve of
-its sensitivity; one or two are the middle of the range, or of its halves. While the best rate is at an end of the range, the next
-trial goes one step of the grid beyond, whichever arm it is. The rest are asked of a tree-structured Parzen estimator, one after
-the other, and may be stopped early by the median rule: a trial that is worse, at a point of its budget, than the median of the
-earlier ones was there. The grid runs to its end. What is asked follows from what was told alone, in order, so that a run that was
-interrupted asks the same again.
+its sensitivity. Where the grid begins follows from the seed and the task, so that what it happens to miss is noise between seeds,
+and no lasting gain or loss of one arm. One or two trials are the middle of the range, or of its halves. While the best rate is the
+largest or smallest that was tried, the next trial goes one step of the grid beyond, whichever arm it is. The rest are asked of a
+tree-structured Parzen estimator, one after the other, and may be stopped early by the median rule: a trial that is worse, at a
+point of its budget, than the median of the earlier ones was there. The grid runs to its end. What is asked follows from what was
+told alone, in order, so that a run that was interrupted asks the same again.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from polyak.lab.claim import Claim
-from polyak.lab.compare.arms import ArmSpec, Range
+from polyak.lab.compare import generators
+from polyak.lab.compare.spec import ArmSpec, Range
 from polyak.lab.result import TrialResult
 from polyak.lab.store import Planned, Stored
 from polyak.lab.tuning import Key, Plan
@@ -40,80 +43,109 @@ class Search:
         trials: how many there are.
         better: whether lower or higher values are.
         points: how often a trial is measured on the way.
+        seed: of all that is random of the search, 32 bits.
     """
 
     def __init__(
-        self, space: Mapping[str, Range], trials: int, better: Literal["lower", "higher"], points: int
+        self, space: Mapping[str, Range], trials: int, better: Literal["lower", "higher"], points: int, seed: int = 0
     ) -> None:
-        import optuna
-
-        self.trials, self._points = trials, points
+        self.trials, self._points, self._seed = trials, points, seed
+        self._direction: Literal["minimize", "maximize"] = "minimize" if better == "lower" else "maximize"
         self.grid = trials if trials <= 3 else math.ceil(_GRID * trials)
         self.space = dict(space)
         self._first = next(iter(space))
-        self._points_asked: list[dict[str, Any]] = []
         first = space[self._first]
-        self._step = (first.high / first.low) ** (1 / max(self.grid - 1, 1)) if first.log else 1.0
+        self._step = (first.high / first.low) ** (1 / self.grid) if first.log else 1.0
+        self._start = seed / 2**32
+        self._points_asked: list[dict[str, Any]] = []
+        self._heard: list[dict[int, float]] = []  # by trial: values by the point of its budget
+        self._values: list[float | None] = []  # of the trials that were told; None: stopped early
+        self._asked: dict[int, optuna.trial.Trial] = {}  # those after the grid
+
+    @cached_property
+    def _study(self) -> optuna.Study:
+        """The grid's trials, for what comes after: most searches of a simulation need none."""
+        import optuna
+
         with _quietly():
-            self._study = optuna.create_study(
-                direction="minimize" if better == "lower" else "maximize",
-                sampler=optuna.samplers.TPESampler(seed=0, multivariate=True, n_startup_trials=self.grid),
+            study = optuna.create_study(
+                direction=self._direction,
+                sampler=optuna.samplers.TPESampler(seed=self._seed, multivariate=True, n_startup_trials=self.grid),
                 pruner=optuna.pruners.MedianPruner(
-                    n_startup_trials=self.grid, n_warmup_steps=round(_PATIENCE * points)
+                    n_startup_trials=self.grid, n_warmup_steps=round(_PATIENCE * self._points)
                 ),
             )
-        self._asked: list[optuna.trial.Trial] = []
-        self._told = 0
+            space = {name: _distribution(r) for name, r in self.space.items()}
+            for point, value, heard in zip(self._points_asked, self._values, self._heard, strict=True):
+                # Short numbers may be a little outside of a range that they are the ends of.
+                inside = {n: min(max(point[n], r.low), r.high) for n, r in self.space.items()}
+                study.add_trial(
+                    optuna.trial.create_trial(
+                        params=inside, distributions=space, value=value, intermediate_values=heard
+                    )
+                )
+        return study
 
     def ask(self) -> list[dict[str, Any]]:
         """The points to try next, once all that were asked before are told: the whole grid at first, then one at a time."""
-        if self._told < len(self._asked) or len(self._asked) == self.trials:
+        asked = len(self._points_asked)
+        if len(self._values) < asked or asked == self.trials:
             return []
-        if not self._asked:
-            return [self._next(point) for point in self._grid()]
+        if not asked:
+            for point in self._grid():
+                self._note(point)
+            return list(self._points_asked)
         return [self._next(self._beyond())]
 
     def _grid(self) -> list[dict[str, Any]]:
         centre, first = {name: r.centre for name, r in self.space.items()}, self.space[self._first]
-        return [{**centre, self._first: first.at(part)} for part in _parts(self.grid, first.whole)]
+        return [{**centre, self._first: first.at(part)} for part in parts(self.grid, self._start, first.whole)]
 
     def _beyond(self) -> dict[str, Any] | None:
-        """The point one step outside of the range, where the best one is at its end; the range then reaches there."""
+        """The point one step beyond the best one, where that is the farthest that was tried; the range then reaches there."""
         r, best = self.space[self._first], self._points_asked[self.best]
         if not (r.open and r.log and self.grid > 2):
             return None
-        step = self._step
-        if best[self._first] > r.high / math.sqrt(step):
-            value = r.high * step
-            self.space[self._first] = replace(r, high=value)
-        elif best[self._first] < r.low * math.sqrt(step):
-            value = r.low / step
-            self.space[self._first] = replace(r, low=value)
+        tried, value = [point[self._first] for point in self._points_asked], best[self._first]
+        if value == max(tried):
+            value *= self._step
+        elif value == min(tried):
+            value /= self._step
         else:
             return None
+        self.space[self._first] = replace(r, low=min(r.low, value), high=max(r.high, value))
         return {**best, self._first: value}
 
+    def _note(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        # Short numbers read well, and are the same however they were come by.
+        self._points_asked.append({n: float(f"{v:.4g}") if isinstance(v, float) else v for n, v in point.items()})
+        self._heard.append({})
+        return self._points_asked[-1]
+
     def _next(self, point: Mapping[str, Any] | None) -> dict[str, Any]:
+        study = self._study
         with _quietly():
             if point is not None:
-                self._study.enqueue_trial(dict(point))
-            trial = self._study.ask({name: _distribution(r) for name, r in self.space.items()})
-        self._asked.append(trial)
-        # Short numbers read well, and are the same however they were come by.
-        self._points_asked.append(
-            {n: float(f"{v:.4g}") if isinstance(v, float) else v for n, v in trial.params.items()}
-        )
-        return self._points_asked[-1]
+                study.enqueue_trial(dict(point))
+            trial = study.ask({name: _distribution(r) for name, r in self.space.items()})
+        self._asked[len(self._points_asked)] = trial
+        return self._note(trial.params)
 
     def heard(self, number: int, used: float, value: float) -> bool:
         """Take in a value on the way. Whether the trial should go on."""
-        trial = self._asked[number]
+        at = round(used * self._points)
+        self._heard[number].setdefault(at, value)
+        if number < self.grid:
+            return True
         with _quietly():
-            trial.report(value, round(used * self._points))
-        return number < self.grid or not trial.should_prune()
+            self._asked[number].report(value, at)
+        return not self._asked[number].should_prune()
 
     def tell(self, number: int, value: float, *, stopped: bool) -> None:
         """A trial's end; trials are told in the order that they were asked in."""
+        self._values.append(None if stopped else value)
+        if number < self.grid:
+            return
         import optuna
 
         with _quietly():
@@ -121,21 +153,21 @@ class Search:
                 self._study.tell(self._asked[number], state=optuna.trial.TrialState.PRUNED)
             else:
                 self._study.tell(self._asked[number], value)
-        self._told += 1
 
     @property
     def best(self) -> int:
         """The number of the best trial that ran to its end, the first of equals."""
-        return self._study.best_trial.number
+        ended = {number: value for number, value in enumerate(self._values) if value is not None}
+        return (min if self._direction == "minimize" else max)(ended, key=ended.__getitem__)
 
 
-def _parts(count: int, whole: bool) -> list[float]:
-    """Where in its range the grid's values are, from 0 (low) to 1 (high)."""
+def parts(count: int, start: float, whole: bool = False) -> list[float]:
+    """Where in its range the grid's values are, from 0 (low) to 1 (high). ``start``: from 0 to 1, where the first step begins."""
     # Of whole numbers there may be so few that two which are not the ends are one.
-    if count > 2 or (count == 2 and whole):
+    if whole and count > 1:
         return [i / (count - 1) for i in range(count)]
     # Middles of equal parts: the farthest that any value of the range can be from one that is tried is then least.
-    return [(i + 0.5) / count for i in range(count)]
+    return [(i + (start if count > 2 else 0.5)) / count for i in range(count)]
 
 
 def _distribution(r: Range) -> optuna.distributions.BaseDistribution:
@@ -168,9 +200,10 @@ class ComparisonPlan(Plan):
         claim: the comparison as an experiment: one task, its arms, metrics and criteria.
         options: what a trial is given beside its point, by arm and purpose.
         specs: the arms, by name.
-        trials: how many tuning trials every arm gets that has something to tune.
+        trials: how many tuning trials every arm gets for each seed, if it has something to tune.
         points: how often a tuning trial is measured on the way.
         fingerprints: of the code that decides an arm's results.
+        identity: of the task, so that its searches are no other's: one task's luck is not all tasks'.
     """
 
     def __init__(
@@ -185,27 +218,32 @@ class ComparisonPlan(Plan):
         trials: int,
         points: int,
         fingerprints: Mapping[str, str],
+        identity: str,
     ) -> None:
-        self._options, self._fingerprints, self.specs = options, fingerprints, specs
+        self.options, self._fingerprints, self.specs = options, fingerprints, specs
         super().__init__(claim, scale=claim.scales[0].name, seeds=seeds, device=device, versions=versions)
         self.trials = trials
         better = claim.metric(MEASURE).better
+        luck = {seed: generators.number(f"search {identity}", self._tuning_seeds(seed)[0]) for seed in self.seeds}
         self._searches = {
-            key: Search(specs[key[1]].space, trials, better, points) for key in self._arms if specs[key[1]].space
+            (task, arm, seed): Search(specs[arm].space, trials, better, points, luck[seed])
+            for task, arm in self._arms
+            if specs[arm].space
+            for seed in self.seeds
         }
         self._asked: dict[Key, list[Planned]] = {key: [] for key in self._searches}
         self._told: dict[Key, int] = dict.fromkeys(self._searches, 0)
-        self._places: dict[str, tuple[Key, int]] = {}  # by digest: whose tuning trial it is, and which
+        self._numbers: dict[str, int] = {}  # by digest: which of its search's trials it is
         for key in self._searches:
             del self.chosen[key]
             self._ask(key)
 
     def _trial(self, key: Key, purpose: Literal["tuning", "report"], point: Mapping[str, Any], seed: int) -> Planned:
         trial = super()._trial(key, purpose, point, seed)
-        arm = key[1]
+        _, arm, _ = key
         return replace(
             trial,
-            options={**self._options(arm, purpose), "tuned": sorted(point), **point},
+            options={**self.options(arm, purpose), "tuned": sorted(point), **point},
             versions={**self.versions, "fingerprint": self._fingerprints[arm]},
         )
 
@@ -213,11 +251,11 @@ class ComparisonPlan(Plan):
         asked = self._asked[key]
         new = []
         for point in self._searches[key].ask():
-            trial = self._trial(key, "tuning", point, self.tuning_seeds[0])
+            trial = self._trial(key, "tuning", point, self._tuning_seeds(key[2])[0])
             # Numbered, so that a point which is asked for twice is two trials.
             new.append(replace(trial, options={**trial.options, "number": len(asked) + len(new)}))
         for trial in new:
-            self._places[trial.digest] = (key, len(asked))
+            self._places[trial.digest], self._numbers[trial.digest] = key, len(asked)
             asked.append(trial)
         return new
 
@@ -235,25 +273,21 @@ class ComparisonPlan(Plan):
     def known(self) -> Iterator[Planned]:
         for asked in self._asked.values():
             yield from asked
-        for key in self._arms:
-            if key in self.chosen:
-                yield from self.reported(key)
+        yield from self._chosen_ones()
 
     def asks(self, trial: Planned) -> bool:
-        if trial.digest not in self._places:
-            return False
-        key, number = self._places[trial.digest]
-        return number >= self._searches[key].grid
+        key = self._places.get(trial.digest)
+        return key is not None and self._numbers[trial.digest] >= self._searches[key].grid
 
     def heard(self, trial: Planned, at: Mapping[str, float], values: Mapping[str, float]) -> bool:
-        key, number = self._places[trial.digest]
-        return self._searches[key].heard(number, at["used"], values[MEASURE])
+        search = self._searches[self._places[trial.digest]]
+        return search.heard(self._numbers[trial.digest], at["used"], values[MEASURE])
 
     def add(self, trial: Planned, stored: Stored) -> list[Planned]:
         self.found[trial.digest] = stored
         if trial.digest not in self._places:
             return []
-        key, _ = self._places[trial.digest]
+        key = self._places[trial.digest]
         search, asked = self._searches[key], self._asked[key]
         while self._told[key] < len(asked) and asked[self._told[key]].digest in self.found:
             number = self._told[key]
@@ -265,12 +299,8 @@ class ComparisonPlan(Plan):
             self._told[key] += 1
         if self._told[key] < self.trials:
             return self._ask(key)
-        self._choose(key)
-        return self.reported(key)
-
-    def _choose(self, key: Key) -> None:
-        best = self._asked[key][self._searches[key].best]
-        self.chosen[key] = dict(best.point)
+        self.chosen[key] = dict(asked[search.best].point)
+        return [self.reported(key)]
 
 
 def stopped(trial: TrialResult) -> bool:

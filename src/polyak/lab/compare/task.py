@@ -26,8 +26,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from polyak.core import checks
 from polyak.core.schedules import Constant, Cosine, Linear, Schedule, Warmup
-from polyak.lab.compare.arms import find
 from polyak.lab.compare.generators import Generators, number
+from polyak.lab.compare.spec import find
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,12 +47,19 @@ OWN = (
 # Arguments of a pipeline that a trial gives, and what decides them.
 OF_A_TRIAL = {"num_inference_steps": "the budget's", "generator": "the seed's"}
 _NO_RETURN = " (is there no return?)"
-_PARTS = 1000  # a schedule's steps from the first to the last
-SCHEDULES: Mapping[str, Schedule] = {
-    "cosine": Warmup(Cosine(1.0, 0.0, _PARTS * 19 // 20), _PARTS // 20),
-    "linear": Warmup(Linear(1.0, 0.0, _PARTS * 19 // 20), _PARTS // 20),
-    "constant": Constant(1.0),
-}
+PARTS = 1000  # a schedule's steps from the first to the last
+_WARMUP = {"cosine": 0.05, "linear": 0.05, "constant": 0.0}  # a share of the budget, where nobody says another
+
+
+@cache
+def shaped(name: str, warmup: float | None = None) -> Schedule:
+    """A schedule over :data:`PARTS` steps; ``name`` "" is no more than its warmup, a share of these."""
+    rise = round(PARTS * (_WARMUP[name] if warmup is None else warmup))
+    down = {"cosine": Cosine, "linear": Linear}.get(name)
+    return Warmup(down(1.0, 0.0, PARTS - rise) if down else Constant(1.0), rise)
+
+
+SCHEDULES: Mapping[str, Schedule] = {name: shaped(name) for name in _WARMUP}
 _MORE_IS_BETTER = ("acc", "auc", "f1", "bleu", "r2", "psnr", "ssim", "precision", "recall", "iou", "score", "reward")
 _UNNAMED = ("evaluate", "metric")  # what a number is called that comes without a name
 # What names that leave no doubt hold, as a part or as a word.
@@ -85,7 +92,7 @@ class TrainingTask:
         better: "lower" or "higher", or one for each name: ``{"accuracy": "higher"}``. Names like "loss" need none.
         params: ``params(model)`` are the param groups. Default: all parameters that need gradients, in one group.
         schedule: factor of the learning rate by the part of the budget that is used, from 0 to 1: "cosine" (up over the first
-            20th, then half a cosine to 0), "linear", "constant", or a function. The same for all arms.
+            20th, then half a cosine to 0), "linear", "constant", or a function. The same for all arms that do not have their own.
     """
 
     model: nn.Module
@@ -100,7 +107,7 @@ class TrainingTask:
     def factor(self, used: float) -> float:
         """The learning rate's factor where this part of the budget is used."""
         if isinstance(self.schedule, str):
-            return SCHEDULES[self.schedule](used * _PARTS)
+            return shaped(self.schedule)(used * PARTS)
         return float(self.schedule(used))
 
 

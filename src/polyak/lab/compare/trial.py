@@ -13,14 +13,16 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyak.lab.claim import Diverged, Measurement, Trial
-from polyak.lab.compare.arms import BASE, OF_BASE, find
 from polyak.lab.compare.generators import Generators, number, seed_all
+from polyak.lab.compare.optimizers import BASE, OF_BASE
+from polyak.lab.compare.recipe import REST, Average, Recipe, Routed, matrices, routed, to_mode
+from polyak.lab.compare.spec import defaults, find
 from polyak.lab.compare.task import TaskError, TrainingTask, endless, load, metrics
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ class _Training:
         self.batches = endless(task.batches, self.name)
         self.trial = trial
         self.optimizer = build(task, task.model, trial)
+        self.recipe = recipe_of(trial)
+        self.average = Average(task.model, self.recipe.ema) if self.recipe.ema is not None else None
         self.bases = [group["lr"] for group in self.optimizer.param_groups if "lr" in group]
         self.steps = self.gradients = 0
         self.closure = True  # whether the optimizer asks for the gradient itself, once it is warm
@@ -67,6 +71,8 @@ class _Training:
         """The part of the budget that is spent."""
         if "steps" in self.budget:
             return self.steps / self.budget["steps"]
+        if "gradients" in self.budget:
+            return min(self.gradients / self.budget["gradients"], 1.0)  # a step may take more than are left
         return min(self.clock.seconds / self.budget["seconds"], 1.0)
 
     def step(self) -> None:
@@ -79,6 +85,8 @@ class _Training:
             else:
                 self._gradient(batch)
                 self.optimizer.step()
+            if self.average:
+                self.average.update()
             self.steps += 1
             if "seconds" in self.budget and self.steps % _EVERY == 0:
                 self.clock.wait()
@@ -93,7 +101,7 @@ class _Training:
             assert isinstance(other, TrainingTask)
             batches = endless(other.batches, self.name)
             model = other.model.train()
-            self.closure = rehearse(other, model, build(other, model, self.trial), next(batches))
+            self.closure = rehearse(other, model, build(other, model, self.trial), next(batches), self.recipe)
         del other, model, batches
         gc.collect()  # an optimizer's hooks and its model hold each other
         if self.device != "cpu":
@@ -103,13 +111,13 @@ class _Training:
             torch.cuda.reset_peak_memory_stats(self.device)  # what was warmed up with is gone
 
     def _set_rates(self) -> None:
-        factor = self.task.factor(self.used)
+        factor = self.recipe.factor(self.task, self.used)
         groups = (group for group in self.optimizer.param_groups if "lr" in group)
         for group, base in zip(groups, self.bases, strict=True):
             group["lr"] = base * factor
 
     def _gradient(self, batch: Any) -> Any:
-        loss = _gradient(self.task, self.task.model, self.optimizer, batch)
+        loss = _gradient(self.task, self.task.model, self.optimizer, batch, self.recipe)
         self.loss = self.loss + loss.detach()
         self.gradients += 1
         self.since += 1
@@ -138,11 +146,14 @@ class _Training:
         function = self.task.evaluate if main is None else self.task.validate or self.task.evaluate
         what = "validate" if main is not None and self.task.validate else "evaluate"
         self.task.model.eval()
+        to_mode(self.optimizer, "eval")
         # The same numbers every time: an arm that is evaluated less often, at long steps, is not evaluated with others.
-        with torch.no_grad(), Generators(self.device, number("evaluation", self.trial.seed)):
+        seeded = Generators(self.device, number("evaluation", self.trial.seed))
+        with torch.no_grad(), seeded, self.average.in_place() if self.average else nullcontext():
             with self._may_diverge(lambda: function(self.task.model)):
                 given = function(self.task.model)
             found = metrics(given, what, self.file)
+        to_mode(self.optimizer, "train")
         self.task.model.train()
         if main is not None:
             found = {"validation": found[main] if main in found else next(iter(found.values()))}
@@ -188,7 +199,7 @@ class _Training:
             return torch.cuda.max_memory_allocated(self.device) / 1e6
         held = [p for group in self.optimizer.param_groups for p in group["params"]]
         held += [p.grad for p in held if p.grad is not None]
-        held += list(_tensors(self.optimizer.state))
+        held += list(_tensors(self.optimizer.state)) + (self.average.held if self.average else [])
         return sum(t.numel() * t.element_size() for t in {id(t): t for t in held}.values()) / 1e6
 
 
@@ -196,8 +207,9 @@ def _train(training: _Training) -> Iterator[Measurement]:
     points = training.options["points"]
     training.task.model.train()
     training.warm_up()
+    to_mode(training.optimizer, "train")
     seed_all(number("training", training.trial.seed), training.device)
-    yield Measurement(values=training.evaluated(), at={"used": 0.0, "step": 0, "seconds": 0.0})
+    yield Measurement(values=training.evaluated(), at={"used": 0.0, "step": 0, "seconds": 0.0, "gradients": 0})
     done, loss, found = 0, 0.0, {}
     while training.used < 1.0:
         training.step()
@@ -207,6 +219,7 @@ def _train(training: _Training) -> Iterator[Measurement]:
             done = passed
             training.clock.wait()
             at = {"used": done / points, "step": training.steps, "seconds": training.clock.seconds}
+            at["gradients"] = training.gradients
             loss, found = training.mean_loss(), training.evaluated()
             yield Measurement(values={**found, "train_loss": loss}, at=at)
     final = {"steps": training.steps, "evaluations": training.gradients, "seconds": training.clock.seconds}
@@ -214,13 +227,24 @@ def _train(training: _Training) -> Iterator[Measurement]:
     yield Measurement(values={**found, **final, "train_loss": loss, "memory": training.memory()})
 
 
-def build(task: TrainingTask, model: nn.Module, options: Trial | Mapping[str, Any]) -> torch.optim.Optimizer:
+def _given(options: Trial | Mapping[str, Any]) -> dict[str, Any]:
+    """An arm's fixed and tuned options. JSON, through which they come, has lists where optimizers have tuples."""
+    given = {**options["fixed"], **{name: options[name] for name in options["tuned"]}}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def recipe_of(options: Trial | Mapping[str, Any]) -> Recipe:
+    """What an arm is beside its optimizer."""
+    return Recipe.of(_given(options), defaults(find(options["class"]))[0])
+
+
+def build(task: TrainingTask, model: nn.Module, options: Trial | Mapping[str, Any]) -> Any:
     """The arm's optimizer over a model's parameters, with its fixed and tuned options."""
     params = task.params(model) if task.params else [p for p in model.parameters() if p.requires_grad]
-    given = {**options["fixed"], **{name: options[name] for name in options["tuned"]}}
-    # JSON, through which options come, has lists where optimizers have tuples.
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    cls = find(options["class"])
+    given, cls = _given(options), find(options["class"])
+    Recipe.of(given, defaults(cls)[0])  # takes out what is not the optimizer's
+    if REST in given and REST not in defaults(cls)[0]:
+        return _routed(cls, params, model, given)
     if BASE not in given:
         return cls(params, **given)
     inner = {n.removeprefix(f"{BASE}."): given.pop(n) for n in list(given) if n.startswith(f"{BASE}.")}
@@ -228,7 +252,22 @@ def build(task: TrainingTask, model: nn.Module, options: Trial | Mapping[str, An
     return cls(model, find(str(given.pop(BASE)))(params, **inner), **given)
 
 
-def rehearse(task: TrainingTask, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> bool:
+def _routed(cls: Any, params: Any, model: nn.Module, given: dict[str, Any]) -> Any:
+    """An optimizer for hidden matrices, and another for the rest."""
+    other = find(str(given.pop(REST)))
+    inner = {n.removeprefix(f"{REST}."): given.pop(n) for n in list(given) if n.startswith(f"{REST}.")}
+    if "weight_decay" in given and "weight_decay" in defaults(other)[0]:
+        inner.setdefault("weight_decay", given["weight_decay"])
+    hidden, rest = routed(params, matrices(model))
+    if not hidden:
+        raise ValueError("the model has no hidden matrix")
+    first = cls(hidden, **given)
+    return Routed(first, other(rest, **inner)) if rest else first
+
+
+def rehearse(
+    task: TrainingTask, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, recipe: Recipe
+) -> bool:
     """Take two steps. Whether the optimizer asks for the gradient itself, by calling what its ``step`` is given.
 
     Many do not: they take the gradient that is there, and some have a ``step`` that is given nothing.
@@ -238,19 +277,21 @@ def rehearse(task: TrainingTask, model: nn.Module, optimizer: torch.optim.Optimi
     def closure() -> Any:
         nonlocal calls
         calls += 1
-        return _gradient(task, model, optimizer, _copy(batch))
+        return _gradient(task, model, optimizer, copied(batch), recipe)
 
     takes_one = _takes_closure(optimizer)
     for group in optimizer.param_groups:
         if "lr" in group:
             group["lr"] = group["lr"] * _GENTLY
     for _ in range(2):
-        _gradient(task, model, optimizer, _copy(batch))
+        to_mode(optimizer, "train")
+        _gradient(task, model, optimizer, copied(batch), recipe)
         optimizer.step(closure) if takes_one else optimizer.step()
+        to_mode(optimizer, "eval")
     return calls > 0
 
 
-def _copy(batch: Any) -> Any:
+def copied(batch: Any) -> Any:
     """A batch for a loss that changes it; one that cannot be copied is given as it is."""
     try:
         return copy.deepcopy(batch)
@@ -265,11 +306,14 @@ def _takes_closure(optimizer: torch.optim.Optimizer) -> bool:
         return True
 
 
-def _gradient(task: TrainingTask, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> Any:
+def _gradient(
+    task: TrainingTask, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, recipe: Recipe
+) -> Any:
     """The loss of a batch, a tensor of one element, with its gradient in the parameters."""
     optimizer.zero_grad()
     loss = task.loss(model, batch)
     loss.backward()
+    recipe.clipped(optimizer)
     return loss
 
 

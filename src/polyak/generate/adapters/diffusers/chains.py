@@ -80,6 +80,10 @@ def chain(plan: Plan, request: Request, zero: bool) -> Schedule:
         top = own[-1].item() if config.get("sigma_max") is None else float(config["sigma_max"])
         low = own[0].item() if config.get("sigma_min") is None else float(config["sigma_min"])
         sigmas = shaped(plan.shape, n, top, low)
+        if plan.shape == "use_lu_lambdas" and (top, low) == (own[-1].item(), own[0].item()):
+            # From the table's own logarithms: where levels hardly differ, their rounding decides the timestep.
+            ends = np.log(own[[-1, 0]]).tolist()
+            sigmas = np.exp(ends[0] + np.linspace(0, 1, n) * (ends[1] - ends[0]))
         labels = label_of_sigma(sigmas, own)
         if _rounds(plan):
             labels = labels.round()

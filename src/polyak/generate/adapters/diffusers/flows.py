@@ -40,15 +40,15 @@ def flow_chain(plan: Plan, request: Request, zero: bool) -> Schedule:
         sigmas = shaped(plan.shape, count(request), top, low)
         sigmas = sigmas / (sigmas + 1)
     elif request.sigmas is not None:
-        sigmas = _stretched(plan, shifted(decreasing("sigmas", request.sigmas), shift))
+        sigmas = stretched(plan, shifted(decreasing("sigmas", request.sigmas), shift))
     elif unipc:
         raw = np.linspace(1, 1 / n_train, count(request) + 1)[:-1]
-        sigmas = _stretched(plan, shifted(raw, shift))
+        sigmas = stretched(plan, shifted(raw, shift))
     else:
         raw = 1.0 - np.linspace(1, 1 / n_train, count(request) + 1)
         sigmas = np.flip(shifted(raw, shift))[:-1].copy()
         if "shift_terminal" in plan.facts.options:
-            sigmas = _stretched(plan, sigmas)
+            sigmas = stretched(plan, sigmas)
     if unipc and plan.shape is None and abs(sigmas[0] - 1) < 1e-6:
         sigmas[0] -= 1e-6  # as diffusers does, which divides by alpha
     times = sigmas.astype(np.float32).astype(np.float64).tolist()
@@ -73,14 +73,15 @@ def dynamic_shift(plan: Plan, request: Request) -> float:
     return float(request.mu) if linear else math.exp(request.mu)
 
 
-def _stretched(plan: Plan, t: Array) -> Array:
+def stretched(plan: Plan, t: Array) -> Array:
     """``shift_terminal``: the last time is moved there, all others in proportion."""
     terminal = plan.config.get("shift_terminal")
     return 1 - (1 - t) / ((1 - t[-1]) / (1 - terminal)) if terminal and t[-1] < 1 else t
 
 
 def flow(plan: Plan, request: Request) -> Schedule:
-    config, n_train = plan.config, plan.train_steps
+    """A flow matching scheduler's; also on a flow that was given."""
+    config, process, n_train = plan.config, plan.process, plan.train_steps
     dynamic = bool(config.get("use_dynamic_shifting"))
     shift = dynamic_shift(plan, request) if dynamic else config["shift"]
     told = None if request.timesteps is None else decreasing("timesteps", request.timesteps).astype(np.float32)
@@ -89,13 +90,14 @@ def flow(plan: Plan, request: Request) -> Schedule:
         if told is not None and len(told) != len(sigmas):
             raise ValueError(f"sigmas and timesteps must be of one length, got {len(sigmas)} and {len(told)}")
     elif told is not None:
-        sigmas = told / np.float32(n_train)
+        sigmas = told / np.float32(process.label_scale)
     else:
         lowest = np.float32(1) / np.float32(n_train)
         if not dynamic:
             lowest = shifted(lowest, config["shift"])  # and once more below: as diffusers does
-        sigmas = np.linspace(n_train, float(lowest) * n_train, count(request)) / n_train
-    sigmas = _stretched(plan, shifted(sigmas, shift))
+        lowest = max(float(lowest), process.t_min)
+        sigmas = np.linspace(process.t_max * n_train, lowest * n_train, count(request)) / n_train
+    sigmas = stretched(plan, shifted(sigmas, shift))
     if plan.shape is not None:
         top = float(sigmas[0] if config.get("sigma_max") is None else config["sigma_max"])
         low = float(sigmas[-1] if config.get("sigma_min") is None else config["sigma_min"])
@@ -104,7 +106,9 @@ def flow(plan: Plan, request: Request) -> Schedule:
     if (np.diff(single) >= 0).any() or single[0] > 1:
         raise ValueError(f"sigmas must decrease from at most 1, after all shifts they are {single.tolist()}")
     if config.get("invert_sigmas"):
-        labels = (np.float32(1) - single) * np.float32(n_train)
+        labels = (np.float32(1) - single) * np.float32(process.label_scale)
     else:
-        labels = told if told is not None else single * np.float32(n_train)
-    return Schedule([*single.astype(np.float64).tolist(), 0.0], labels.astype(np.float64).tolist(), plan.process)
+        labels = told if told is not None else single * np.float32(process.label_scale)
+    times = single.astype(np.float64).tolist()
+    clean = process.t_min == 0 or process.ends_clean(0.0)
+    return Schedule([*times, 0.0 if clean else process.t_min], labels.astype(np.float64).tolist(), process)

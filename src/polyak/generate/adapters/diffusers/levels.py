@@ -117,15 +117,19 @@ class ChainLevels(EDM):
     """The levels of a chain as a process of their own: samples are ``y = x / alpha = x0 + sigma eps``, and time is sigma.
 
     Args:
-        sigmas: the chain's levels, increasing.
+        sigmas: the chain's levels, increasing; or
         sigma_min, sigma_max: the range in which the network is asked.
+        logs: the logarithms of the levels.
 
     A network is told the index of a level in the chain; between two, what log sigma says.
     """
 
-    def __init__(self, sigmas: Any, sigma_min: float, sigma_max: float) -> None:
+    def __init__(
+        self, sigmas: Any = None, sigma_min: float = 0.002, sigma_max: float = 80.0, *, logs: Any = None
+    ) -> None:
         super().__init__(sigma_min, sigma_max)
-        object.__setattr__(self, "logs", torch.as_tensor(np.log(sigmas)).double())
+        logs = np.log(sigmas) if logs is None else logs
+        object.__setattr__(self, "logs", torch.as_tensor(logs, dtype=torch.float64))
 
     logs: Tensor
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from polyak.generate.adapters.diffusers import schedule
 from polyak.generate.adapters.diffusers.plan import Plan
+from polyak.generate.prediction import edm_input_scaling
 from polyak.generate.process import expand, wide
 
 
@@ -20,6 +23,10 @@ class Noising:
     _asked: list[float]
     process: Any
     timesteps: Tensor
+    config: Any
+    _planned: list[float]
+    _refresh: Callable[[], bool]
+    _follow: Callable[[], None]
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """``alpha x0 + sigma noise`` at the given timesteps, shape (B,) or one for all."""
@@ -40,11 +47,14 @@ class Noising:
 
     def _moments(self, timesteps: Tensor, x: Tensor) -> tuple[Any, Any]:
         """alpha and sigma of timesteps: of those that are planned exactly, of others by the process."""
+        if not self._times:
+            self._refresh()
         kind = wide(timesteps.device)
         labels = timesteps.to(kind)
         t = schedule.times_of(self._plan, self.process, labels)
         if self._times:
-            planned = self.timesteps.to(device=labels.device, dtype=torch.float32)
+            self._follow()
+            planned = torch.tensor(self._planned, dtype=torch.float32, device=labels.device)
             same = labels.to(torch.float32).reshape(-1, 1) == planned
             times = torch.tensor(self._asked, dtype=kind, device=labels.device)
             t = torch.where(same.any(1), times[same.int().argmax(1)], t.reshape(-1)).reshape(t.shape)
@@ -79,3 +89,40 @@ class Noising:
         if table is None:
             raise AttributeError(f"{self._plan.process!r} has no betas")
         return table
+
+    # --- of flow matching schedulers, and EDM's
+
+    @property
+    def shift(self) -> float:
+        """A flow's shift."""
+        return self._of_flow("shift")
+
+    @property
+    def sigma_min(self) -> float:
+        """The lowest level of all timesteps of a flow."""
+        self._of_flow("sigma_min")
+        return min(self._training_levels)
+
+    @property
+    def sigma_max(self) -> float:
+        """The highest level of all timesteps of a flow."""
+        self._of_flow("sigma_max")
+        return max(self._training_levels)
+
+    def _of_flow(self, name: str) -> Any:
+        if self._plan.facts.family != "flow":
+            raise AttributeError(f"{type(self).__name__!r} of {self._plan.origin} has no {name!r}")
+        return self.config.get(name)
+
+    @property
+    def _training_levels(self) -> list[float]:
+        return schedule.training(self._plan)[1]
+
+    def time_shift(self, mu: float, sigma: float, t: Any) -> Any:
+        """Times of a flow, shifted by mu as ``time_shift_type`` says."""
+        scale = math.exp(mu) if self.config.get("time_shift_type", "exponential") == "exponential" else mu
+        return scale / (scale + (1 / t - 1) ** sigma)
+
+    def _get_conditioning_c_in(self, sigma: Any) -> Any:
+        """EDM's scale of a further input of its network, which Cosmos asks for."""
+        return edm_input_scaling(sigma, self._plan.sigma_data)

@@ -100,10 +100,19 @@ COGVIDEOX = (
     | ZERO_SNR
     | _acts("set_alpha_to_one snr_shift_scale")
     | _idle("clip_sample_range sample_max_value", "CogVideoX's schedulers do not clip")
-    | {"clip_sample": Refused("CogVideoX's schedulers do not act on it; say clip_sample=False")}
+    | {
+        "clip_sample": Refused(
+            "it is the default, but CogVideoX's schedulers do not clip, and its models were not trained for it; say "
+            "PolyakScheduler.from_config(config, solver=..., clip_sample=False)"
+        )
+    }
 )
 LEVELS = CHAIN | SPACED | SHAPES
 LCM = DDIM | _acts("original_inference_steps") | _idle("timestep_scaling", "of the distilled model's own step")
+TCD = LCM | _idle(
+    "clip_sample clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value",
+    "TCD's step does not act on it",
+)
 EDM = _acts("sigma_min sigma_max sigma_data sigma_schedule num_train_timesteps prediction_type rho final_sigmas_type")
 FLOW_MATCH = (
     _acts("num_train_timesteps shift use_dynamic_shifting invert_sigmas shift_terminal time_shift_type")
@@ -127,7 +136,7 @@ TABLE: dict[str, Origin] = {
     "CogVideoXDDIMScheduler": Origin("chain", COGVIDEOX, "ddim", "alpha", gives_x0=True),
     "CogVideoXDPMScheduler": Origin("chain", COGVIDEOX, "ddim", "alpha", gives_x0=True),
     "LCMScheduler": Origin("chain", LCM, "lcm", "zero", gives_x0=True),
-    "TCDScheduler": Origin("chain", LCM, "lcm", "lowest", gives_x0=True),
+    "TCDScheduler": Origin("chain", TCD, "lcm", "lowest", gives_x0=True),
     "DPMSolverMultistepScheduler": Origin(
         "chain",
         DPM
@@ -369,6 +378,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Schedulers whose configurations are the same to the last value, and do not mean the same.
+TWINS = {"LCMScheduler": "TCDScheduler"}
 # Of versions of diffusers that no longer are: with these values they mean what is done now.
 OLD: dict[str, tuple[Any, ...]] = {
     "tensor_format": ("pt", None),

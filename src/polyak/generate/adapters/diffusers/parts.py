@@ -6,10 +6,13 @@ import dataclasses
 import importlib
 from typing import Any
 
+from polyak.generate.adapters.diffusers.levels import ChainLevels
+from polyak.generate.adapters.diffusers.values import plain
 from polyak.generate.process import Discrete, ProbabilityPath
 from polyak.generate.solver import Solver
 
 ROOM = "polyak.generate."
+LEVELS = "adapters.diffusers.levels"  # of other schedulers' processes
 
 
 def dump(part: Any) -> dict[str, Any]:
@@ -18,11 +21,15 @@ def dump(part: Any) -> dict[str, Any]:
     module = kind.__module__
     if not module.startswith(ROOM) or kind.__qualname__ != kind.__name__:
         return {"class": f"{module}.{kind.__qualname__}"}
+    home = module.removeprefix(ROOM)
+    home = home if home == LEVELS else home.split(".")[0]
     fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)} if dataclasses.is_dataclass(part) else {}
     if isinstance(part, Discrete):
         fields = {"alphas_cumprod": (2 * part._table[1:]).exp().tolist(), "label_scale": part.label_scale}
         fields["lam_min"] = part.lam(part.t_max) - 1e-9
-    return {"part": f"{module.removeprefix(ROOM).split('.')[0]}:{kind.__name__}", **fields}
+    if isinstance(part, ChainLevels):
+        fields["logs"] = part.logs
+    return {"part": f"{home}:{kind.__name__}", **plain(fields)}
 
 
 def load(given: Any, kind: type[Solver] | type[ProbabilityPath]) -> Any:
@@ -42,7 +49,9 @@ def load(given: Any, kind: type[Solver] | type[ProbabilityPath]) -> Any:
     if not isinstance(given, dict) or "part" not in given:
         raise ValueError(f"{name} must be a {kind.__name__}, got {given!r}")
     module, _, found_name = given["part"].partition(":")
-    homes = [f"{ROOM}{module}", ROOM.rstrip(".")] if module.isidentifier() else []  # parts of older versions have moved
+    homes = (
+        [f"{ROOM}{module}", ROOM.rstrip(".")] if module.isidentifier() or module == LEVELS else []
+    )  # parts of older versions have moved
     found = next((f for f in (getattr(importlib.import_module(h), found_name, None) for h in homes) if f), None)
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise ValueError(f"no {kind.__name__} is called {given['part']!r}")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from diffusers import schedulers as theirs
 from torch import Tensor
 
 from polyak.core import checks
+from polyak.generate.adapters.diffusers import given
 from polyak.generate.adapters.diffusers.levels import (
     SHAPES,
     SPACINGS,
@@ -32,12 +34,15 @@ from polyak.generate.adapters.diffusers.options import (
     OWN_DEFAULTS,
     TABLE,
     Acts,
+    Idle,
     Origin,
     Refused,
 )
+from polyak.generate.adapters.diffusers.values import same
 from polyak.generate.evaluate import Corrector, DynamicThresholding
 from polyak.generate.prediction import check_kind
-from polyak.generate.process import EDM, Discrete, Flow, ProbabilityPath
+from polyak.generate.process import EDM, Flow, ProbabilityPath, Process
+from polyak.generate.process.path import GRIDS
 
 PARTS = ("solver", "process", "origin", "grid")  # of the configuration: our own
 WORDS = {"flow": "flow_prediction", "eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # ours to diffusers'
@@ -48,6 +53,14 @@ VALUES = {
     "interpolation_type": ("linear", "log_linear"),
     "timestep_type": ("discrete", "continuous"),
     "sigma_schedule": ("karras", "exponential"),
+    "variance_type": (
+        "fixed_small",
+        "fixed_small_log",
+        "fixed_large",
+        "fixed_large_log",
+        "learned",
+        "learned_range",
+    ),
 }
 FLOW_END = 1e-9  # below it nothing is asked: the last step of a flow ends on clean data
 
@@ -130,13 +143,18 @@ def names_of(origin: str | None) -> set[str]:
     return {*defaults_of(origin), *facts_of(origin).options}
 
 
+def idle_of(origin: str | None) -> set[str]:
+    """The options that have no meaning here."""
+    return {name for name, rule in facts_of(origin).options.items() if isinstance(rule, Idle)}
+
+
 def identify(config: Mapping[str, Any]) -> str | None:
     """The scheduler that a configuration in memory belongs to, which does not hold its name: by the options it has.
 
-    Schedulers with the same options are told apart by the defaults that were used, and else mean the same to us.
+    Schedulers with the same options are told apart by the defaults that were used, then by all values.
     """
     keys, used = set(config), config.get("_use_default_values", ())
-    best: tuple[int, int] = (0, 0)
+    best: tuple[int, int, int] = (0, 0, 0)
     found = None
     for name in sorted(TABLE, key=lambda n: -len(keys & set(TABLE[n].options))):
         if len(keys & set(TABLE[name].options)) < best[0]:
@@ -145,7 +163,8 @@ def identify(config: Mapping[str, Any]) -> str | None:
             continue
         defaults = defaults_of(name)
         names = set(defaults) or set(TABLE[name].options)
-        score = (len(names), -sum(k in defaults and config[k] != defaults[k] for k in used))
+        changed = {k for k in defaults if k in config and not same(config[k], defaults[k])}
+        score = (len(names), -len(changed & set(used)), -len(changed))
         if names <= keys and all(k in names or k in PARTS for k in used) and score > best:
             best, found = score, name
     return found
@@ -161,8 +180,19 @@ def _passes(name: str, value: Any, origin: str | None) -> bool:
         return _is_one_of(value, OLD[name])
     if name in (own := defaults_of(origin)):  # of a newer diffusers
         return _is_one_of(value, (own[name],))
-    known = name in KNOWN or any(name in defaults_of(c) for c in TABLE if c not in DEFAULTS and hasattr(theirs, c))
-    return known and (origin is not None or value is None or value is False)
+    return _is_known(name) and (origin is not None or value is None or value is False)
+
+
+def _is_known(name: str) -> bool:
+    return name in KNOWN or any(name in defaults_of(c) for c in TABLE if c not in DEFAULTS and hasattr(theirs, c))
+
+
+def notes_of(config: Mapping[str, Any], origin: str | None) -> list[str]:
+    """Entries of a configuration that are no options, nor meant to be: what somebody wrote there for himself."""
+    names = [n for n in config if n not in PARTS and n[0] != "_" and n not in names_of(origin)]
+    return [
+        n for n in names if n not in OLD and not _is_known(n) and not difflib.get_close_matches(n, KNOWN, cutoff=0.8)
+    ]
 
 
 def check_options(config: Mapping[str, Any], origin: str | None) -> None:
@@ -218,6 +248,7 @@ def read(
     *,
     process: ProbabilityPath | None = None,
     grid: str | None = None,
+    by_hand: frozenset[str] = frozenset(),
 ) -> Plan:
     """The plan of a configuration.
 
@@ -226,20 +257,28 @@ def read(
         origin: the name of the diffusers scheduler that it belongs to; None for our own.
         process: instead of the one that the options make.
         grid: a kind of time grid of the process, instead of the options' timesteps.
+        by_hand: options that did not come with a configuration: nobody wants them kept for going back.
 
     Raises:
         ValueError: what cannot be taken, by name and value.
     """
     facts = facts_of(origin)
     check_options(config, origin)
+    written = {name: config[name] for name in by_hand & set(config)}
     config = {**defaults_of(origin), **config}
     for name, allowed in VALUES.items():
         if name in facts.options and config.get(name) is not None:
             checks.one_of(name, config[name], allowed)
+    _refuse_idle(written, origin, facts, process is not None)
+    if config.get("sigma_data") is not None and "sigma_data" in facts.options:
+        checks.positive("sigma_data", config["sigma_data"])
     if process is not None:
-        made, grid = _given(config, facts, process), grid or _grid_of(config, facts)
+        given.check(config, defaults_of(origin), facts, process, by_hand)
+        made, grid = given.make(config, facts, process), grid or given.grid_of(config, facts, process)
     else:
         made = MAKERS[facts.family](config, origin)
+    if grid is not None:
+        _check_grid(config, origin, grid, process, by_hand)
     learned = config.get("variance_type") in ("learned", "learned_range") and "variance_type" in facts.options
     return Plan(
         origin,
@@ -252,11 +291,36 @@ def read(
     )
 
 
+def _check_grid(
+    config: Mapping[str, Any], origin: str | None, grid: str, process: ProbabilityPath | None, by_hand: frozenset[str]
+) -> None:
+    """ValueError for a kind of grid that there is not, and for options that would space times beside it."""
+    if process is None or type(process).grid in (Process.grid, ProbabilityPath.grid):
+        checks.one_of("grid", grid, GRIDS)
+    defaults = defaults_of(origin)
+    for name in given.SPACES & by_hand & set(facts_of(origin).options):
+        if config[name] not in (None, defaults.get(name)):
+            raise ValueError(f"{name}={config[name]!r} has no meaning beside grid={grid!r}, which spaces the times")
+
+
+def _refuse_idle(written: Mapping[str, Any], origin: str | None, facts: Origin, own: bool) -> None:
+    """ValueError for an option that was written by hand, and that does nothing here."""
+    defaults = defaults_of(origin)
+    for name, value in written.items():
+        rule = facts.options.get(name)
+        if isinstance(rule, Idle) and value is not defaults.get(name, ...) and value != defaults.get(name, ...):
+            raise ValueError(f"{name}={value!r} has no meaning here: it is {rule.why}")
+        if name == "variance_type" and not str(value).startswith("learned") and value is not None and origin is None:
+            raise ValueError(f"variance_type={value!r} has no meaning here: noise is the solver's own")
+        if name == "prediction_type" and facts.family in ("flow", "trig") and not own:
+            checks.one_of(name, value, ("flow_prediction",) if facts.family == "flow" else ("v_prediction",))
+
+
 def _corrector(config: Mapping[str, Any], facts: Origin) -> Corrector | None:
-    if config.get("thresholding") and "thresholding" in facts.options:
+    if config.get("thresholding") and isinstance(facts.options.get("thresholding"), Acts):
         ratio, ceiling = config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value")
         return DynamicThresholding(ratio, ceiling=math.inf if ceiling is None else ceiling)
-    if config.get("clip_sample") and "clip_sample" in facts.options:
+    if config.get("clip_sample") and isinstance(facts.options.get("clip_sample"), Acts):
         return Clipping(config.get("clip_sample_range", 1.0))
     return None
 
@@ -265,30 +329,6 @@ def _word(config: Mapping[str, Any], allowed: tuple[str, ...]) -> str:
     """The dialect; "original_sample" is an old word of EulerDiscreteScheduler."""
     given = config["prediction_type"]
     return checks.one_of("prediction_type", "sample" if given == "original_sample" else given, allowed)
-
-
-# What makes a process, or spaces its levels by those of a chain.
-_MAKES = ("rescale_betas_zero_snr", "snr_shift_scale", "use_flow_sigmas", "use_beta_sigmas", "sigma_min", "sigma_max")
-_GRIDS = {"use_karras_sigmas": "karras", "use_lu_lambdas": "logsnr", "use_exponential_sigmas": "logsnr"}
-
-
-def _grid_of(config: Mapping[str, Any], facts: Origin) -> str | None:
-    """The grid of a process that was given, where the options ask for one; ValueError for options that such a one has not."""
-    for name in _MAKES:
-        if config.get(name) and name in facts.options:
-            raise ValueError(f"{name}={config[name]!r} has no meaning for a process that is given")
-    return next((grid for name, grid in _GRIDS.items() if config.get(name) and name in facts.options), None)
-
-
-def _given(config: Mapping[str, Any], facts: Origin, process: ProbabilityPath) -> dict[str, Any]:
-    kind = check_kind("prediction_type", config["prediction_type"])
-    data = config.get("sigma_data", 0.5)
-    made = {"process": process, "kind": kind, "sigma_data": data, "given": True}
-    made["input_data"] = data if kind == "edm" else 1.0 if isinstance(process, EDM) else None
-    if isinstance(process, Discrete):
-        products = (2 * process._table).exp()
-        made["table"] = Table((1 - products[1:] / products[:-1]).float(), products[1:].float())
-    return made
 
 
 def _chain(config: Mapping[str, Any], origin: str | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from polyak.core import checks
 from polyak.generate.adapters.diffusers.plan import Plan
 
 Array = np.ndarray[Any, Any]
-_ROUNDING = 1e-6  # of a level in single precision, as a part of its time
+ROUNDING = 1e-6  # of a level in single precision, as a part of its time
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def ended(plan: Plan, process: Any, times: list[float], zero: bool) -> list[floa
     if repeats and (plan.shape is not None or plan.is_flow):
         return [*times, times[-1]]
     # Where the last level is the lowest one but for its rounding, the last evaluation is without effect.
-    return [*times, times[-1] if times[-1] <= process.t_min * (1 + _ROUNDING) else process.t_min]
+    return [*times, times[-1] if times[-1] <= process.t_min * (1 + ROUNDING) else process.t_min]
 
 
 def shifted(t: Any, shift: float) -> Any:

@@ -12,15 +12,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from polyak.generate.adapters.diffusers.coroutine import Coroutine, frozen, thawed
 from polyak.generate.ddim import DDIM
 from polyak.generate.linear import Stage, rehearse, tabled, take_stage
-from polyak.generate.process import ProbabilityPath
-from polyak.generate.solver import Query, Run, Solver, Step, resume
+from polyak.generate.process import Flow, ProbabilityPath
+from polyak.generate.solver import Solver
+from polyak.generate.update import combine
 
 FIRST_ORDER = DDIM()  # exact if the predicted data do not change; equals DPM-Solver of order 1
+HOPELESS = 2.0**-40  # alpha^2 that is as good as 0
 MOST_LEADING = 4  # first-order steps that a solver may be helped with before its own
 
 
@@ -28,17 +30,26 @@ MOST_LEADING = 4  # first-order steps that a solver may be helped with before it
 class Leg:
     """A solver on its times.
 
+    A copy is planned again, because the stages' times know each other, which a copy of each would not keep.
+
     Attributes:
+        ground: what it was planned on.
         asked: the times at which it asks.
         first: which of these begin a step.
         stages: what it makes of the answers, for solvers that write it down; None for coroutines.
+        more: whether the solver was told that one more step follows.
     """
 
+    ground: Ground
     solver: Solver
     times: tuple[float, ...]
     asked: tuple[float, ...]
     first: tuple[bool, ...]
     stages: list[Stage] | None
+    more: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _planned, (self.ground, self.solver, self.times, self.more)
 
 
 @dataclass(frozen=True)
@@ -48,15 +59,34 @@ class Ground:
     process: ProbabilityPath
     kind: str
 
-    def leg(self, solver: Solver, times: Sequence[float]) -> Leg:
-        """The solver's plan; its ValueError if it cannot go there."""
+    def leg(self, solver: Solver, times: Sequence[float], more: bool = False) -> Leg:
+        """The solver's plan; its ValueError if it cannot go there.
+
+        Args:
+            solver: of all steps.
+            times: one more than there are steps.
+            more: one more step follows, which somebody else takes: what a solver does at the end of its run, it does there.
+        """
+        more = more and tabled(solver)
         if tabled(solver):
-            stages = solver.table(list(times), self.process, self.kind)
+            try:
+                stages = solver.table([*times, times[-1] / 2] if more else list(times), self.process, self.kind)
+            except ValueError:
+                if not more:
+                    raise
+                return self.leg(solver, times)
+            if more and not (stages[-1].first and stages[-1].t == times[-1]):
+                return self.leg(solver, times)
+            stages = stages[:-1] if more else stages
             asked, first = [s.t for s in stages], [s.first for s in stages]
         else:
             queries = rehearse(solver, list(times), self.process, self.kind)
             stages, asked, first = None, [q.t for q in queries], [q.first for q in queries]
-        return Leg(solver, tuple(times), tuple(map(float, asked)), tuple(first), stages)
+        return Leg(self, solver, tuple(times), tuple(map(float, asked)), tuple(first), stages, more)
+
+
+def _planned(ground: Ground, solver: Solver, times: Sequence[float], more: bool) -> Leg:
+    return ground.leg(solver, times, more)
 
 
 def compose(solver: Solver, times: Sequence[float], ground: Ground) -> list[Leg]:
@@ -70,27 +100,50 @@ def compose(solver: Solver, times: Sequence[float], ground: Ground) -> list[Leg]
     Raises:
         ValueError: the solver's own, if it takes no part of the times.
     """
-    times = list(times)
-    idle = times[-1] == times[-2]
-    clean = not idle and ground.process.ends_clean(times[-1])
-    if clean and getattr(solver, "denoise_to_zero", False) and len(times) > 2:
-        times, clean = times[:-1], False  # it ends on clean data by itself
-    tails = (1,) if idle or (clean and not solver.reaches_zero) else (0, 1) if clean else (0,)
-    refusal: ValueError | None = None
-    for tail, lead in itertools.product(tails, range(MOST_LEADING)):
-        body = times[lead : len(times) - tail]
-        before = [ground.leg(FIRST_ORDER, times[: lead + 1])] if lead else []
-        after = [ground.leg(FIRST_ORDER, times[-2:])] if tail else []
-        if len(body) == 1 and tail:
-            return before + after
+    whole, process = list(times), ground.process
+    idle = whole[-1] == whole[-2]
+    clean = not idle and _is_clean(process, whole[-1])
+    alone = clean and getattr(solver, "denoise_to_zero", False) and len(whole) > 2  # it ends on clean data by itself
+    reached = whole[:-1] if alone else whole
+    if alone:
+        tails: tuple[int, ...] = (0,)
+    else:
+        tails = (1,) if idle or (clean and not solver.reaches_zero) else (0, 1) if clean else (0,)
+    infinite = process.is_gaussian and process.alpha(whole[0]) == 0  # type: ignore[attr-defined]
+    refusals: dict[tuple[int, int], ValueError] = {}
+    least = _least_help(solver, whole[0], process) if len(whole) > 2 else 0
+    for tail, lead in itertools.product(tails, range(least, MOST_LEADING)):
+        body = reached[lead : len(reached) - tail]
+        before = [ground.leg(FIRST_ORDER, whole[: lead + 1])] if lead else []
+        if len(body) == 1 and (tail or alone):
+            return [*before, ground.leg(FIRST_ORDER, whole[-2:])]
+        if len(whole) == 2 and lead and infinite:
+            return before
         if len(body) < 2:
             continue
+        after = [ground.leg(FIRST_ORDER, whole[-2:])] if tail else []
         try:
-            return [*before, ground.leg(solver, body), *after]
+            return [*before, ground.leg(solver, body, more=idle), *after]
         except ValueError as error:
-            refusal = refusal or error
-    assert refusal is not None
-    raise refusal
+            refusals[tail, lead] = error
+    # Where the ends can be helped with, what is refused is what lies between.
+    between = tails[-1], 1 if infinite else 0
+    raise refusals.get(between) or next(iter(refusals.values()))
+
+
+def _is_clean(process: ProbabilityPath, t: float) -> bool:
+    return process.ends_clean(t) or (process.is_gaussian and process.sigma(t) == 0)  # type: ignore[attr-defined]
+
+
+def _least_help(solver: Solver, t: float, process: ProbabilityPath) -> int:
+    """How many first-order steps a run begins with: one where hardly any signal is left, for solvers that divide by it."""
+    if not process.is_gaussian or not 0 < process.alpha(t) ** 2 <= HOPELESS:  # type: ignore[attr-defined]
+        return 0
+    try:  # whoever cannot start where there is none at all
+        Ground(Flow(), "v_prediction").leg(solver, [1.0, 0.75, 0.5, 0.25])
+    except ValueError:
+        return 1
+    return 0
 
 
 def _variants(solver: Solver) -> list[Solver]:
@@ -111,7 +164,7 @@ def begin_at(legs: Sequence[Leg], index: int, ground: Ground) -> list[Leg]:
         leg, *after = after
     if index == 0:
         return [leg, *after]
-    if leg.solver is FIRST_ORDER:
+    if leg.solver == FIRST_ORDER:
         return [ground.leg(FIRST_ORDER, leg.times[index:]), *after]
     rest = list(leg.asked[index:])
     for done, start in enumerate(rest):
@@ -120,7 +173,7 @@ def begin_at(legs: Sequence[Leg], index: int, ground: Ground) -> list[Leg]:
         times = leg.times[leg.times.index(start) :]
         for solver in _variants(leg.solver):
             try:
-                found = ground.leg(solver, times)
+                found = ground.leg(solver, times, leg.more)
             except ValueError:
                 continue
             if list(found.asked) == rest[done:]:
@@ -152,8 +205,7 @@ def evaluations_per_step(solver: Solver, ground: Ground) -> int:
 class Driven:
     """A run in progress: which evaluation is next, the state at the step's start, and what the solver remembers.
 
-    Of a solver that is a coroutine, what it was told since its last step with a memory is kept, and a copy of the run is told
-    it again; noise drawn then is thrown away, because a solver goes on from the state that it is sent.
+    A copy keeps no graph of autograd's.
     """
 
     def __init__(self, legs: Sequence[Leg], ground: Ground) -> None:
@@ -162,7 +214,7 @@ class Driven:
         self.start: Tensor | None = None
         self.values: tuple[Tensor, ...] = ()
         self.generator: Any = None
-        self._coroutine: _Coroutine | None = None
+        self._coroutine: Coroutine | None = None
 
     @property
     def done(self) -> bool:
@@ -175,128 +227,49 @@ class Driven:
         leg = self.legs[self.at]
         return leg.asked[self.stage] if leg.stages is None else leg.stages[self.stage].t
 
-    def send(self, prediction: Any, generator: Any) -> Tensor:
-        """Answer what is asked, and get the next point; after the last answer, the result. Noise is the generator's, or
-        that of the last one that was given."""
+    def send(
+        self, prediction: Any, generator: Any, also: Sequence[tuple[float, float]] = ()
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Answer what is asked.
+
+        Args:
+            prediction: the answer.
+            generator: of the noise; None for the last one that was given.
+            also: weights of the point and the output in what is made beside.
+
+        Returns:
+            The next point (after the last answer, the result), and what was made beside it.
+        """
         if generator is not None:
             self.generator = generator
         leg = self.legs[self.at]
         if leg.stages is None:
             if self._coroutine is None:
-                self._coroutine = _Coroutine(leg, self.ground.process)
+                self._coroutine = Coroutine(leg.solver, leg.times, leg.asked, self.ground.process)
+            beside = tuple(combine((a, prediction.x), (b, prediction.output)) for a, b in also)
             point = self._coroutine.send(prediction, self.generator)
         else:
-            stage = leg.stages[self.stage]
+            stage, start = leg.stages[self.stage], self.start
             if stage.first:
-                self.start = prediction.x
-            assert self.start is not None
-            made, self.values = take_stage(stage, self.start, prediction, self.values, self.generator, mean=False)
-            point = made.next
+                start = prediction.x
+                if not stage.last:  # a copy is made: a pipeline may write the next point into the memory of this one
+                    also = [(1.0, 0.0), *also]
+            assert start is not None
+            made, self.values = take_stage(stage, start, prediction, self.values, self.generator, False, also)
+            point, beside = made.next, made.also
+            if stage.first and not stage.last:
+                self.start, *others = beside
+                beside = tuple(others)
         self.stage += 1
         if self.stage == len(leg.asked):
             self.at, self.stage, self.values, self.start, self._coroutine = self.at + 1, 0, (), None, None
-        return point
+        return point, beside
 
     def __getstate__(self) -> dict[str, Any]:
-        # Stages are planned again: their times know each other, which a copy would not keep.
-        legs = [leg if leg.stages is None else dataclasses.replace(leg, stages=[]) for leg in self.legs]
-        return {**self.__dict__, "legs": legs, "generator": _frozen(self.generator)}
+        start = None if self.start is None else self.start.detach()
+        values = tuple(value.detach() for value in self.values)
+        return {**self.__dict__, "start": start, "values": values, "generator": frozen(self.generator)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.legs = [leg if leg.stages is None else self.ground.leg(leg.solver, leg.times) for leg in self.legs]
-        self.generator = _thawed(self.generator)
-
-
-def _frozen(generator: Any) -> Any:
-    """A generator as its device and its state; of each, for several."""
-    if isinstance(generator, list | tuple):
-        return [_frozen(one) for one in generator]
-    return None if generator is None else {"device": str(generator.device), "state": generator.get_state()}
-
-
-def _thawed(frozen: Any) -> Any:
-    if isinstance(frozen, list):
-        return [_thawed(one) for one in frozen]
-    if frozen is None:
-        return None
-    generator = torch.Generator(frozen["device"])
-    generator.set_state(frozen["state"])
-    return generator
-
-
-class _Coroutine:
-    """One leg of a solver that is a coroutine."""
-
-    def __init__(self, leg: Leg, process: ProbabilityPath) -> None:
-        self.leg, self.process = leg, process
-        self.step: Step | None = None
-        self.told: list[Any] = []
-        self._bound: Any = None
-        self._run: Run | None = None
-
-    def send(self, prediction: Any, generator: Any) -> Tensor:
-        """The next point, or the state at the leg's end."""
-        given = _own(generator, prediction.x)
-        if self._run is None:
-            self._begin(prediction.x, given)
-        self.told.append(prediction)
-        lent = self._lend(given)
-        try:
-            return self._tell(prediction)
-        finally:
-            if lent:
-                given.set_state(self._bound.get_state())
-
-    def _lend(self, given: Any) -> bool:
-        """Let the run's own generator draw what the given one would; whether that has to be moved on afterwards."""
-        if isinstance(self._bound, list) and isinstance(given, list):
-            self._bound[:] = given
-            return False
-        if given is self._bound or not (
-            isinstance(self._bound, torch.Generator) and isinstance(given, torch.Generator)
-        ):
-            return False
-        self._bound.set_state(given.get_state())
-        return True
-
-    def _tell(self, prediction: Any) -> Tensor:
-        assert self._run is not None
-        try:
-            event = self._run.send(prediction)
-            while not isinstance(event, Query):
-                if event.memory is not None:
-                    self.step, self.told = event, []
-                event = self._run.send(None)
-            return event.x
-        except StopIteration as stop:
-            return stop.value
-
-    def _begin(self, x: Tensor, given: Any) -> None:
-        """Start the leg, or go on where the run was that this is a copy of."""
-        told, self.told, times = self.told, [], list(self.leg.times)
-        self._bound = given
-        if told or self.step is not None:
-            device = x.device
-            self._bound = (
-                [torch.Generator(device) for _ in given] if isinstance(given, list) else torch.Generator(device)
-            )
-        if self.step is not None:
-            self._run = resume(self.leg.solver, self.step, times, self.process, generator=self._bound)
-        else:
-            start = told[0].x if told else x
-            self._run = self.leg.solver.run(start, times, self.process, generator=self._bound)
-        next(self._run)
-        for prediction in told:
-            self.told.append(prediction)
-            self._tell(prediction)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_run": None, "_bound": None}
-
-
-def _own(generator: Any, x: Tensor) -> Any:
-    """What a run is started with, so that another generator can take its place on the way."""
-    if generator is None and x.device.type in ("cpu", "cuda"):
-        return torch.cuda.default_generators[x.device.index or 0] if x.is_cuda else torch.default_generator
-    return list(generator) if isinstance(generator, list | tuple) else generator
+        self.generator = thawed(self.generator)

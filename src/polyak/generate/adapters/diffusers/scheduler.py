@@ -5,58 +5,42 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from polyak.core import checks
 from polyak.generate.adapters.diffusers import schedule
+from polyak.generate.adapters.diffusers.answers import kept_exactly, predicted, unrounded
+from polyak.generate.adapters.diffusers.configured import Configured
+from polyak.generate.adapters.diffusers.edits import Watch, is_part, times_of_levels
 from polyak.generate.adapters.diffusers.noise import Noising
 from polyak.generate.adapters.diffusers.options import STEPS
-from polyak.generate.adapters.diffusers.parts import dump, load
-from polyak.generate.adapters.diffusers.plan import (
-    PARTS,
-    WORDS,
-    Plan,
-    defaults_of,
-    names_of,
-    read,
-)
-from polyak.generate.adapters.diffusers.resolve import entries, refuse_idle, resolve, same
-from polyak.generate.adapters.diffusers.runs import Driven, Ground, Leg, begin_at, compose, evaluations_per_step
+from polyak.generate.adapters.diffusers.runs import Driven, Ground, Leg, begin_at, compose
 from polyak.generate.adapters.diffusers.schedule import Request, Schedule
-from polyak.generate.ddim import DDIM
-from polyak.generate.evaluate import HALF
-from polyak.generate.prediction import Prediction, edm_input_scaling
-from polyak.generate.process import Discrete, Flow, ProbabilityPath, Process
+from polyak.generate.prediction import edm_input_scaling
+from polyak.generate.process import Discrete, Flow, Process
 from polyak.generate.solver import Solver
-from polyak.generate.update import combine
 
 
 @dataclass
 class PolyakSchedulerOutput(BaseOutput):
-    """What a step gives: the next point to ask the model at, and the clean data predicted at the last one."""
+    """What a step gives: the next point to ask the model at, and the clean data predicted at the last one.
+
+    The data are left out where the origin's step has none (flow matching).
+    """
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
 
 
-class Negated(Prediction):
-    """Of a network that answers the opposite: what it says is minus its dialect."""
-
-    def weights(self, view: str) -> tuple[Any, Any]:
-        a, b = super().weights(view)
-        return a, -b
-
-
-class PolyakScheduler(Noising, SchedulerMixin, ConfigMixin):
+class PolyakScheduler(Noising, SchedulerMixin, Configured):
     """A solver of this room, or of yours, in the place of a diffusers scheduler.
 
     Options have the meaning that they have in the diffusers scheduler whose configuration this is (``origin``): its timesteps,
@@ -90,44 +74,9 @@ class PolyakScheduler(Noising, SchedulerMixin, ConfigMixin):
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012 - diffusers' own convention
     order = 1
 
-    def __init__(
-        self,
-        *,
-        solver: Solver | dict[str, Any] | None = None,
-        process: ProbabilityPath | dict[str, Any] | None = None,
-        origin: str | None = None,
-        grid: str | None = None,
-        **options: Any,
-    ) -> None:
-        if solver is None:
-            raise ValueError("solver is needed: PolyakScheduler.from_config(config, solver=DPMSolver(...))")
-        self.solver: Solver = load(solver, Solver)
-        if self.solver.adaptive:
-            raise ValueError(f"diffusers needs the timesteps beforehand; an adaptive solver has none: {self.solver!r}")
-        if origin is None and "shift" in options and "beta_start" not in options:
-            origin = "FlowMatchEulerDiscreteScheduler"
-        given = None if process is None else load(process, ProbabilityPath)
-        if options.get("prediction_type") in WORDS:
-            options["prediction_type"] = WORDS[options["prediction_type"]]
-        saved: dict[str, Any] = {"solver": dump(self.solver), "process": None, "origin": origin, "grid": grid}
-        if given is not None:
-            saved["process"] = dump(given)
-        if isinstance(given, Discrete):
-            betas = (1 - torch.exp(2 * torch.diff(given._table))).tolist()
-            options = {**options, "trained_betas": betas, "num_train_timesteps": len(betas)}
-        self._given = given
-        hidden = {k: options.pop(k) for k in list(options) if k.startswith("_")}
-        if origin is None and "_use_default_values" not in hidden:
-            refuse_idle(options)
-        self._read({**options, "grid": grid}, origin, grid)
-        filled = {k: v for k, v in defaults_of(origin).items() if k not in options}
-        if self._plan.facts.family == "flow" and "prediction_type" not in options:
-            options["prediction_type"] = "flow_prediction"  # what one goes to next is told
-        unused = [*hidden.pop("_use_default_values", ()), *filled, *saved]
-        self.register_to_config(**filled, **options, **saved, **hidden, _use_default_values=list(dict.fromkeys(unused)))
-        self._seen = dict(self._internal_dict)
-        self.num_inference_steps: int | None = None
+    def _unplanned(self) -> None:
         labels, levels = schedule.training(self._plan)
+        self.num_inference_steps: int | None = None
         self._times: list[float] = []
         self._legs: list[Leg] = []
         self._asked: list[float] = []
@@ -135,65 +84,13 @@ class PolyakScheduler(Noising, SchedulerMixin, ConfigMixin):
         self.sigmas = torch.tensor(levels, dtype=torch.float32)
         self._reset()
 
-    def _read(self, options: Mapping[str, Any], origin: str | None, grid: str | None) -> None:
-        """Make the plan, and refuse what does not go together."""
-        self._plan: Plan = read(options, origin, process=self._given, grid=grid)
-        self.process: Any = self._plan.process
-        self.corrector = self._plan.corrector
-        if self.solver.needs_gaussian and not self.process.is_gaussian:
-            raise ValueError(f"{self.solver!r} needs Gaussian noise, which {self.process!r} has not")
-        if options.get("thresholding") and self.corrector is not None and self.solver.no_corrector:
-            raise ValueError(f"thresholding cannot be used: {self.solver.no_corrector}")
-        # What is corrected is the predicted data, whatever the network says.
-        self._kind = self._plan.kind if self.corrector is None else "sample"
-        self._per_step = self.order = evaluations_per_step(self.solver, Ground(self.process, self._kind))
-
-    def _refresh(self) -> None:
-        """Read the configuration again if somebody changed it: its entries, as pipelines do, or its attributes."""
-        now = entries(self._internal_dict, self._seen)
-        if all(name in self._seen and same(value, self._seen[name]) for name, value in now.items()):
-            return
-        known = {*names_of(now.get("origin")), "grid"}
-        config = {k: v for k, v in now.items() if k in known or (k in self._seen and k not in PARTS and k[0] != "_")}
-        self._read(config, now.get("origin"), now.get("grid"))
-        self._seen = now
-
     def __copy__(self) -> PolyakScheduler:
         """A copy whose run goes on by itself."""
         made = object.__new__(type(self))
         made.__dict__.update(self.__dict__)
-        made._driven = copy.deepcopy(self._driven)
+        shared = {id(leg.ground.process): leg.ground.process for leg in self._legs}
+        made._driven = copy.deepcopy(self._driven, shared)
         return made
-
-    # --- configurations
-
-    @classmethod
-    def from_config(  # type: ignore[override]
-        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
-        """From the configuration of any diffusers scheduler: ``PolyakScheduler.from_config(config, solver=...)``.
-
-        Args:
-            config: of a diffusers scheduler or of a PolyakScheduler; also a plain dict of options.
-            return_unused_kwargs: return what is not understood, instead of refusing it.
-            kwargs: options that override those of the configuration; solver, process, origin, grid.
-
-        Raises:
-            ValueError: what is refused, by name; no solver, or one of your own class in a saved configuration.
-        """
-        if config is None:
-            raise ValueError("config is needed: that of a scheduler, as pipe.scheduler.config")
-        if not isinstance(config, Mapping):
-            config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
-        options, given, used = resolve(config, kwargs)
-        unused: dict[str, Any] = {}
-        if return_unused_kwargs:
-            known = {*PARTS, *names_of(given.get("origin"))}
-            unused = {k: given.pop(k) for k in list(given) if k not in known}
-        if "_class_name" in options:
-            options["_class_name"] = cls.__name__
-        made = cls(**{**options, **given}, _use_default_values=used)
-        return (made, unused) if return_unused_kwargs else made
 
     def __len__(self) -> int:
         return self._plan.train_steps
@@ -236,21 +133,52 @@ class PolyakScheduler(Noising, SchedulerMixin, ConfigMixin):
             )
         request = Request(count, timesteps, sigmas, mu, original_inference_steps, strength)
         made = self._scheduled(request)
-        self.process = made.process
-        self._times = made.times
         self._told = dict(zip(made.times[:-1], made.labels, strict=True))
-        self._ground = Ground(self.process, self._kind)
-        self._legs = compose(self.solver, made.times, self._ground)
-        self._asked = [t for leg in self._legs for t in leg.asked]
-        self._starts = [first for leg in self._legs for first in leg.first]
+        self._compose(made)
         self.num_inference_steps = len(made.times) - 1
         # With timesteps or levels of their own, pipelines take the number of timesteps for the number of steps.
         self.order = 1 if request.steps is None else self._per_step
-        labels = [self._label(t) for t in self._asked]
-        self.timesteps = self._table_of(labels, device)
+        self.timesteps = self._table_of([self._label(t) for t in self._asked], device)
+        self._reset()
+
+    def _compose(self, made: Schedule) -> None:
+        """Plan the solver's run over times."""
+        ground = Ground(made.process, self._kind)
+        self._legs = compose(self._solver, made.times, ground)
+        self.process, self._times, self._ground = made.process, made.times, ground
+        self._asked = [t for leg in self._legs for t in leg.asked]
+        self._starts = [first for leg in self._legs for first in leg.first]
         levels, self._scales = self._levels([*self._asked, made.times[-1]])
         self.sigmas = levels.to(torch.float32)
-        self._reset()
+
+    def _follow(self) -> None:
+        """Go on from what somebody made of ``timesteps`` or ``sigmas``.
+
+        Raises:
+            ValueError: timesteps that are not planned; levels within a run, or of a solver that asks between them.
+        """
+        if not self._times:
+            return
+        if not self._watched[0].same(self.timesteps):
+            if not is_part(self.timesteps, self._planned):
+                raise ValueError(
+                    f"timesteps were changed to {self.timesteps.tolist()}, which are not a part of those planned, "
+                    f"{self._planned}: call set_timesteps(timesteps=...)"
+                )
+            self._watch()
+        if not self._watched[1].same(self.sigmas):
+            levels, changed = self._planned_levels, self.sigmas.detach().cpu()
+            if changed.shape != levels.shape or not torch.equal(changed.to(levels.dtype), levels):
+                if self._driven is not None or self._asked != self._times[:-1]:
+                    where = "within a run" if self._driven is not None else f"though {self._solver!r} asks between them"
+                    raise ValueError(f"sigmas were changed {where}: call set_timesteps(sigmas=...) instead")
+                times = times_of_levels(self._plan, changed, levels.tolist(), self._times)
+                self._compose(Schedule(times, self._planned, schedule.widened(self.process, times)))
+            self._watch()
+
+    def _watch(self) -> None:
+        self._watched = Watch(self.timesteps), Watch(self.sigmas)
+        self._planned_levels = self.sigmas.detach().cpu().clone()
 
     def _scheduled(self, request: Request) -> Schedule:
         plan = self._plan
@@ -263,8 +191,7 @@ class PolyakScheduler(Noising, SchedulerMixin, ConfigMixin):
             times = self.solver.times(process, steps=n, grid=plan.grid).tolist()
             return Schedule(times, [schedule.label(plan, plan.process, t) for t in times[:-1]], plan.process)
         made = schedule.make(plan, request, zero=self.solver.reaches_zero)
-        times = [made.process.check_time(f"times[{i}]", t) for i, t in enumerate(made.times)]
-        return dataclasses.replace(made, times=times)
+        return dataclasses.replace(made, times=schedule.checked(plan, made))
 
     def _label(self, t: float) -> float:
         told = self._told.get(t)
@@ -285,8 +212,11 @@ class PolyakScheduler(Noising, SchedulerMixin, ConfigMixin):
         if self._plan.given:
             integers = isinstance(self.process, Discrete)
         if integers and (np.abs(table - whole) < 1e-6).all():
-            return torch.tensor(whole.astype(np.int64), device=device)
-        return torch.tensor(table.astype(np.float32), device=device)
+            table = whole.astype(np.int64)
+        else:
+            table = table.astype(np.float32)
+        self._planned: list[float] = table.tolist()
+        return torch.tensor(table, device=device)
 
     @property
     def init_noise_sigma(self) -> float:
@@ -306,6 +236,7 @@ class PolyakScheduler(Noising, SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._driven: Driven | None = None
         self._exact: Tensor | None = None
+        self._watch()
 
     @property
     def step_index(self) -> int | None:
@@ -320,10 +251,6 @@ class PolyakScheduler(Noising, SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Start at ``timesteps[begin_index]`` (image-to-image pipelines)."""
         self._begin_index = checks.integer("begin_index", begin_index, least=0)
-
-    def set_shift(self, shift: float) -> None:
-        """Change a flow's shift; :meth:`set_timesteps` then uses it."""
-        self.register_to_config(shift=checks.positive("shift", shift))
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
         """Where a timestep is; where it is there twice, the second one, so that a run does not start within a step."""
@@ -340,10 +267,10 @@ class PolyakScheduler(Noising, SchedulerMixin, ConfigMixin):
         if self._begin_index is not None:
             return self._begin_index
         wanted = float(timestep)
-        close = [i for i, v in enumerate(self.timesteps.tolist()) if abs(v - wanted) <= 1e-4 * max(1.0, abs(v))]
+        close = [i for i, v in enumerate(self._planned) if abs(v - wanted) <= 1e-4 * max(1.0, abs(v))]
         starts = [i for i in close if self._starts[i]]
         if not close:
-            raise ValueError(f"timestep {wanted:g} is not one of the timesteps {self.timesteps.tolist()}")
+            raise ValueError(f"timestep {wanted:g} is not one of the timesteps {self._planned}")
         return starts[0] if starts else close[0]
 
     def _begin(self, timestep: Any) -> None:
@@ -353,6 +280,9 @@ class PolyakScheduler(Noising, SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample as the model wants it: scaled where the origin's samples are, and for preconditioned networks."""
+        if not self._times:
+            self._refresh()
+        self._follow()
         if self._plan.input_data is None:
             return sample
         if not self._times:  # nothing is planned, and all timesteps are known
@@ -401,45 +331,31 @@ class PolyakScheduler(Noising, SchedulerMixin, ConfigMixin):
                 raise ValueError(
                     f"{name}={value!r} cannot be taken by step: {'leave it out' if allowed else 'unknown'}"
                 )
+        self._follow()
         if self._driven is None:
             self._begin(timestep)
         assert self._driven is not None
         assert self._step_index is not None
         if self._driven.done:
             raise ValueError("the run is complete; call set_timesteps before the next one")
-        exact = self._unrounded(sample)
-        prediction = self._predicted(model_output, exact, self._driven.t, bool(use_clipped_model_output))
-        self._exact = self._driven.send(prediction, generator)
+        run, x = self._driven, unrounded(sample, self._exact)
+        prediction = predicted(
+            self._plan,
+            self.process,
+            self.solver,
+            self.corrector,
+            model_output,
+            x,
+            run.t,
+            bool(use_clipped_model_output),
+        )
+        facts = self._plan.facts
+        gives_x0 = (facts.gives_x0 or (return_dict and facts.family != "flow")) and isinstance(self.process, Process)
+        made, beside = run.send(prediction, generator, [prediction.weights("x0")] if gives_x0 else ())
+        self._exact = kept_exactly(made, sample.dtype)
         self._step_index += 1
-        returned = self._exact.to(sample.dtype)
-        if not (return_dict or self._plan.facts.gives_x0) or not isinstance(self.process, Process):
-            return PolyakSchedulerOutput(returned) if return_dict else (returned,)
-        of_x, of_output = prediction.weights("x0")
-        x0 = combine((of_x, prediction.x), (of_output, prediction.output)).to(sample.dtype)
-        return PolyakSchedulerOutput(returned, x0) if return_dict else (returned, x0)
-
-    def _unrounded(self, sample: Tensor) -> Tensor:
-        """The state in at least single precision: of a sample in half precision what it was before it was rounded."""
-        if sample.dtype not in HALF:
-            return sample
-        given = sample.float()
-        if self._exact is None or self._exact.shape != sample.shape or self._exact.dtype != given.dtype:
-            return given
-        return torch.where(self._exact.to(sample.dtype) == sample, self._exact, given)
-
-    def _predicted(self, output: Tensor, x: Tensor, t: float, clipped_eps: bool) -> Prediction:
-        plan = self._plan
-        if plan.learned and output.shape[1] == 2 * x.shape[1]:
-            output = output.chunk(2, dim=1)[0]
-        kind = Prediction if plan.gain > 0 else Negated
-        made = kind(output, x, t, self.process, plan.kind, sigma_data=plan.sigma_data)
-        if self.corrector is None:
-            return made
-        x0 = self.corrector(made.x0, t)
-        if plan.facts.keeps_eps and not clipped_eps and isinstance(self.solver, DDIM):
-            # DDIM's own step keeps the network's eps: the state is moved along, so that x = alpha x0 + sigma eps holds.
-            made = made.rebase(torch.add(x, x0 - made.x0, alpha=self.process.alpha(t)))
-        return Prediction(x0, made.x, t, self.process, "sample")
+        given = [point.to(sample.dtype) for point in (made, *beside)]
+        return PolyakSchedulerOutput(*given) if return_dict else tuple(given)
 
 
 def as_diffusers(solver: Solver, process: Process, prediction_type: str = "epsilon", **options: Any) -> PolyakScheduler:
