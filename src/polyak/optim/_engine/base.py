@@ -246,7 +246,10 @@ class RuleOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
-            running.step(self)  # type: ignore[call-arg]
+            if torch.compiler.is_compiling():
+                running.untraced_step(self)  # type: ignore[call-arg]
+            else:
+                running.step(self)
         return loss
 
     def _counted(self) -> torch.Tensor:
