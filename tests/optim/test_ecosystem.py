@@ -8,6 +8,7 @@ import pytest
 import torch
 from references_for_tests import adan, assert_same, give, gradients, normal, numbers, parameters, run, snapshot
 from torch.optim import lr_scheduler as schedulers
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from polyak.core.schedules import Cosine, Warmup
 from polyak.optim import SGDP, SPAM, AdamP, Adan, Lion, LionK
@@ -116,6 +117,32 @@ def test_hooks_run_once(name):
     optimizer.register_state_dict_post_hook(lambda opt, state: seen.append("saved"))
     optimizer.load_state_dict(optimizer.state_dict())
     assert seen[4:] == ["saved", "loaded"]
+
+
+@makers
+def test_who_listens_late_hears_the_step(name):
+    """Steps without a listener go round PyTorch's wrapper, also those of a class whose step others wrapped."""
+    params = parameters(SHAPES)
+    optimizer, seen = MAKERS[name](params), []
+    run(optimizer, params, gradients(SHAPES, 1))
+    everywhere = [
+        register_optimizer_step_pre_hook(lambda opt, args, kwargs: seen.append("all, before")),
+        register_optimizer_step_post_hook(lambda opt, args, kwargs: seen.append("all, after")),
+    ]
+    try:
+        run(optimizer, params, gradients(SHAPES, 1))
+    finally:
+        for handle in everywhere:
+            handle.remove()
+    own = optimizer.register_step_post_hook(lambda opt, args, kwargs: seen.append("one"))
+    run(optimizer, params, gradients(SHAPES, 1))
+    own.remove()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(optimizer, params, gradients(SHAPES, 1))
+    run(optimizer, params, gradients(SHAPES, 1))
+    assert seen == ["all, before", "all, after", "one"]
+    label = f"Optimizer.step#{type(optimizer).__name__}.step"
+    assert [event.count for event in profile.key_averages() if event.key == label] == [1]
 
 
 @makers

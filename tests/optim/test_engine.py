@@ -13,7 +13,7 @@ from systems_for_tests import CLASSES, SYSTEMS
 
 from polyak.core.elementwise import absolute, axpy, exp, maximum, minimum, sign, sqrt, tanh, where
 from polyak.optim import LionK
-from polyak.optim._engine import RuleOptimizer
+from polyak.optim._engine import RuleOptimizer, base
 
 SHAPES = [(), (7,), (3, 5), (0,), (40, 30)]
 makers = pytest.mark.parametrize("name", sorted(SYSTEMS))
@@ -566,10 +566,8 @@ def test_a_refused_checkpoint_changes_nothing(name):
     broken["param_groups"][-1]["params"] = [0]
     bad.append(broken)
     bad.append(run(torch.optim.Adagrad(params), params, gradients([(3,), (2,)], 1)).state_dict())
-    import polyak.optim._engine.kernel as kernel
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "available", lambda device: False)
+        patch.setattr(base, "available", lambda device: False)
         for checkpoint in bad:
             with pytest.raises(ValueError):
                 optimizer.load_state_dict(checkpoint)

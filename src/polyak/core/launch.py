@@ -14,19 +14,19 @@ _HEAD = "import triton\nimport triton.language as tl\n\n\n"
 
 
 @cache
-def _interpreted() -> bool | None:
-    """Whether Triton interprets kernels on the CPU; None where there is no Triton."""
+def _runtime() -> Any:
+    """Triton's options of running; None where there is no Triton."""
     try:
         from triton import knobs
     except ImportError:
         return None
-    return bool(knobs.runtime.interpret)
+    return knobs.runtime
 
 
 def available(device: torch.device) -> bool:
     """Whether kernels can run on tensors of this device (CUDA or ROCm; the CPU in Triton's interpreter mode)."""
-    interpreted = _interpreted()
-    return interpreted is not None and (device.type == "cuda" or (device.type == "cpu" and interpreted))
+    runtime = _runtime()
+    return runtime is not None and (device.type == "cuda" or (device.type == "cpu" and bool(runtime.interpret)))
 
 
 _devices = cache(torch.cuda.device_count)

@@ -13,7 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from polyak.core.launch import available
-from polyak.optim._engine import checkpoints, compiled, copies, dispatch, launch, options, running
+from polyak.optim._engine import checkpoints, compiled, copies, dispatch, hooks, launch, options, running
 from polyak.optim._engine.places import Places
 from polyak.optim._engine.plan import Cohort, Plan
 from polyak.optim._engine.tensors import LOW
@@ -47,6 +47,7 @@ class RuleOptimizer(Optimizer):
         )
         self._forget()
         self._extra_values: list[dict[str, torch.Tensor]] = []
+        hooks.wrap(type(self))
         super().__init__(params, defaults)
 
     @property
@@ -246,7 +247,10 @@ class RuleOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
-            running.step(self)  # type: ignore[call-arg]
+            if torch.compiler.is_compiling():
+                running.untraced_step(self)  # type: ignore[call-arg]
+            else:
+                running.step(self)
         return loss
 
     def _counted(self) -> torch.Tensor:

@@ -21,12 +21,8 @@ if TYPE_CHECKING:
 Gradients = list["torch.Tensor | None"]
 
 
-@torch.compiler.disable  # type: ignore[misc]
 def step(optimizer: RuleOptimizer) -> None:
-    """Update all parameters that have a gradient.
-
-    Not traced by torch.compile: the backends are compiled already, and plans are made from addresses.
-    """
+    """Update all parameters that have a gradient."""
     optimizer._prepare()
     scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     held: list[torch.Tensor] = []
@@ -45,6 +41,10 @@ def step(optimizer: RuleOptimizer) -> None:
             cohort.runner.run(_on_device(cohort, values), (scale, found_inf))
     if items:
         optimizer._loose_counts = loose.run(optimizer, items, values)
+
+
+# For torch.compile, which is not to trace it: the backends are compiled already, and plans are made from addresses.
+untraced_step = torch.compiler.disable(step)  # type: ignore[misc]
 
 
 def counted(optimizer: RuleOptimizer) -> torch.Tensor:
@@ -184,7 +184,9 @@ def _values(
     scale: torch.Tensor | None,
 ) -> list[dict[str, Any]]:
     """The numbers of each group at this step; those of compiled code are written where it reads them."""
-    values = plan.values
+    values, normed = plan.values, any(plan.normed)
+    if not (plan.moving or normed):
+        return values
     handed = bool(items) or any(cohort.mode == "kernel" for cohort in plan.cohorts)
     if plan.moving:
         more = {k: _moving(optimizer, k) for k in plan.moving}
@@ -197,7 +199,7 @@ def _values(
                     cohort.write(k, more.get(k, {}))
         if handed:
             values = [{**known, **more.get(k, {})} for k, known in enumerate(values)]
-    if any(plan.normed):
+    if normed:
         norm = _norm(plan, grads, items)
         if scale is not None:
             norm = norm / scale.to(norm.device) if isinstance(norm, torch.Tensor) else norm / float(scale)

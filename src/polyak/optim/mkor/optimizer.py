@@ -195,6 +195,7 @@ class MKOR(Optimizer):
         """Take the hooks off the modules: no statistics are gathered any more, and the factors stay as they are."""
         self._unhook()
         self._forget()
+        self._gate.silent = -1  # which was asked for: no word of passes that are not seen
 
     def _due(self) -> bool:
         return self._steps % self.inv_freq == 0 or self._steps < self.warmup_steps
