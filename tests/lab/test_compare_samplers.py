@@ -173,7 +173,9 @@ def test_a_budget_that_is_too_small_for_a_scheduler_is_told(tmp_path: Path) -> N
     assert tried(path, "KDPM2DiscreteScheduler", 1) == ""
     said = tried(path, "rk4:grid=time", 3)
     assert said.endswith("ValueError: 1 step of PolyakScheduler takes 4 evaluations, and there are 3")
-    assert "PolyakScheduler.set_timesteps(10) raised ValueError: " in tried(path, "rk4:grid=tim")
+    assert "RK4 cannot draw on this task: ValueError: grid must be one of 'logsnr', " in tried(path, "rk4:grid=tim")
+    said = tried(path, "DDIMScheduler:timestep_spacing=wide")
+    assert "DDIMScheduler.set_timesteps(10) raised ValueError: wide is not supported" in said
 
 
 # -------------------------------------------------------------------------------------------------- what is not finite
