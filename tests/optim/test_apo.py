@@ -306,7 +306,9 @@ def live_bytes():
     storages = {}
     for item in gc.get_objects():
         if issubclass(type(item), torch.Tensor):  # isinstance would ask deprecated proxies
-            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+            storage = item.untyped_storage()
+            # Several may be at one address (of NumPy's arrays, or at 0): the largest, whatever their order.
+            storages[storage.data_ptr()] = max(storage.nbytes(), storages.get(storage.data_ptr(), 0))
     return sum(storages.values())
 
 
