@@ -24,7 +24,7 @@ PIP_FLAGS := -q --disable-pip-version-check -c constraints.txt
 
 # A verdict of `fails` is a result: only exit codes from 2 up mean that the run itself went wrong.
 demo: .venv/demo.stamp
-	$(BIN)/polyak reproduce adan lion dpm_solver --home demo/store; status=$$?; test $$status -lt 2
+	$(BIN)/polyak reproduce dpm_solver apo --home demo/store; status=$$?; test $$status -lt 2
 	$(BIN)/polyak report --home demo/store --out demo/report
 
 # One thread for each of the two workers: on two cores, threads of both would only wait for each other.
