@@ -19,7 +19,6 @@ from polyak.generate import (
     DDIM,
     OU,
     RK4,
-    VE,
     VP,
     CosineVP,
     Denoiser,
@@ -41,6 +40,7 @@ from polyak.generate import (
     drive,
     sample,
 )
+from polyak.generate.prediction import _schedules
 
 
 def linear(x: Tensor, t: Tensor) -> Tensor:
@@ -89,7 +89,8 @@ def test_what_a_run_ends_in_is_looked_at() -> None:
 # --- networks
 
 
-def test_a_network_that_writes_into_its_label() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_network_that_writes_into_its_label(mode: Any) -> None:
     seen: list[float] = []
 
     def writes(x: Tensor, t: Tensor) -> Tensor:
@@ -97,17 +98,28 @@ def test_a_network_that_writes_into_its_label() -> None:
         t.mul_(1000.0)
         return 0.1 * x
 
-    sample(Denoiser(writes, VP(), unconditional=writes), X, solver=DDIM(), grid=[1.0, 0.5, 0.1], guidance=CFG(2.0))
-    assert seen == pytest.approx([1.0, 1.0, 0.5, 0.5] if len(seen) == 4 else [1.0, 0.5])
-    again = seen.copy()
-    seen.clear()
-    sample(Denoiser(writes, VP()), X, solver=DDIM(), grid=[1.0, 0.5, 0.1])
-    assert seen == pytest.approx(sorted(set(again), reverse=True))
+    denoiser = Denoiser(writes, VP(), unconditional=writes)
+    options: dict[str, Any] = {"solver": DDIM(), "grid": [1.0, 0.5, 0.1]}
+    with mode():
+        sample(denoiser, X, guidance=CFG(2.0), **options)
+        sample(denoiser, X, **options)
+        sample(denoiser, X, callback=lambda step: None, **options)
+    assert seen == pytest.approx([1.0, 1.0, 0.5, 0.5, 1.0, 0.5, 1.0, 0.5])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_labels_are_made_once_a_run(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[float] = []
+    denoiser = Denoiser(linear, VP())
+    monkeypatch.setattr(denoiser, "_told_at", lambda t: made.append(t) or float(t))
+    with mode():
+        sample(denoiser, X, solver=DDIM(), steps=6, callback=lambda step: None)
+    assert len(made) == 7
 
 
 def test_a_label_is_asked_for_where_a_network_is() -> None:
     """The last time of this run has none, and needs none."""
-    got = sample(Denoiser(linear, VE(sigma_min=0.1, sigma_max=1.0), "edm"), X, solver=DDIM(), grid=[1.0, 0.5, 0.0])
+    got = sample(Denoiser(linear, Flow(), "edm"), X, solver=DDIM(), grid=[0.9, 0.5, 0.0])
     assert got.isfinite().all()
 
 
@@ -147,7 +159,10 @@ def test_max_nfe_is_not_exceeded() -> None:
     denoiser = Denoiser(linear, VP())
     with pytest.raises(RuntimeError, match="max_nfe=7"):
         sample(denoiser, X, solver=DPMSolverAdaptive(order=3, max_nfe=7, rtol=1e-9, atol=1e-9))
-    assert denoiser.nfe <= 7
+    assert denoiser.nfe == 6
+    with pytest.raises(RuntimeError, match="spent 0 evaluations"):
+        sample(denoiser, X, solver=DPMSolverAdaptive(order=3, max_nfe=2))
+    assert denoiser.nfe == 6
 
 
 # --- compilers and modes
@@ -182,19 +197,11 @@ def test_the_default_device_is_that_of_what_is_made_without_one() -> None:
         assert torch.equal(got, want)
 
 
-def test_parts_can_be_copied_and_asked_for_what_they_lack() -> None:
-    kept: list[Any] = []
-
-    class Keeps(CFG):
-        def __call__(self, cond: Any, uncond: Any = None, state: Any = None, *, update: bool = True) -> Any:
-            kept.append(cond)
-            return super().__call__(cond, uncond, state, update=update)
-
-    denoiser = Denoiser(linear, VP(), unconditional=linear)
-    sample(denoiser, X, solver=DDIM(), steps=2, guidance=Keeps(2.0))
-    for prediction in kept:
-        assert torch.equal(copy.deepcopy(prediction).x0, prediction.x0)
-        assert not hasattr(prediction, "__array_interface__")
+def test_schedules_can_be_copied_and_asked_for_what_they_lack() -> None:
+    for at in (_schedules(VP(), 0.5), _schedules(VP(), VP().moments([1.0, 0.5])[1])):
+        for same in (copy.copy(at), copy.deepcopy(at)):
+            assert same.alpha == pytest.approx(VP().alpha(0.5))
+        assert not hasattr(at, "__array_interface__")
 
 
 # --- dialects

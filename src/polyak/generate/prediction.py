@@ -315,19 +315,18 @@ class _Told:
     def __init__(self, moments: Moments, key: tuple[int, torch.dtype, torch.device], labels: list[float]) -> None:
         rows, dtype, device = key
         self.moments, self.key = moments, key
-        # From pinned memory a copy does not wait for the device.
-        told = torch.tensor(labels, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
-        self._table = told.to(device, non_blocking=True)[:, None].repeat(1, rows)
-        made = self._table.unbind()
+        # Inference tensors have no version, by which to see that they were written to.
+        with torch.inference_mode(False):
+            # From pinned memory a copy does not wait for the device.
+            told = torch.tensor(labels, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+            self._table = told.to(device, non_blocking=True)[:, None].repeat(1, rows)
+            made = self._table.unbind()
         self.rows = [None if math.isnan(label) else row for label, row in zip(labels, made, strict=True)]
-        self._version = self._seen()
-
-    def _seen(self) -> int | None:
-        return None if self._table.is_inference() else self._table._version
+        self._version = self._table._version
 
     def touched(self) -> bool:
         """Whether a network may have written over what it was told."""
-        return self._seen() is None or self._seen() != self._version
+        return self._table._version != self._version
 
 
 class Denoiser:
