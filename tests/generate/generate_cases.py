@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
-from polyak.generate import EDM, OU, VE, VP, CosineVP, Discrete, Flow, Process, TrigFlow
+from polyak.generate import EDM, OU, VE, VP, CosineVP, Discrete, Flow, Process, Query, Solver, Step, TrigFlow
 from polyak.generate.problems import ExactDenoiser, Mixture
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -25,6 +26,29 @@ PROCESSES: dict[str, Process] = {
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 
 MIXTURE = Mixture([[-1.0], [0.6]], [0.25, 0.09], [0.4, 0.6], labels=[0, 1])
+
+
+class Sine(Process):
+    """A process of the user's own: TrigFlow."""
+
+    t_min, t_max = 0.01, 0.99
+
+    def _alpha(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.cos(torch.pi / 2 * t)
+
+    def _sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.sin(torch.pi / 2 * t)
+
+
+class Mine(Solver):
+    """A solver of the user's own: Euler, as a coroutine."""
+
+    def run(self, x: Any, times: Any, process: Any, *, generator: Any = None) -> Any:
+        for i, (s, t) in enumerate(pairwise(times)):
+            p = yield Query(x, s)
+            x = p.x + (t - s) * p.flow
+            yield Step(x, s, t, i, i == len(times) - 2)
+        return x
 
 
 def exact(process: Process | None = None) -> ExactDenoiser:

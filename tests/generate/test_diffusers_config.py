@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from diffusers_cases import PLANS, TWO_M, Options, diffusers, push, saved, scheduler_class
-from generate_cases import BETAS, stable_diffusion
+from generate_cases import BETAS, Mine, Sine, stable_diffusion
 
 from polyak.generate import (
     DDIM,
@@ -24,9 +23,6 @@ from polyak.generate import (
     Flow,
     Heun,
     Process,
-    Query,
-    Solver,
-    Step,
     sample,
 )
 from polyak.generate.adapters.diffusers import PolyakScheduler, as_diffusers
@@ -34,29 +30,6 @@ from polyak.generate.adapters.diffusers.options import DEFAULTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning")
 OURS = {"solver", "process", "origin", "grid"}
-
-
-class Mine(Solver):
-    """Euler, as a user writes it: a coroutine."""
-
-    def run(self, x: Any, times: Any, process: Any, *, generator: Any = None) -> Any:
-        for i, (s, t) in enumerate(pairwise(times)):
-            p = yield Query(x, s)
-            x = p.x + (t - s) * p.flow
-            yield Step(x, s, t, i, i == len(times) - 2)
-        return x
-
-
-class Sine(Process):
-    """A process of the user's own."""
-
-    t_min, t_max = 0.01, 0.99
-
-    def _alpha(self, t: torch.Tensor) -> torch.Tensor:
-        return torch.cos(torch.pi / 2 * t)
-
-    def _sigma(self, t: torch.Tensor) -> torch.Tensor:
-        return torch.sin(torch.pi / 2 * t)
 
 
 def entries(config: Any) -> Options:
@@ -298,7 +271,7 @@ def test_a_solver_of_ones_own(tmp_path: Any) -> None:
     assert torch.allclose(*results, rtol=1e-12)
     scheduler.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "scheduler_config.json").read_text())
-    assert written["solver"] == {"class": f"{__name__}.Mine"}
+    assert written["solver"] == {"class": f"{Mine.__module__}.Mine"}
     with pytest.raises(ValueError, match=r"saved with a solver from elsewhere, .*\.Mine, .*: pass solver="):
         PolyakScheduler.from_pretrained(tmp_path)
     assert isinstance(PolyakScheduler.from_pretrained(tmp_path, solver=Mine()).solver, Mine)

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers_cases import TWO_M, Options, diffusers, rng, saved
+from generate_cases import Mine
 
-from polyak.generate import DDIM, VP, DPMSolver, Euler, Heun, Query, Solver, Step
+from polyak.generate import DDIM, VP, DPMSolver, Euler, Heun, Solver
 from polyak.generate.adapters.diffusers import PolyakScheduler, as_diffusers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 BETAS = np.linspace(1e-4, 0.02, 100)
 OTHERS = np.linspace(1e-4, 0.05, 100)
-
-
-class Mine(Solver):
-    def run(self, x: Any, times: Any, process: Any, *, generator: Any = None) -> Any:
-        for i, (s, t) in enumerate(pairwise(times)):
-            p = yield Query(x, s)
-            x = p.x + (t - s) * p.flow
-            yield Step(x, s, t, i, i == len(times) - 2)
-        return x
 
 
 # --- shifts

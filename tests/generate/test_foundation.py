@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from generate_cases import BETAS, MIXTURE, exact, noise
+from generate_cases import BETAS, MIXTURE, Sine, exact, noise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -457,16 +457,6 @@ def test_a_guidance_may_need_the_second_prediction_at_some_times_only() -> None:
 
 
 # --- parts of one's own
-
-
-class Sine(Process):
-    t_min, t_max = 0.01, 0.99
-
-    def _alpha(self, t: Tensor) -> Tensor:
-        return torch.cos(torch.pi / 2 * t)
-
-    def _sigma(self, t: Tensor) -> Tensor:
-        return torch.sin(torch.pi / 2 * t)
 
 
 class LogSine(Process):
