@@ -82,7 +82,7 @@ def test_what_a_run_ends_in_is_looked_at() -> None:
             end = yield from super().run(x, times, process, **options)
             return end / 0
 
-    with pytest.raises((ValueError, FloatingPointError, RuntimeError), match=r"NaN|infinit|finite"):
+    with pytest.raises(ValueError, match="finite"):
         sample(Denoiser(linear, VP()), X, solver=Ends(), steps=2)
 
 
