@@ -31,7 +31,7 @@ def serve(
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        serve_pages(Pages(home, claims.catalogue(), claims.published), port=port or 0, ready=ready)
+        serve_pages(Pages(home, claims.catalogue(), claims.published_at), port=port or 0, ready=ready)
     except OSError as error:
         if port is None:
             raise

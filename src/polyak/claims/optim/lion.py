@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from polyak.claims._pictures import lion as pictures
 from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial
 from polyak.lab.criteria import Ask
 
@@ -309,7 +310,7 @@ CLAIM = Claim(
             first_seed=100, options={"steps": 20_000, "lr": 1e-2, "last_lr": 1e-5, "watched_lr": 0.1, "watched_steps": 500},
         ),
     ),
-    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial, picture=pictures.picture,
     departures=(
         "The paper shows networks on ImageNet and language models, whose details it does not give: there is no paper scale here. "
         "Its theorems are checked on convex problems, where the minimum is known.",
