@@ -40,7 +40,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_pages(home: Path) -> Pages:
     claims = {c.slug: c for c in (examples.make(), examples.slow(**SLOW), examples.make("idle"))}
-    return Pages(home, claims, lambda slug: None)
+    return Pages(home, claims, lambda slug: {})
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_trials_that_could_not_run_are_told(tmp_path):
 
         with pytest.raises(TrialError):
             run(examples.bad("raise"), store=store, jobs=1)
-    pages = Pages(tmp_path, {"bad": examples.bad("raise")}, lambda slug: None)
+    pages = Pages(tmp_path, {"bad": examples.bad("raise")}, lambda slug: {})
     assert re.search(r"Bad small cpu \d 1 ", plain(pages.answer("/runs.html").body.decode()))
 
 

@@ -360,10 +360,13 @@ def export_store(
 
     There, `polyak import FILE` adds them to the store, and `polyak reproduce` runs what is missing.
     """
+    from polyak.lab.database import FILE, home_folder
     from polyak.lab.moving import export
     from polyak.lab.store import Store
 
     chosen = [_load(slug).slug for slug in slugs or []]
+    if not (home_folder(home) / FILE).exists():
+        stop(f"there is no store in {home_folder(home)}: run something first, or name another folder by --home")
     with Store(home) as store:
         try:
             count = export(store, file, claims=chosen)
