@@ -49,6 +49,15 @@ def test_an_arm_runs_and_measures_what_criteria_and_tuning_ask(task, arm):
     assert all(math.isfinite(v) for m in (*curve, final) for v in m.values.values())
 
 
+def test_the_equations_hold_and_the_controls_do_not():
+    finals = {a.name: run("equations", a.name)[-1].values for a in CLAIM.arms_on("equations")}
+    asked = [c for c in CLAIM.criteria if c.task == "equations"]
+    assert len(asked) == 4
+    for c in asked:
+        assert finals[c.arm][c.metric] <= c.bound
+        assert finals[c.control][c.metric] > 0.1
+
+
 @pytest.mark.parametrize("task", SMALL)
 def test_a_trial_is_a_function_of_its_seed(task):
     assert run(task, "adan") == run(task, "adan")

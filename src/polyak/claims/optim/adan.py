@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial
+from polyak.lab.claim import (
+    Arm,
+    Claim,
+    Criterion,
+    Measurement,
+    Metric,
+    Paper,
+    Plot,
+    Role,
+    Scale,
+    Task,
+    Trial,
+    Value,
+    measure,
+)
 from polyak.lab.criteria import Ask
 
 SMALL = ("vit", "char_lm", "autoencoder")
@@ -13,7 +27,13 @@ SMALL = ("vit", "char_lm", "autoencoder")
 
 def trial(t: Trial) -> Iterator[Measurement]:
     """Train one arm's optimizer on one task; the budget is a factor of the task's length, with a schedule of its own."""
-    yield from _imagenet(t) if t.task == "imagenet" else _small(t)
+    yield from {"imagenet": _imagenet, "equations": _equations}.get(t.task, _small)(t)
+
+
+def _equations(t: Trial) -> Iterator[Measurement]:
+    from polyak.claims.optim._adan_exact import measured
+
+    yield measure(**measured(t.seed, difference=t["difference"], restarts=t["restarts"]))
 
 
 def _small(t: Trial) -> Iterator[Measurement]:
@@ -64,6 +84,11 @@ ADAN_DEIT = {**ADAN, "lr": 1.5e-2, "weight_decay": 0.02, "warmup_epochs": 60, "w
 
 HALF, NO_DIFFERENCE = {**ADAN, "budget": 0.5}, {**ADAN, "b2": 0.0, "budget": 1.0}
 
+
+def _exact(name: str, label: str, role: Role, **options: Value) -> Arm:
+    return Arm(name, label, role, options, tasks=("equations",))
+
+
 ARMS = (
     Arm("adamw", "AdamW", "baseline", {**ADAMW, "budget": 1.0}, ADAMW_RATES, tasks=SMALL, says="betas (0.9, 0.999)"),
     Arm("adan", "Adan", "method", {**ADAN, "budget": 1.0}, ADAN_RATES, tasks=SMALL, says="betas (0.98, 0.92, 0.99)"),
@@ -73,6 +98,9 @@ ARMS = (
         "no_difference", "Adan without the gradient difference", "control", NO_DIFFERENCE, CONTROL_RATES, tasks=("vit",),
         says="b2 = 0: Adam with betas (0.98, 0.99), and proximal decay",
     ),
+    _exact("adan_exact", "Adan, exact", "method", difference=True, restarts=True),
+    _exact("no_difference_exact", "Adan, exact, without the gradient difference", "control", difference=False, restarts=True),
+    _exact("no_restart_exact", "Adan, exact, not restarted", "control", difference=True, restarts=False),
     Arm(
         "adamw_deit", "AdamW, 300 epochs", "baseline", {**ADAMW_DEIT, "budget": 1.0}, tasks=("imagenet",),
         says="DeiT's own recipe: lr 2e-3 for batches of 2048, decay 0.05",
@@ -86,6 +114,10 @@ ARMS = (
 
 MEAN = "(mean since the last point)"
 TASKS = (
+    Task(
+        "equations", "Its equations",
+        "a random quadratic, and random gradients, in 12 dimensions; float64, 40 steps",
+    ),
     Task(
         "vit", "ViT on digits",
         "1,437 of scikit-learn's 8 x 8 digits as 16 patches; ViT of width 32, depth 2, 4 heads; batch 128, 40 epochs",
@@ -112,10 +144,15 @@ TASKS = (
 )  # fmt: skip
 
 METRICS = (
+    Metric("nesterov", "Relative distance to Nesterov's method", exact=True),
+    Metric("sums", "Relative distance to the closed form", exact=True),
+    Metric("from_adam", "Relative distance to Adam", exact=True),
+    Metric("after_restart", "Relative distance to a new optimizer", exact=True),
     Metric("train_loss", "Training loss"),
     Metric("test_loss", "Test loss"),
     Metric("accuracy", "Test accuracy", better="higher", worst=0.0),
 )
+PROVED = Ask(METRICS, kind="mechanism", task="equations", arm="adan_exact", rule="every")
 VIT = Ask(METRICS, kind="effect", task="vit", metric="train_loss", over="adamw")
 ACCURATE = Ask(METRICS, kind="effect", task="vit", metric="accuracy", minus="adamw", gating=False)
 IMAGENET = Ask(METRICS, kind="effect", task="imagenet", metric="accuracy", minus="adamw_deit")
@@ -134,6 +171,18 @@ def _reported(task: str, metric: str, what: str) -> tuple[Criterion, ...]:
 
 
 CRITERIA = (
+    *PROVED.table(
+        "at_most", "name bound metric control says",
+        ("nesterov", 1e-8, "nesterov", "no_difference_exact",
+         "With one momentum and no division, Adan's points are those at which Nesterov's method takes its gradients (Lemma 1)"),
+        ("closed_form", 1e-12, "sums", "no_difference_exact",
+         "Its moments are the sums over all gradients and their differences, its step the minimum of a proximal problem"),
+        ("restart", 0.0, "after_restart", "no_restart_exact", "After a restart it goes on as a new optimizer does, bit for bit"),
+    ),
+    PROVED.at_most(
+        "without_difference", 1e-12, "Without the difference's weight it is Adam, step for step: the difference is all that is new",
+        metric="from_adam", arm="no_difference_exact", control="adan_exact",
+    ),
     VIT.at_most(
         "equal_budget", 0.5, "At an equal budget, Adan's final training loss of the ViT is at most half of AdamW's",
         arm="adan", control="no_difference",
@@ -173,7 +222,10 @@ CLAIM = Claim(
     ),
     part="polyak.optim.adan:Adan", budget="optimizer steps",
     scales=(
-        Scale("small", "three small models, minutes on two cores", 5, first_seed=100, tasks=SMALL, options={"weight_decay": 0.02}),
+        Scale(
+            "small", "its equations, and three small models: minutes on two cores", 5,
+            first_seed=100, tasks=("equations", *SMALL), options={"weight_decay": 0.02},
+        ),
         Scale(
             "paper", "DeiT-small on ImageNet-1k, days on one accelerator; needs timm, and ImageNet in a folder or from the hub", 3,
             tasks=("imagenet",), options={"micro_batch": 256, "workers": 16},
@@ -191,6 +243,9 @@ CLAIM = Claim(
         "between versions of Python.",
         "Paper scale: one device with accumulated gradients in place of eight; bfloat16 autocast in place of float16 with loss "
         "scaling; DeiT's repeated augmentation is left out for both arms; three seeds. Transformer-XL and GPT2 are not run.",
+        "Nesterov's method is found with an eps of 1e10, beside which the second moment is nothing, and rates that undo the bias "
+        "correction; it starts from a momentum of minus the first gradient over b, since Adan's first gradient is its own "
+        "predecessor.",
         "The paper's Algorithm 1 starts its averages at the first gradient and corrects no bias; the code that produced its "
         "results, and the part here, start at zero and correct. The paper's betas are one minus these.",
         "Until 2026-11-30 criteria on what training reaches asked every seed, so that more seeds made passing harder. Before this "
