@@ -5,21 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from polyak.lab.claim import (
-    Arm,
-    Claim,
-    Criterion,
-    Measurement,
-    Metric,
-    Paper,
-    Plot,
-    Role,
-    Scale,
-    Task,
-    Trial,
-    Value,
-    measure,
-)
+from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Role, Scale, Task, Trial, Value
 from polyak.lab.criteria import Ask
 
 SMALL = ("vit", "char_lm", "autoencoder")
@@ -33,7 +19,7 @@ def trial(t: Trial) -> Iterator[Measurement]:
 def _equations(t: Trial) -> Iterator[Measurement]:
     from polyak.claims.optim._adan_exact import measured
 
-    yield measure(**measured(t.seed, difference=t["difference"], restarts=t["restarts"]))
+    yield Measurement(measured(t.seed, difference=t["difference"], restarts=t["restarts"]))
 
 
 def _small(t: Trial) -> Iterator[Measurement]:
