@@ -24,7 +24,6 @@ def _equations(t: Trial) -> Iterator[Measurement]:
 
 def _trained(t: Trial) -> Iterator[Measurement]:
     import math
-    import time
 
     from polyak.lab.claim import Diverged
 
@@ -34,9 +33,9 @@ def _trained(t: Trial) -> Iterator[Measurement]:
     problem.model.train()
     for n in range(1, t["steps"] + 1):
         batch = next(problem.batches)
-        begin = time.perf_counter()
+        begin = _now(t.device)
         step(problem.loss(batch))
-        seconds += time.perf_counter() - begin
+        seconds += _now(t.device) - begin
         if n % t["every"] == 0:
             loss = problem.watched()["train_loss"]
             if not math.isfinite(loss):
@@ -52,7 +51,6 @@ def _trained(t: Trial) -> Iterator[Measurement]:
 
 def _timed(t: Trial) -> Iterator[Measurement]:
     import statistics
-    import time
 
     problem = _problem(t)
     step = _stepper(t, problem.model)
@@ -60,14 +58,25 @@ def _timed(t: Trial) -> Iterator[Measurement]:
     # Every second step updates the factors; the first, which starts them, is not counted.
     for n in range(1 + t["steps"]):
         batch = next(problem.batches)
-        begin = time.perf_counter()
+        begin = _now(t.device)
         step(problem.loss(batch))
-        spans.append(time.perf_counter() - begin)
+        spans.append(_now(t.device) - begin)
         if n:
             yield measure({"step": n}, step_ms=1e3 * spans[-1])
     ordinary, updating = statistics.median(spans[1::2]), statistics.median(spans[2::2])
     # As it is in training, where one step in ten updates.
     yield measure(step_ms=1e3 * (0.9 * ordinary + 0.1 * updating))
+
+
+def _now(device: str) -> float:
+    """Seconds by the clock, when the device has done what it was given."""
+    import time
+
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _stepper(t: Trial, model: Any) -> Any:
@@ -110,16 +119,16 @@ def _problem(t: Trial) -> Any:
     from polyak.claims import _problems
     from polyak.lab import data
 
-    if t.task == "autoencoder":
+    widths = [int(width) for width in t["widths"].split("-")]
+    if widths[0] == 64:
         x, y = _problems.digit_images(t.device)
         edge = len(x) - _problems.TEST_DIGITS
-        model = _problems.seeded(lambda: _problems.dense(64, 128, 32, 128, 64, activation=nn.Tanh), t.seed, t.device)
     else:
         images, labels = data.mnist("test")
         x = torch.from_numpy(images).flatten(1).float().div_(255).to(t.device)
         y, edge = torch.from_numpy(labels).to(t.device), 9000
-        widths = (784, 1024, 1024, 10) if t.task == "width" else (784, 256, 128, 10)
-        model = _problems.seeded(lambda: _problems.dense(*widths, activation=nn.ReLU), t.seed, t.device)
+    activation = nn.Tanh if t.task == "autoencoder" else nn.ReLU
+    model = _problems.seeded(lambda: _problems.dense(*widths, activation=activation), t.seed, t.device)
 
     def batches() -> Iterator[Any]:
         generator = torch.Generator().manual_seed(t.seed)
@@ -190,17 +199,17 @@ TASKS = (
     Task(
         "autoencoder", "Autoencoder of digits",
         "1,437 digits, not centred, 64-128-32-128-64 with tanh, mean squared error; batch 256, 300 steps",
-        {"steps": 300, "target": 0.0057}, tune="train_loss", plots=PLOTS,
+        {"widths": "64-128-32-128-64", "steps": 300, "target": 0.0057}, tune="train_loss", plots=PLOTS,
     ),
     Task(
         "mnist", "MNIST, 10,000 images",
         "9,000 of MNIST's test images, not centred, and 1,000 held out; 784-256-128-10 with ReLU; batch 256, 150 steps",
-        {"steps": 150, "target": 0.129}, tune="train_loss", plots=PLOTS,
+        {"widths": "784-256-128-10", "steps": 150, "target": 0.129}, tune="train_loss", plots=PLOTS,
     ),
     Task(
         "width", "Time at width 1024",
         "784-1024-1024-10, batch 256; 30 steps, every second of which updates the factors; weighed as one in ten",
-        {"steps": 30, "inv_freq": 2},
+        {"widths": "784-1024-1024-10", "steps": 30, "inv_freq": 2},
     ),
 )  # fmt: skip
 
