@@ -239,6 +239,14 @@ CLAIM = Claim(
             "small", "tables with known optima, and a character model with a reward that can be counted: minutes on two cores", 5,
             first_seed=100,
         ),
+        Scale(
+            "gpu", "300 problems, and a character model of width 128: minutes on one accelerator", 10,
+            first_seed=100, tasks=("sampled", "vowels"),
+            task_options={
+                "sampled": {"problems": 300},
+                "vowels": {"dim": 128, "pretraining": 1500, "pretraining_lr": 1.5e-3, "prompts": 512, "judged": 2048},
+            },
+        ),
     ),
     tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
     departures=(
@@ -247,6 +255,8 @@ CLAIM = Claim(
         "With exact rounds and a fixed reward, T rounds of APO are s_T of iterative DPO, s_2 = 2 + alpha < 3: along one path, two "
         "rounds come up to three only where the reward saturates, whatever alpha. That decides 'sampled' and "
         "'vowels_two_for_three', which ask for it; 'exact' asks for many rounds, where the rate is 1 / (1 - alpha).",
+        "Scale gpu asks the same of more problems and of a model of twice the width, with ten seeds. More computing does not "
+        "bring two rounds up to three, as s_2 < 3; it tells whether APO is ahead after equally many.",
         "Exact tables: rounds are counted on the mean sub-optimality over 200 problems, relative to the reference's, as far as 400 "
         "rounds; at beta 8 none gets to 1% within ten. A random step is the control at beta 0.5 and 2; at 8 it is "
         "extrapolation from the reference, which in few rounds cannot be told from the method: both then allow 0.65 T + 1.",
