@@ -53,6 +53,12 @@ class Mixture:
         torch.Size([1, 1])
     """
 
+    @checks.arguments(
+        means=checks.array,
+        covariances=checks.array,
+        weights=checks.array | None,
+        labels=checks.Array(whole=True) | None,
+    )
     def __init__(
         self,
         means: Tensor | Sequence[Sequence[float]],
@@ -153,11 +159,13 @@ class Mixture:
         new.labels = None if self.labels is None else change(self.labels)
         return new
 
+    @checks.arguments(
+        n=checks.Integer(0), alpha=checks.non_negative, sigma=checks.non_negative, generator=checks.generator | None
+    )
     def sample(
         self, n: int, *, alpha: float = 1.0, sigma: float = 0.0, generator: torch.Generator | None = None
     ) -> Tensor:
         """n draws of ``alpha x_0 + sigma eps``, float64, shape (n, d)."""
-        checks.integer("n", n, least=0)
         device = self.means.device
         levels = torch.rand(n, dtype=torch.float64, device=device, generator=generator)
         which = torch.searchsorted(self.weights.cumsum(0), levels, right=True).clamp(max=len(self) - 1)
@@ -265,9 +273,14 @@ class Gaussian(Mixture):
         covariance: a number, (d,) or (d, d).
     """
 
+    @checks.arguments(mean=checks.array, covariance=checks.array)
     def __init__(self, mean: Tensor | Sequence[float], covariance: float | Tensor | Sequence[float] = 1.0) -> None:
         mean = torch.as_tensor(mean, dtype=torch.float64)
         given = torch.as_tensor(covariance, dtype=torch.float64)
+        if mean.ndim != 1 or (given.ndim and given.shape not in ((len(mean),), (len(mean),) * 2)):
+            raise ValueError(
+                f"mean must have shape (d,), and covariance none, (d,) or (d, d), got {tuple(mean.shape)} and {tuple(given.shape)}"
+            )
         super().__init__(mean[None], given if given.ndim == 0 else given[None])
 
     def flow(self, x: Tensor, start: tuple[float, float], end: tuple[float, float]) -> Tensor:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from polyak.core import checks
 
+
+@checks.arguments(P=checks.tensor, v=checks.tensor, out=checks.tensor | None)
 def sherman_morrison(P: torch.Tensor, v: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """``inv(inv(P) + v v^T) = P - (P v)(P v)^T / (1 + v^T P v)``, in O(d^2) and symmetric to the last bit where P is.
 

@@ -1,0 +1,358 @@
+"""What an argument may be: kinds of plain values. Each is called with the argument's name and value, and returns the value.
+
+A kind refuses a wrong type by TypeError and a wrong value by ValueError; the message has the name, the value and what is
+allowed. ``a | b`` is either of two kinds, ``a | None`` one that may be left out.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from polyak.core.checks.messages import shown, suggestion
+
+MOST = 2**63 - 1  # what 64 bits hold, as counters on devices and in files do
+_LONGEST_NAME = 255  # bytes of one file's name
+
+
+class Kind:
+    """What an argument may be. A subclass says in words what it takes, and looks at the type and then at the value."""
+
+    words: str = "what its description says"
+    quick: Collection[type] = ()  # types of which every value is allowed, as far as they are known
+
+    def like(self, value: Any) -> bool:
+        """Whether a value is of the right type."""
+        raise NotImplementedError
+
+    def __call__(self, name: str, value: Any) -> Any:
+        """The value, where it is allowed; TypeError or ValueError where not."""
+        if not self.like(value):
+            raise TypeError(f"{name} must be {self.words}, got {shown(value)}")
+        return value
+
+    def __or__(self, other: Kind | None) -> Either:
+        return Either(self, Nothing() if other is None else other)
+
+    def __repr__(self) -> str:
+        return f"<{self.words}>"
+
+
+class Nothing(Kind):
+    """None alone."""
+
+    words = "None"
+
+    def like(self, value: Any) -> bool:
+        return value is None
+
+
+class Either(Kind):
+    """What any of several kinds takes; the first whose type fits decides."""
+
+    def __init__(self, *kinds: Kind) -> None:
+        self.kinds = tuple(k for kind in kinds for k in (kind.kinds if isinstance(kind, Either) else (kind,)))
+        *most, last = (kind.words for kind in self.kinds)
+        self.words = f"{', '.join(most)} or {last}"
+
+    def like(self, value: Any) -> bool:
+        return any(kind.like(value) for kind in self.kinds)
+
+    def __call__(self, name: str, value: Any) -> Any:
+        for kind in self.kinds:
+            if kind.like(value):
+                return kind(name, value)
+        raise TypeError(f"{name} must be {self.words}, got {shown(value)}")
+
+
+class Number(Kind):
+    """A real number in an interval: a bool is none, nor is a tensor.
+
+    Args:
+        low, high, ends: the interval; ``ends`` says which ends belong to it: "[]", "[)", "(]" or "()".
+        infinite: whether an end at infinity may be reached.
+    """
+
+    def __init__(
+        self, low: float = -math.inf, high: float = math.inf, ends: str = "[]", *, infinite: bool = False
+    ) -> None:
+        self.low, self.high, self.ends, self.infinite = low, high, ends, infinite
+        self.range = f"in {ends[0]}{low:g}, {high:g}{ends[1]}"
+        if high == math.inf:
+            self.range = "" if low == -math.inf else f"{'>=' if ends[0] == '[' else '>'} {low:g}"
+        self.words = f"a number {self.range}".rstrip()
+
+    def like(self, value: Any) -> bool:
+        return type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
+
+    def __call__(self, name: str, value: Any) -> float:
+        if type(value) is float and self.low < value < self.high:
+            return value
+        if not self.like(value):
+            raise TypeError(f"{name} must be a number, got {shown(value)}")
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond the largest float
+            number = math.inf if value > 0 else -math.inf
+            if self.infinite:
+                raise ValueError(f"{name} must be below the largest float, got {shown(value)}") from None
+        if math.isnan(number) or (math.isinf(number) and not self.infinite):
+            raise ValueError(f"{name} must be finite, got {shown(value)}")
+        above = number >= self.low if self.ends[0] == "[" else number > self.low
+        below = number <= self.high if self.ends[1] == "]" else number < self.high
+        if not (above and below):
+            raise ValueError(f"{name} must be {self.range}, got {shown(value)}")
+        return number
+
+
+class Integer(Kind):
+    """An integer, at least ``least`` and at most ``most``; a bool is none."""
+
+    def __init__(self, least: int | None = None, most: int | None = None) -> None:
+        self.least, self.most = least, MOST if most is None else most
+        limits = ("" if least is None else f" >= {least}", "" if most is None else f" and at most {most}")
+        self.words = f"an integer{limits[0]}{limits[1]}"
+
+    def like(self, value: Any) -> bool:
+        return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+    def __call__(self, name: str, value: Any) -> int:
+        if not self.like(value):
+            raise TypeError(f"{name} must be an integer, got {shown(value)}")
+        number = int(value)
+        least = -MOST - 1 if self.least is None else self.least
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
+        if number > self.most:
+            raise ValueError(f"{name} must be at most {self.most}, got {shown(value)}")
+        return number
+
+
+class Choice(Kind):
+    """One of a few values (1 is not True); a near miss is suggested."""
+
+    def __init__(self, *options: Any) -> None:
+        self.options = options
+        self.words = f"one of {', '.join(map(repr, options))}"
+        self.types = tuple({type(option) for option in options})
+
+    def like(self, value: Any) -> bool:
+        return isinstance(_plain(value), self.types)
+
+    def __call__(self, name: str, value: Any) -> Any:
+        plain = _plain(value)
+        if any(isinstance(plain, bool) == isinstance(o, bool) and _equal(plain, o) for o in self.options):
+            return plain
+        raise ValueError(f"{name} must be {self.words}, got {shown(value)}{suggestion(value, self.options)}")
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and truths as Python's."""
+    whole = math.prod(getattr(value, "shape", ())) == 1
+    return value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") and whole else value
+
+
+def _equal(value: Any, option: Any) -> bool:
+    # Values of other types are not compared: a tensor's answer is none, and others may raise.
+    return value is option or (isinstance(value, (bool, int, float, str)) and value == option)
+
+
+class Betas(Kind):
+    """So many retention factors, each in [0, 1); tensors of one element are read. ``owner`` is who needs them."""
+
+    def __init__(self, count: int, owner: str) -> None:
+        self.count, self.owner = count, owner
+        self.words = f"{count} numbers in [0, 1)"
+        self.each = Number(0.0, 1.0, "[)")
+
+    def like(self, value: Any) -> bool:
+        return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+    def __call__(self, name: str, value: Any) -> tuple[float, ...]:
+        words = {1: "one beta", 2: "two betas", 3: "three betas"}
+        if not isinstance(value, Sequence) or isinstance(value, bytes) or len(value) != self.count:
+            got = len(value) if isinstance(value, Sequence) else shown(value)
+            raise ValueError(f"{self.owner} needs {words.get(self.count, f'{self.count} betas')}, got {got}")
+        numbers = [b.item() if _is_one_element(b) else b for b in value]
+        return tuple(self.each(f"{name}[{i}]", b) for i, b in enumerate(numbers))
+
+
+def _is_one_element(value: Any) -> bool:
+    return hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1
+
+
+class Text(Kind):
+    """A string; not an empty one unless that is allowed."""
+
+    def __init__(self, *, empty: bool = False) -> None:
+        self.empty, self.words = empty, "a string" if empty else "a string that is not empty"
+
+    def like(self, value: Any) -> bool:
+        return isinstance(value, str)
+
+    def __call__(self, name: str, value: Any) -> str:
+        if not (super().__call__(name, value) or self.empty):
+            raise ValueError(f"{name} must not be empty, got {shown(value)}")
+        return value
+
+
+class Path(Kind):
+    """A path in the file system, which need not be there: a string or an object like ``pathlib.Path``."""
+
+    words = "a path"
+
+    def like(self, value: Any) -> bool:
+        return isinstance(value, str) or (isinstance(value, os.PathLike) and not isinstance(value, type))
+
+    def __call__(self, name: str, value: Any) -> Any:
+        text = os.fspath(super().__call__(name, value))
+        encoded = os.fsencode(text) if "\0" not in str(text) else b"\0"
+        if not encoded.strip() or b"\0" in encoded:
+            raise ValueError(f"{name} must be a path, got {shown(value)}")
+        if any(len(part) > _LONGEST_NAME for part in encoded.split(os.fsencode(os.sep))):
+            raise ValueError(f"{name} must have names of at most {_LONGEST_NAME} bytes, got {shown(value)}")
+        return value
+
+
+class Function(Kind):
+    """Anything that can be called."""
+
+    def __init__(self, words: str = "a function") -> None:
+        self.words = words
+
+    def like(self, value: Any) -> bool:
+        return callable(value)
+
+
+class Instance(Kind):
+    """An object of one of these classes; the class itself is none."""
+
+    def __init__(self, *classes: type, words: str = "") -> None:
+        self.classes = classes
+        self.words = words or " or ".join(f"a {c.__module__.partition('.')[0]}.{c.__name__}" for c in classes)
+
+    def like(self, value: Any) -> bool:
+        return isinstance(value, self.classes)
+
+
+class Like(Kind):
+    """An object that has these attributes, whatever its class; a class itself is none."""
+
+    def __init__(self, words: str, *attributes: str) -> None:
+        self.words, self.attributes = words, attributes
+
+    def like(self, value: Any) -> bool:
+        if isinstance(value, type):
+            return False
+        try:
+            return all(hasattr(value, attribute) for attribute in self.attributes)
+        except Exception:  # an attribute that raises is none
+            return False
+
+
+class Each(Kind):
+    """A sequence (a list, a tuple) whose members are all of one kind.
+
+    Args:
+        kind: of the members.
+        least, count: how many there must be at least, or exactly.
+        words: of the whole.
+    """
+
+    def __init__(
+        self, kind: Callable[[str, Any], Any], *, least: int = 0, count: int | None = None, words: str = ""
+    ) -> None:
+        self.kind, self.least, self.count = kind, least, count
+        many = f"{count} " if count is not None else f"at least {least} " if least else ""
+        self.words = words or f"a sequence, each member {getattr(kind, 'words', 'checked')}"
+        self.many = many
+
+    def like(self, value: Any) -> bool:
+        return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+
+    def __call__(self, name: str, value: Any) -> Any:
+        super().__call__(name, value)
+        if len(value) < self.least or (self.count is not None and len(value) != self.count):
+            raise ValueError(f"{name} must have {self.many}members, got {len(value)}")
+        for i, member in enumerate(value):
+            self.kind(f"{name}[{i}]", member)
+        return value
+
+
+class Names(Kind):
+    """An iterable of strings, not one string."""
+
+    def __init__(self, words: str = "a list of names") -> None:
+        self.words = words
+
+    def like(self, value: Any) -> bool:
+        return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+
+    def __call__(self, name: str, value: Any) -> Any:
+        value = list(super().__call__(name, value))
+        for i, member in enumerate(value):
+            if not isinstance(member, str):
+                raise TypeError(f"{name}[{i}] must be a string, got {shown(member)}")
+        return value
+
+
+class Map(Kind):
+    """A mapping, whose values are all of one kind where one is given."""
+
+    def __init__(self, kind: Callable[[str, Any], Any] | None = None, words: str = "a dict") -> None:
+        self.kind, self.words = kind, words
+
+    def like(self, value: Any) -> bool:
+        return isinstance(value, Mapping)
+
+    def __call__(self, name: str, value: Any) -> Any:
+        super().__call__(name, value)
+        if self.kind is not None:
+            for key, member in value.items():
+                self.kind(f"{name}[{key!r}]", member)
+        return value
+
+
+class Anything(Kind):
+    """Anything at all, for a reason that is said: what is given on as it is, or is checked elsewhere."""
+
+    def __init__(self, why: str) -> None:
+        self.words = f"anything ({why})"
+
+    def like(self, value: Any) -> bool:
+        return True
+
+
+real = Number()
+non_negative = Number(0)
+positive = Number(0, ends="()")
+fraction = Number(0, 1)
+retention = Number(0, 1, "[)")
+flag = Choice(False, True)
+optional_flag = Choice(None, False, True)
+text = Text()
+path = Path()
+function = Function()
+
+
+def between(name: str, value: Any, low: float, high: float, *, ends: str = "[]") -> float:
+    """A finite number in an interval; ``ends`` says which ends belong to it: "[]", "[)", "(]" or "()"."""
+    return Number(low, high, ends)(name, value)
+
+
+def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
+    """An integer, at least ``least`` and at most ``most``."""
+    return Integer(least, most)(name, value)
+
+
+def one_of(name: str, value: Any, allowed: Iterable[Any]) -> Any:
+    """A member of ``allowed`` (1 is not True); a near miss is suggested."""
+    return Choice(*allowed)(name, value)
+
+
+def betas(value: Any, count: int, owner: str) -> tuple[float, ...]:
+    """``count`` retention factors, each in [0, 1); tensors of one element are read."""
+    return Betas(count, owner)("betas", value)
