@@ -80,7 +80,7 @@ class KernelDistance:
         unbiased: leave pairs of a point with itself out (the U-statistic, which may be negative).
     """
 
-    @checks.arguments(y=checks.tensor, kernel=checks.function, unbiased=checks.flag)
+    @checks.arguments(y=checks.tensor, kernel=checks.Function("a function of x and y", 2), unbiased=checks.flag)
     def __init__(self, y: Tensor, kernel: Callable[[Tensor, Tensor], Tensor], *, unbiased: bool = False) -> None:
         self.y, self.kernel, self.unbiased = _samples("y", y), kernel, unbiased
         self._own = self._within("y", self.y)

@@ -13,7 +13,7 @@ import torch
 from polyak.core import checks
 
 Field = Callable[[torch.Tensor, Any], torch.Tensor]  # f(x, t)
-_FIELD, _TIME, _ROW = checks.Function("a function of x and t"), checks.Operand(checks.real), checks.Each(checks.real)
+_FIELD, _TIME, _ROW = checks.Function("a function of x and t", 2), checks.Operand(checks.real), checks.Each(checks.real)
 _STEP = dict(f=_FIELD, x=checks.tensor, t=_TIME, dt=_TIME)
 
 
@@ -75,7 +75,7 @@ def rk4(f: Field, x: torch.Tensor, t: Any, dt: Any) -> torch.Tensor:
     return runge_kutta(RK4, f, x, t, dt)
 
 
-@checks.arguments(acceleration=_FIELD, q=checks.tensor, p=checks.tensor, dt=_TIME)
+@checks.arguments(acceleration=checks.Function("a function of q", 1), q=checks.tensor, p=checks.tensor, dt=_TIME)
 def leapfrog(
     acceleration: Callable[[torch.Tensor], torch.Tensor], q: torch.Tensor, p: torch.Tensor, dt: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -68,7 +68,9 @@ class Exponential(_Between):
 
 
 @checks.arguments(
-    after=checks.Function("a schedule, a function of the step"), steps=checks.Integer(0), start=checks.fraction | None
+    after=checks.Function("a schedule, a function of the step", 1),
+    steps=checks.Integer(0),
+    start=checks.fraction | None,
 )
 @dataclass(frozen=True)
 class Warmup:

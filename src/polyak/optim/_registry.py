@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from polyak.core import checks
+from polyak.optim._engine.options import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +98,13 @@ _FACTS = {
 }  # fmt: skip
 
 
+@checks.arguments(pattern=checks.text)
 def names(pattern: str = "*") -> list[str]:
     """The optimizers' names, sorted; only those that match a shell-like pattern, as in ``names("ada*")``."""
     return sorted(name for name in _FACTS if fnmatchcase(name, pattern))
 
 
+@checks.arguments(name=checks.Text(empty=True))
 def info(name: str) -> Info:
     """The facts about one optimizer.
 
@@ -115,6 +118,7 @@ def info(name: str) -> Info:
     return _FACTS[name]
 
 
+@checks.arguments(name=checks.text, params=checks.module | Params())
 def create(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
     """An optimizer by its name.
 

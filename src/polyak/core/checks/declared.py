@@ -24,13 +24,13 @@ def arguments(**kinds: Kind) -> Callable[[T], T]:
         ... def grid(scale, steps=None): ...
     """
 
-    def declare(made: T) -> T:
+    def declare(made: Any) -> Any:
         if not isinstance(made, type):
             return _checked(made, kinds, skip=1 if "." in made.__qualname__.rpartition("<locals>")[2] else 0)
-        # NamedTuples are made by __new__.
-        entry = "__new__" if issubclass(made, tuple) else "__init__"
-        wrapped = _checked(vars(made)[entry], kinds, skip=1)
-        setattr(made, entry, staticmethod(wrapped) if entry == "__new__" else wrapped)
+        if issubclass(made, tuple):  # a NamedTuple, which is made by __new__
+            made.__new__ = staticmethod(_checked(made.__new__, kinds, skip=1))
+        else:
+            made.__init__ = _checked(vars(made)["__init__"], kinds, skip=1)
         return made
 
     return declare
@@ -67,7 +67,7 @@ def _written(function: Any, parameters: list[inspect.Parameter], kinds: Mapping[
                 f"        {p.name} = _kind{i}({p.name!r}, {p.name})",
             ]
     source = [f"def checked({', '.join(heads)}):", *lines, f"    return _function({', '.join(given)})"]
-    exec("\n".join(source), known)
+    exec(compile("\n".join(source), f"<arguments of {function.__qualname__}>", "exec"), known)
     return known["checked"]
 
 

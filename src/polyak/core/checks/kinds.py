@@ -6,6 +6,7 @@ allowed. ``a | b`` is either of two kinds, ``a | None`` one that may be left out
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -74,12 +75,19 @@ class Number(Kind):
     Args:
         low, high, ends: the interval; ``ends`` says which ends belong to it: "[]", "[)", "(]" or "()".
         infinite: whether an end at infinity may be reached.
+        nan: whether NaN is one, too: what was measured may be.
     """
 
     def __init__(
-        self, low: float = -math.inf, high: float = math.inf, ends: str = "[]", *, infinite: bool = False
+        self,
+        low: float = -math.inf,
+        high: float = math.inf,
+        ends: str = "[]",
+        *,
+        infinite: bool = False,
+        nan: bool = False,
     ) -> None:
-        self.low, self.high, self.ends, self.infinite = low, high, ends, infinite
+        self.low, self.high, self.ends, self.infinite, self.nan = low, high, ends, infinite, nan
         self.range = f"in {ends[0]}{low:g}, {high:g}{ends[1]}"
         if high == math.inf:
             self.range = "" if low == -math.inf else f"{'>=' if ends[0] == '[' else '>'} {low:g}"
@@ -99,6 +107,8 @@ class Number(Kind):
             number = math.inf if value > 0 else -math.inf
             if self.infinite:
                 raise ValueError(f"{name} must be below the largest float, got {shown(value)}") from None
+        if math.isnan(number) and self.nan:
+            return number
         if math.isnan(number) or (math.isinf(number) and not self.infinite):
             raise ValueError(f"{name} must be finite, got {shown(value)}")
         above = number >= self.low if self.ends[0] == "[" else number > self.low
@@ -218,13 +228,25 @@ class Path(Kind):
 
 
 class Function(Kind):
-    """Anything that can be called."""
+    """What can be called with so many arguments, where their number is known; a class is none unless ``classes`` says so."""
 
-    def __init__(self, words: str = "a function") -> None:
-        self.words = words
+    def __init__(self, words: str = "a function", arguments: int | None = None, *, classes: bool = False) -> None:
+        self.words, self.arguments, self.classes = words, arguments, classes
 
     def like(self, value: Any) -> bool:
-        return callable(value)
+        if not callable(value) or (isinstance(value, type) and not self.classes):
+            return False
+        if self.arguments is None:
+            return True
+        try:
+            signature = inspect.signature(value)
+        except (TypeError, ValueError):  # many that are not written in Python do not say
+            return True
+        try:
+            signature.bind(*[None] * self.arguments)
+        except TypeError:
+            return False
+        return True
 
 
 class Instance(Kind):
@@ -331,6 +353,7 @@ non_negative = Number(0)
 positive = Number(0, ends="()")
 fraction = Number(0, 1)
 retention = Number(0, 1, "[)")
+measured = Number(infinite=True, nan=True)
 flag = Choice(False, True)
 optional_flag = Choice(None, False, True)
 text = Text()

@@ -90,8 +90,12 @@ class Array(Kind):
     def like(self, value: Any) -> bool:
         if isinstance(value, (Sequence, bytearray)) and not tensor.like(value):
             return not isinstance(value, (str, bytes, bytearray)) and all(self.like(member) for member in value)
-        if hasattr(value, "dtype") and hasattr(value, "ndim") and not isinstance(value, type):
-            return not any(word in str(value.dtype) for word in ("complex", "bool", "object", "<U", "|S", "datetime"))
+        if (
+            hasattr(value, "ndim")
+            and not isinstance(value, type)
+            and (dtype := getattr(value, "dtype", None)) is not None
+        ):
+            return not any(word in str(dtype) for word in ("complex", "bool", "object", "<U", "|S", "datetime"))
         return real.like(value)
 
     def __call__(self, name: str, value: Any) -> Any:
@@ -151,9 +155,9 @@ class Device(Kind):
 
 
 class Module(Kind):
-    """An ``nn.Module``."""
+    """A ``torch.nn.Module``."""
 
-    words = "an nn.Module"
+    words = "a torch.nn.Module"
 
     def like(self, value: Any) -> bool:
         from torch import nn
