@@ -24,6 +24,8 @@ from polyak.core.momentum import bias_correction, ema
 from polyak.optim._engine import RuleOptimizer
 from polyak.optim._engine.functional import apply
 
+__all__ = ["Adan", "adan_step"]
+
 STATE = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")
 
 

@@ -7,8 +7,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from polyak.core.checks.kinds import Kind
+from polyak.core.checks.kinds import Anything, Kind
 
+_ANY = Anything("it is not declared")
 T = TypeVar("T", bound=Callable[..., Any])
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
@@ -59,7 +60,7 @@ def _written(function: Any, parameters: list[inspect.Parameter], kinds: Mapping[
         given.append(f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else f"{stars}{p.name}")
         if p.kind is p.POSITIONAL_ONLY and (i + 1 == len(parameters) or parameters[i + 1].kind is not p.kind):
             heads.append("/")
-        if (kind := kinds.get(p.name)) is not None:
+        if not isinstance(kind := kinds.get(p.name, _ANY), Anything):
             known[f"_kind{i}"], known[f"_quick{i}"] = kind, kind.quick
             left_out = "" if p.default is p.empty else f"{p.name} is not _default{i} and "
             lines += [

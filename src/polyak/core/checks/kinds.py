@@ -6,11 +6,13 @@ allowed. ``a | b`` is either of two kinds, ``a | None`` one that may be left out
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
+from types import FunctionType, MethodType
 from typing import Any
 
 from polyak.core.checks.messages import shown, suggestion
@@ -46,6 +48,7 @@ class Nothing(Kind):
     """None alone."""
 
     words = "None"
+    quick = frozenset({type(None)})
 
     def like(self, value: Any) -> bool:
         return value is None
@@ -58,6 +61,7 @@ class Either(Kind):
         self.kinds = tuple(k for kind in kinds for k in (kind.kinds if isinstance(kind, Either) else (kind,)))
         *most, last = (kind.words for kind in self.kinds)
         self.words = f"{', '.join(most)} or {last}"
+        self.quick: set[type] = set()
 
     def like(self, value: Any) -> bool:
         return any(kind.like(value) for kind in self.kinds)
@@ -65,7 +69,10 @@ class Either(Kind):
     def __call__(self, name: str, value: Any) -> Any:
         for kind in self.kinds:
             if kind.like(value):
-                return kind(name, value)
+                made = kind(name, value)
+                if type(value) in kind.quick:
+                    self.quick.add(type(value))
+                return made
         raise TypeError(f"{name} must be {self.words}, got {shown(value)}")
 
 
@@ -130,6 +137,8 @@ class Integer(Kind):
         return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
     def __call__(self, name: str, value: Any) -> int:
+        if type(value) is int and (-MOST if self.least is None else self.least) <= value <= self.most:
+            return value
         if not self.like(value):
             raise TypeError(f"{name} must be an integer, got {shown(value)}")
         number = int(value)
@@ -146,17 +155,23 @@ class Choice(Kind):
 
     def __init__(self, *options: Any) -> None:
         self.options = options
-        self.words = f"one of {', '.join(map(repr, options))}"
+        self.listed = ", ".join(map(repr, options))
+        self.words = f"one of {self.listed}" if len(options) > 1 else self.listed
         self.types = tuple({type(option) for option in options})
+        truths = all(any(o is truth for o in options) for truth in (False, True))
+        self.quick = {*((bool,) if truths else ()), *((type(None),) if any(o is None for o in options) else ())}
 
     def like(self, value: Any) -> bool:
-        return isinstance(_plain(value), self.types)
+        plain = _plain(value)
+        return any(plain is o for o in self.options) if isinstance(plain, bool) else isinstance(plain, self.types)
 
     def __call__(self, name: str, value: Any) -> Any:
+        if type(value) is str and value in self.options:
+            return value
         plain = _plain(value)
         if any(isinstance(plain, bool) == isinstance(o, bool) and _equal(plain, o) for o in self.options):
             return plain
-        raise ValueError(f"{name} must be {self.words}, got {shown(value)}{suggestion(value, self.options)}")
+        raise ValueError(f"{name} must be one of {self.listed}, got {shown(value)}{suggestion(value, self.options)}")
 
 
 def _plain(value: Any) -> Any:
@@ -236,24 +251,34 @@ class Function(Kind):
     def like(self, value: Any) -> bool:
         if not callable(value) or (isinstance(value, type) and not self.classes):
             return False
-        if self.arguments is None:
-            return True
-        try:
-            signature = inspect.signature(value)
-        except (TypeError, ValueError):  # many that are not written in Python do not say
-            return True
-        try:
-            signature.bind(*[None] * self.arguments)
-        except TypeError:
-            return False
+        return self.arguments is None or _takes(value, self.arguments)
+
+
+def _takes(value: Any, count: int) -> bool:
+    """Whether a function may be called with so many arguments; of one that does not say, True."""
+    plain, bound = (value, 0) if isinstance(value, FunctionType) else (type(value).__call__, 1)
+    if isinstance(value, MethodType):
+        plain = value.__func__
+    if isinstance(plain, FunctionType) and not plain.__code__.co_kwonlyargcount:  # inspect takes twenty times as long
+        code, given = plain.__code__, count + bound
+        least = code.co_argcount - len(plain.__defaults__ or ())
+        return least <= given and (given <= code.co_argcount or bool(code.co_flags & inspect.CO_VARARGS))
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # many that are not written in Python do not say
         return True
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
 
 
 class Instance(Kind):
     """An object of one of these classes; the class itself is none."""
 
     def __init__(self, *classes: type, words: str = "") -> None:
-        self.classes = classes
+        self.classes, self.quick = classes, frozenset(classes)
         self.words = words or " or ".join(f"a {c.__module__.partition('.')[0]}.{c.__name__}" for c in classes)
 
     def like(self, value: Any) -> bool:
@@ -284,23 +309,24 @@ class Each(Kind):
         words: of the whole.
     """
 
-    def __init__(
-        self, kind: Callable[[str, Any], Any], *, least: int = 0, count: int | None = None, words: str = ""
-    ) -> None:
+    def __init__(self, kind: Kind, *, least: int = 0, count: int | None = None, words: str = "") -> None:
         self.kind, self.least, self.count = kind, least, count
         many = f"{count} " if count is not None else f"at least {least} " if least else ""
-        self.words = words or f"a sequence, each member {getattr(kind, 'words', 'checked')}"
+        self.words = words or f"a sequence, each member {kind.words}"
         self.many = many
 
     def like(self, value: Any) -> bool:
-        return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+        return type(value) in (list, tuple) or (
+            isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+        )
 
     def __call__(self, name: str, value: Any) -> Any:
         super().__call__(name, value)
         if len(value) < self.least or (self.count is not None and len(value) != self.count):
             raise ValueError(f"{name} must have {self.many}members, got {len(value)}")
         for i, member in enumerate(value):
-            self.kind(f"{name}[{i}]", member)
+            if type(member) not in self.kind.quick:
+                self.kind(f"{name}[{i}]", member)
         return value
 
 
@@ -311,7 +337,7 @@ class Names(Kind):
         self.words = words
 
     def like(self, value: Any) -> bool:
-        return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+        return isinstance(value, Iterable) and not (isinstance(value, (str, bytes, Mapping)) or hasattr(value, "ndim"))
 
     def __call__(self, name: str, value: Any) -> Any:
         value = list(super().__call__(name, value))
@@ -348,6 +374,7 @@ class Anything(Kind):
         return True
 
 
+anything = Anything("it is handed on as it is")
 real = Number()
 non_negative = Number(0)
 positive = Number(0, ends="()")
@@ -361,14 +388,17 @@ path = Path()
 function = Function()
 
 
+_number, _integer = functools.cache(Number), functools.cache(Integer)
+
+
 def between(name: str, value: Any, low: float, high: float, *, ends: str = "[]") -> float:
     """A finite number in an interval; ``ends`` says which ends belong to it: "[]", "[)", "(]" or "()"."""
-    return Number(low, high, ends)(name, value)
+    return _number(low, high, ends)(name, value)
 
 
 def integer(name: str, value: Any, *, least: int | None = None, most: int | None = None) -> int:
     """An integer, at least ``least`` and at most ``most``."""
-    return Integer(least, most)(name, value)
+    return _integer(least, most)(name, value)
 
 
 def one_of(name: str, value: Any, allowed: Iterable[Any]) -> Any:

@@ -54,8 +54,8 @@ class Tensor(_OfTorch):
 class Numbers(Kind):
     """Real numbers in one dimension: a sequence, an array or a tensor of them, at least so many."""
 
-    def __init__(self, least: int = 1, kind: Any = None, words: str = "") -> None:
-        self.least, self.kind = least, real if kind is None else kind
+    def __init__(self, least: int = 1, kind: Number = real, words: str = "") -> None:
+        self.least, self.kind = least, kind
         self.words = words or f"a sequence of at least {least} numbers"
 
     def like(self, value: Any) -> bool:
@@ -65,15 +65,17 @@ class Numbers(Kind):
 
     def __call__(self, name: str, value: Any) -> Any:
         super().__call__(name, value)
-        members = value
+        members: Any = value
         if not isinstance(value, Sequence):
             if value.ndim != 1:
                 raise ValueError(f"{name} must be {self.words}, got shape {tuple(value.shape)}")
             members = value.tolist()
         if len(members) < self.least:
             raise ValueError(f"{name} must be {self.words}, got {len(members)}")
+        low, high = self.kind.low, self.kind.high
         for i, member in enumerate(members):
-            self.kind(f"{name}[{i}]", member.item() if hasattr(member, "item") else member)
+            if not (type(member) is float and low < member < high):
+                self.kind(f"{name}[{i}]", member.item() if hasattr(member, "item") else member)  # type: ignore[union-attr]
         return value
 
 
@@ -198,8 +200,11 @@ class Operand(Kind):
         )
 
     def __call__(self, name: str, value: Any) -> Any:
-        if self.number is not None and self.number.like(value):
-            return self.number(name, value)
+        # A time of a run is a float that knows more: it stays what it is.
+        if self.number is not None and (isinstance(value, float) or self.number.like(value)):
+            if not (isinstance(value, float) and self.number.low < value < self.number.high):
+                self.number(name, value)
+            return value
         self.quick.add(type(super().__call__(name, value)))
         return value
 

@@ -65,6 +65,8 @@ class RuleOptimizer(Optimizer):
             several = isinstance(params, list) and at < len(params) and isinstance(params[at], dict)
             if several and type(error) in (TypeError, ValueError):
                 raise type(error)(f"params[{at}]: {error}") from None
+            if type(error) is ValueError and "can't optimize a non-leaf" in str(error):
+                raise ValueError(f"params: {error}") from None
             raise
 
     @property

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from polyak.core import checks
 
+__all__ = ["PreferenceLoss", "dpo_loss", "ipo_loss", "sequence_logps", "sppo_loss"]
+
 _LOGPS = dict.fromkeys(("logp_w", "logp_l", "ref_w", "ref_l"), checks.floating)
 _CHANCE = checks.tensor | checks.fraction
 

@@ -18,6 +18,26 @@ import torch
 from polyak.core import checks
 from polyak.core.elementwise import absolute, maximum, minimum, sign, sqrt, tanh
 
+__all__ = [
+    "L1",
+    "L2",
+    "DeadZone",
+    "Entropic",
+    "Group",
+    "HalfSquare",
+    "Huber",
+    "Kappa",
+    "Lp",
+    "Nuclear",
+    "Relativistic",
+    "TopK",
+    "named",
+    "polar_newton_schulz",
+    "polar_svd",
+    "text",
+    "unit",
+]
+
 EDGE = 1e-7  # the diagnostic stays this far from |y| = 1, where two conjugates have infinite slopes
 
 
@@ -341,6 +361,7 @@ class Nuclear(_Ball):
         return torch.linalg.vector_norm((torch.linalg.svdvals(y.flatten(1)) - 1).clamp(min=0))
 
 
+@checks.arguments(u=checks.Tensor(floating=True, least_ndim=2))
 def polar_svd(u: torch.Tensor) -> torch.Tensor:
     """U V^T of the singular value decomposition, without the directions whose singular value is zero to rounding."""
     if not torch.isfinite(u).all():
@@ -354,6 +375,7 @@ def polar_svd(u: torch.Tensor) -> torch.Tensor:
     return (left * (values > floor).to(u.dtype)) @ right
 
 
+@checks.arguments(u=checks.Tensor(floating=True, least_ndim=2), steps=checks.Integer(0))
 def polar_newton_schulz(u: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """U V^T approximately, by the quintic iteration ``X <- a X + (b A + c A^2) X``, ``A = X X^T``; matrix products only."""
     a, b, c = 3.4445, -4.7750, 2.0315

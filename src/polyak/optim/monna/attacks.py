@@ -24,6 +24,8 @@ from torch import Tensor
 
 from polyak.core import checks
 
+__all__ = ["ALIE", "FOE", "Attack", "LabelFlip", "Mimic", "NaN", "ScaledSignFlip", "SignFlip", "View", "line_search"]
+
 
 @checks.arguments(
     honest=checks.Tensor(ndim=2), f=checks.Integer(0), mix=checks.Function("a function of a vector", 1),
