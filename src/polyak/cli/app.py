@@ -1,6 +1,7 @@
 """The commands. Each parses, calls the lab, and prints; listing and help import neither torch nor matplotlib."""
 
 import json
+import math
 import sys
 import webbrowser
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import typer
 
 import polyak
 from polyak import claims
-from polyak.cli import compare, serving, terminal
+from polyak.cli import compare, demo, serving, terminal
 from polyak.cli.shared import (
     INTERRUPTED,
     ClusterAt,
@@ -85,6 +86,12 @@ def _choose(slugs: Sequence[str], everything: bool) -> list[Claim]:
     if bool(slugs) == everything:
         raise typer.BadParameter("name systems or say --all, one of the two", param_hint="SLUG")
     return list(claims.catalogue().values()) if everything else [_load(slug) for slug in dict.fromkeys(slugs)]
+
+
+def _cheapest_first(chosen: Sequence[Claim], scale: str) -> list[Claim]:
+    """By the time that the published runs took; those of which it is not known come last, in their order."""
+    took = {c.slug: r.seconds if (r := claims.published(c.slug, scale)) else math.inf for c in chosen}
+    return sorted(chosen, key=lambda c: took[c.slug])
 
 
 def _check_scale(chosen: Sequence[Claim], scale: str | None) -> None:
@@ -246,7 +253,8 @@ def reproduce(
 ) -> None:
     """Run claims and judge them.
 
-    The method and its baselines run at an equal budget, on several seeds. What is stored already is not run again.
+    The method and its baselines run at an equal budget, on several seeds. Each verdict is printed as its claim ends, the cheapest
+    first. What is stored already is not run again.
 
     Exit status: 0 if all claims hold or are undecided, 1 if one fails (with --strict: or is undecided), 2 if the command
     is wrong, 3 if something could not run, 130 if interrupted.
@@ -254,11 +262,18 @@ def reproduce(
     from polyak.lab.run import TrialError, run_many
     from polyak.lab.store import Store
 
-    chosen = _choose(slugs or [], everything)
+    chosen = _cheapest_first(_choose(slugs or [], everything), scale)
     check_count("--seeds", seeds)
     check_count("--jobs", jobs)
     _check_scale(chosen, scale)
     mirrors = trackers(track)
+    out = terminal.console()
+    by_slug = {c.slug: c for c in chosen}
+
+    def tell_result(result: ClaimResult) -> None:
+        if not as_json:
+            terminal.outcome(out, by_slug[result.slug], result)
+
     try:
         with (
             place(cluster, gpus=gpus, processes=processes, jobs=jobs, device=device) as executor,
@@ -276,6 +291,7 @@ def reproduce(
                 executor=executor,
                 processes=processes,
                 track=mirrors,
+                on_result=tell_result,
             )
     except TrialError as error:
         stop(trial_error(error, verbose))
@@ -284,9 +300,6 @@ def reproduce(
     if as_json:
         print_json({slug: board.published_record(result) for slug, result in found.items()})
     else:
-        out = terminal.console()
-        for claim in chosen:
-            terminal.outcome(out, claim, found[claim.slug])
         options = "".join(
             f" {option} {value}"
             for option, value, default in (
@@ -339,6 +352,7 @@ def report(
         webbrowser.open(first.resolve().as_uri())
 
 
+app.command()(demo.demo)
 app.command("compare")(compare.compare)
 app.command("init-task")(compare.init_task)
 app.command()(serving.serve)

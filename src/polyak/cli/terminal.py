@@ -316,7 +316,9 @@ def progress() -> Iterator[Callable[[Progress], None]]:
     from rich.progress import Progress as Bar
 
     left = TextColumn("{task.fields[left]}", markup=False)
-    with Bar(BarColumn(30), TextColumn("{task.completed:.0f} of {task.total:.0f} trials"), left, console=out) as bar:
+    count = TextColumn("{task.completed:.0f} of {task.total:.0f} trials")
+    # What is printed meanwhile stands above the bar; what goes to a file must not be taken for it.
+    with Bar(BarColumn(30), count, left, console=out, redirect_stdout=sys.stdout.isatty()) as bar:
         row = bar.add_task("", total=1, left="")
 
         def tell(p: Progress) -> None:

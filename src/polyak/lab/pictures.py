@@ -20,7 +20,7 @@ import html
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,12 +135,16 @@ def drawn(claim: Claim) -> str:
 def draw(claim: Claim) -> str:
     """A claim's picture as SVG, drawn now."""
     assert claim.picture is not None
+    return svg(claim.picture, f"picture-{claim.slug}", f"What {claim.name} does")
+
+
+def svg(picture: Callable[[], Figure], prefix: str, says: str = "") -> str:
+    """A picture as SVG in the page's colours. ``prefix`` is a word that no other drawing of the page has."""
     with plots.styled():
-        figure, buffer = claim.picture(), io.StringIO()
+        figure, buffer = picture(), io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    says = getattr(figure, _DESCRIPTION, f"What {claim.name} does")
-    svg = re.sub(r' d="[^"]*"', _shorter, buffer.getvalue())
-    return plots.adapt(svg, says, prefix=f"picture-{claim.slug}")
+    shorter = re.sub(r' d="[^"]*"', _shorter, buffer.getvalue())
+    return plots.adapt(shorter, getattr(figure, _DESCRIPTION, says), prefix=prefix)
 
 
 def _shorter(path: re.Match[str]) -> str:
