@@ -366,7 +366,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
     root.mkdir()
     (root / "pyproject.toml").touch()
     (root / "README.md").write_text("# polyak\n<!-- systems -->\nold\n<!-- /systems -->\nMore.\n")
-    monkeypatch.setattr("polyak.cli.app.CHECKOUT", root)
+    monkeypatch.setattr("polyak.cli.shared.CHECKOUT", root)
     return root
 
 
@@ -429,7 +429,7 @@ def test_a_store_travels_as_one_file(call, tmp_path):
 
 
 def test_record_needs_a_checkout(call, tmp_path, monkeypatch):
-    monkeypatch.setattr("polyak.cli.app.CHECKOUT", tmp_path / "site-packages")
+    monkeypatch.setattr("polyak.cli.shared.CHECKOUT", tmp_path / "site-packages")
     code, _, err = call("record", "good")
     assert code == 3
     assert "checkout" in err

@@ -13,7 +13,7 @@ import typer
 
 import polyak
 from polyak import claims
-from polyak.cli import compare, demo, serving, terminal
+from polyak.cli import compare, demo, new, serving, shared, terminal
 from polyak.cli.shared import (
     INTERRUPTED,
     ClusterAt,
@@ -39,7 +39,6 @@ from polyak.lab.claim import Claim
 from polyak.lab.report import Entry, entry, write_report
 from polyak.lab.result import ClaimResult
 
-CHECKOUT = Path(polyak.__file__).resolve().parents[2]  # the repository's root, if it is one that polyak runs from
 STATUSES = ("holds", "fails", "undecided", "not-run")
 
 app = typer.Typer(
@@ -409,23 +408,20 @@ def import_store(
     print(f"{words.count(total, 'trial')} in {file}, {new:,} of them new here")
 
 
-# --------------------------------------------------------------------------------------------------------------- publishing
+# --------------------------------------------------------------------------------------------------------------- in a checkout
 
-
-def _need_checkout() -> None:
-    if not (CHECKOUT / "pyproject.toml").exists() or not (CHECKOUT / "README.md").exists():
-        stop("verdicts are published in a checkout of polyak, and this is an installed package")
+app.command("new")(new.new)
 
 
 def _generated() -> dict[Path, str]:
     """What SCOREBOARD.md and README.md should say."""
     entries = [entry(claim, (), claims.published_at(slug)) for slug, claim in claims.catalogue().items()]
-    readme = CHECKOUT / "README.md"
+    readme = shared.CHECKOUT / "README.md"
     try:
         text = board.with_table(readme.read_text(encoding="utf-8"), board.systems_table(entries))
     except ValueError as error:
         stop(str(error))
-    return {CHECKOUT / "SCOREBOARD.md": board.scoreboard(entries), readme: text}
+    return {shared.CHECKOUT / "SCOREBOARD.md": board.scoreboard(entries), readme: text}
 
 
 def _write_generated() -> None:
@@ -440,7 +436,7 @@ def record(slugs: Slugs = None, scale: Scale = "small", device: MadeOn = None, h
     They are written next to the claims, in SCOREBOARD.md and in the README's table. For those who work in a checkout.
     Refused where the store has no complete run of the current code.
     """
-    _need_checkout()
+    shared.need_checkout()
     chosen = _choose(slugs or [], False)
     _check_scale(chosen, scale)
     _check_made_on(device)
@@ -467,7 +463,7 @@ def write_scoreboard(
 
     They are made anew from the published verdicts.
     """
-    _need_checkout()
+    shared.need_checkout()
     if not check:
         _write_generated()
         return
