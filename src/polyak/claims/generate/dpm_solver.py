@@ -7,6 +7,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+from polyak.claims._pictures import dpm_solver as pictures
 from polyak.lab.claim import Arm, Claim, Measurement, Metric, Paper, Plot, Scale, Task, Trial, measure
 from polyak.lab.criteria import Ask
 
@@ -243,7 +244,7 @@ CLAIM = Claim(
     ),
     part="polyak.generate.dpm_solver:DPMSolver", budget="network evaluations",
     scales=(Scale("small", "two laws whose scores are known, under a minute on two cores", 3),),
-    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial, picture=pictures.picture,
     departures=(
         "The paper's measure is the FID of a network's samples. Here scores are exact and the measure is the distance between "
         "solution paths from the same noise (root mean square of its length): it tests the solver, not the pictures.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from polyak.claims._pictures import adamp as pictures
 from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial
 from polyak.lab.criteria import Ask
 
@@ -272,7 +273,7 @@ CLAIM = Claim(
             3, tasks=PAPER_TASKS, options={"batch": 256, "micro_batch": 256, "workers": 16},
         ),
     ),
-    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial, picture=pictures.picture,
     departures=(
         "The paper's toy is shown for one start in three dimensions; here 20 random starts for each of five seeds, and the "
         "growth of every one is checked. The rate of 0.5 is one where momentum's slowdown is large: at smaller rates the norm "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from polyak.claims._pictures import adan as pictures
 from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial
 from polyak.lab.criteria import Ask
 
@@ -179,7 +180,7 @@ CLAIM = Claim(
             tasks=("imagenet",), options={"micro_batch": 256, "workers": 16},
         ),
     ),
-    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial, picture=pictures.picture,
     departures=(
         "Small scale: models of 20 to 40 thousand weights and some hundred steps, where the paper's have tens to hundreds of "
         "millions and 100,000s of steps. It tests the claim as one about optimization; the paper's tables are about test quality.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from polyak.claims._pictures import mkor as pictures
 from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial, measure
 from polyak.lab.criteria import Ask
 
@@ -240,7 +241,7 @@ CLAIM = Claim(
             options={"batch": 256, "every": 5, "inv_freq": 10},
         ),
     ),
-    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial, picture=pictures.picture,
     departures=(
         "Small scale: networks of 20 to 240 thousand weights on one core, where the paper's have 340 million on 64 GPUs and its "
         "gain includes communication. SGD with momentum stands in for LAMB. The paper's scale is not run.",

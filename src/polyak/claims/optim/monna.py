@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from polyak.claims._pictures import monna as pictures
 from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial, measure
 from polyak.lab.criteria import Ask
 
@@ -295,7 +296,7 @@ CLAIM = Claim(
             tasks=MNIST, options={"n": 26, "f": 5, "lr": 0.75, "steps": 600},
         ),
     ),
-    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial, picture=pictures.picture,
     departures=(
         "Small scale: scikit-learn's digits and a network 64-32-10 in place of MNIST's convolutional one; 11 workers, 300 steps. "
         "Nothing is tuned: rates and momenta are the paper's (0.5 / (t / 50 + 1) in place of 0.75 / (t / 50 + 1)).",

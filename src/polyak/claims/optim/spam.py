@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from polyak.claims._pictures import spam as pictures
 from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial
 from polyak.lab.criteria import Ask
 
@@ -270,7 +271,7 @@ CLAIM = Claim(
             },
         ),
     ),
-    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial, picture=pictures.picture,
     departures=(
         "Small scale: spikes are injected, the same steps, tensors and entries for every arm of a seed, since a model of this size "
         "has none of its own. Width and context are 32, which keeps all trials within eight minutes of processor time.",
