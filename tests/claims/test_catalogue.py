@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import time
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 
 import polyak
 from polyak import claims
+from polyak.lab import pictures
 from polyak.lab.claim import Claim
 
 ROOT = Path(polyak.__file__).parent
@@ -72,6 +76,25 @@ def test_a_published_verdict_is_small_and_of_this_claim(path):
     assert [c.kind for c in result.criteria] == [c.kind for c in claim.criteria]
     assert [(c.op, c.bound) for c in result.criteria] == [(c.op, c.bound) for c in claim.criteria]
     assert "trials" not in json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("slug", claims.slugs())
+def test_a_picture_is_drawn_in_seconds_and_says_what_it_shows(slug):
+    claim = claims.load(slug)
+    assert claim.picture is not None, f"{slug} has no picture"
+    import_module("matplotlib.figure")
+    import_module(claim.part.partition(":")[0])  # what importing takes is not the picture's
+    start = time.thread_time()
+    svg = pictures.draw(claim)
+    assert time.thread_time() - start < 3, (
+        "a picture takes two seconds of processor time; the third is for a busy machine"
+    )
+    assert len(svg.encode()) <= 60_000
+    assert len(pictures.description(svg)) >= 60
+    paths = re.findall(r' d="([^"]*)"', svg)
+    assert paths
+    assert not any(re.search(r"nan|inf", path, flags=re.IGNORECASE) for path in paths)
+    assert re.search(r"var\(--series-\d\)", svg), "drawn in the reports' colours"
 
 
 def test_reading_all_claims_is_light():
