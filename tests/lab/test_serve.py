@@ -326,7 +326,7 @@ def test_an_interrupt_ends_it_and_frees_its_port(tmp_path, number):
     port = int(re.fullmatch(r"Serving http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends it\)\n", server.stdout.readline())[1])
     with socket.create_connection(("127.0.0.1", port), timeout=10):  # one that is still open
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-        connection.request("GET", "/")
+        connection.request("GET", "/runs.html")  # the index would draw pictures first
         assert connection.getresponse().status == 200
         server.send_signal(number)
         _, errors = server.communicate(timeout=10)

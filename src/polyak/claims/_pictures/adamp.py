@@ -15,7 +15,7 @@ def picture():
     """Paths of a weight of two entries whose loss is 1 - cos of its angle, and the step's length relative to the weight's."""
     import numpy as np
 
-    figure, (plane, steps) = panels(2, titles=("Four starts, one best angle", "Effective step, lr / |w|"), height=290)
+    figure, (plane, steps) = panels(2, titles=("Four starts, one best angle", "Effective step, lr / |w|"), height=260)
     turn = np.linspace(0, 2 * np.pi, 100)
     for radius in (1, 2, 3):
         plane.plot(radius * np.cos(turn), radius * np.sin(turn), color=GRID, linewidth=1)

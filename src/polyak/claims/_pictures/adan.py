@@ -15,7 +15,7 @@ def picture():
     """Paths to a minimum by Adan, and by the same without the gradient's change, which is Adam; and their losses."""
     import numpy as np
 
-    figure, (*valleys, losses) = panels(3, titles=("Adam (0.98, 0.99)", "Adan", "Loss, mean of paths"), height=250)
+    figure, (*valleys, losses) = panels(3, titles=("Adam (0.98, 0.99)", "Adan", "Loss, mean of paths"), height=225)
     x, y = np.meshgrid(np.linspace(-2.3, 2.3, 50), np.linspace(-2.3, 2.3, 50))
     looks = (("Adam", NEUTRAL, (0, (3, 1))), ("Adan", SERIES[0], "-"))
     for valley, (method, color, dash) in zip(valleys, looks, strict=True):
@@ -29,7 +29,7 @@ def picture():
         valley.set(aspect="equal", xticks=range(-2, 3), yticks=range(-2, 3), xlabel="weight 1")
         loss = _loss(*paths.transpose(2, 0, 1)).mean(0)
         losses.plot(range(STEPS + 1), loss, color=color, linewidth=2, linestyle=dash)
-        name(losses, 100, loss[85:115].max(), method, color, shift=(-6, 13))
+        name(losses, 100, loss[85:115].max(), method, color, shift=(-4, 14))
     valleys[0].set_ylabel("weight 2")
     valleys[0].plot(0, 0, marker="+", markersize=9, color=MUTED)
     losses.set_xlabel("step")

@@ -20,7 +20,7 @@ def picture():
 
     reward, ref = torch.tensor(REWARD, dtype=torch.float64), torch.tensor(STARTS, dtype=torch.float64)
     titles = ("Iterative DPO", f"APO, α = {ALPHA}", "Not the best answer")
-    figure, (*triangles, missed) = panels(3, titles=titles, height=240)
+    figure, (*triangles, missed) = panels(3, titles=titles, height=215)
     looks = (("DPO", 0.0, NEUTRAL, (0, (3, 1))), ("APO", ALPHA, SERIES[0], "-"))
     for one, (method, alpha, color, dash) in zip(triangles, looks, strict=True):
         policies = tabular(reward, ref, BETA, alpha, ROUNDS).trained.exp()
@@ -44,7 +44,7 @@ def picture():
 def _triangle(axes: Any) -> None:
     """The policies on three answers: a corner for each."""
     axes.fill(*zip(*CORNERS, strict=True), facecolor="none", edgecolor=GRID, linewidth=1.4)
-    for (x, y), answer, shift in zip(CORNERS, ("best", "second", "worst"), ((2, 8), (-22, -9), (0, -9)), strict=True):
+    for (x, y), answer, shift in zip(CORNERS, ("best", "second", "worst"), ((10, -4), (-22, -9), (0, -9)), strict=True):
         name(axes, x, y, answer, MUTED, shift=shift)
     axes.axis("off")
     axes.set_aspect("equal")

@@ -24,7 +24,7 @@ def picture():
     shown, ends = noise[:DRAWN], reference(denoiser, noise, nfe=300)
     exact = reference_path(denoiser, shown, process.grid(POINTS, "logsnr"), nfe=300).numpy()
     titles = (f"DDIM, {NFE} evaluations", "DPM-Solver++ 2M", "Error of the ends")
-    figure, (*planes, errors) = panels(3, titles=titles, height=250)
+    figure, (*planes, errors) = panels(3, titles=titles, height=225)
     looks: tuple[tuple[str, Any, str, Any], ...] = (
         ("DDIM", DDIM(), SERIES[1], (0, (3, 1))),
         ("2M", DPMSolver(order=2, method="multistep"), SERIES[0], "-"),

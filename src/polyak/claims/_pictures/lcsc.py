@@ -22,7 +22,7 @@ def picture():
     generator = torch.Generator().manual_seed(103)
     result = LCSC(checkpoints, objective=objective, evals=EVALS, population=20, generator=generator).run()
     arc = torch.stack([ema_coefficients(3, rate) for rate in torch.linspace(0, 1, 21).tolist()])
-    figure, (plane, search) = panels(2, titles=("Plane through three checkpoints", "Best loss so far"), height=290)
+    figure, (plane, search) = panels(2, titles=("Plane through three checkpoints", "Best loss so far"), height=260)
 
     # Coefficient 2 to the right and 3 upwards; that of the first checkpoint is what is left to 1.
     xs = ys = list(np.linspace(-0.5, 1.5, 24))

@@ -18,10 +18,10 @@ def picture():
 
     figure, axes = panels(
         3,
-        titles=("Lion: |xᵢ| ≤ 1/wd", "K = 2-norm: |x| ≤ 1/wd", "K = Huber: a soft box"),
+        titles=("Lion: |xᵢ| ≤ 1/wd", "2-norm: |x| ≤ 1/wd", "Huber: a soft box"),
         square=True,
         share=True,
-        height=270,
+        height=225,
     )
     starts = torch.tensor([[-2.4, 1.6], [-1.9, -2.0], [0.3, 2.4], [2.2, -1.9]], dtype=torch.float64)
     grid = np.linspace(-2.7, 2.7, 50)

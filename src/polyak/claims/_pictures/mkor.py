@@ -15,7 +15,7 @@ def picture():
     """Paths of a line's slope and offset to the least squares by SGD, alone and with MKOR's factors, and their losses."""
     import numpy as np
 
-    figure, (*valleys, losses) = panels(3, titles=("SGD", "MKOR with SGD", "Loss, mean of paths"), height=250)
+    figure, (*valleys, losses) = panels(3, titles=("SGD", "MKOR with SGD", "Loss, mean of paths"), height=225)
     slope, offset = np.meshgrid(np.linspace(-1, 3, 40), np.linspace(-3, 4, 40))
     error = (MEAN * (slope - BEST[0]) + offset - BEST[1]) ** 2 + (slope - BEST[0]) ** 2
     looks = (("SGD", NEUTRAL, (0, (3, 1))), ("MKOR", SERIES[0], "-"))

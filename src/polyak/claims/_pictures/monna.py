@@ -15,7 +15,7 @@ def picture():
     import numpy as np
 
     titles = ("Mean of all", "Nearest neighbours", "... and momentum")
-    figure, axes = panels(3, titles=titles, square=True, share=True, height=250)
+    figure, axes = panels(3, titles=titles, square=True, share=True, height=205)
     turn = np.linspace(0, 2 * np.pi, 40)
     looks = (("mean", 0.0, NEUTRAL), ("nna", 0.0, SERIES[1]), ("nna", 0.95, SERIES[0]))
     for one, (mixer, momentum, color) in zip(axes, looks, strict=True):

@@ -12,7 +12,7 @@ SPIKE, SIZE = 60, 1000.0  # the step of the gradient that is too large, and by h
 
 def picture():
     """Losses of Adam and of SPAM on one noisy quadratic with a spike, and how far their steps go."""
-    figure, (losses, lengths) = panels(2, titles=("Loss", "Length of a step"), height=290)
+    figure, (losses, lengths) = panels(2, titles=("Loss", "Length of a step"), height=260)
     for method, color, dash in (("Adam", NEUTRAL, (0, (3, 1))), ("SPAM", SERIES[0], "-")):
         loss, length = _run(method)
         losses.plot(range(0, STEPS, 4), loss[::4], color=color, linewidth=2, linestyle=dash)
