@@ -68,7 +68,7 @@ def test_a_claim_that_was_not_run_folds_all_of_many_criteria():
 def test_the_experiments_table_and_many_departures_are_folded():
     claim = optimizer_claim()
     page = claim_page(Entry(claim, optimizer_result(claim)))
-    assert any(fold.startswith("5 arms: AdamW, ") for fold in folds(page))
+    assert any(fold.startswith("5 arms: AdamW; ") for fold in folds(page))
     assert "Departures from the paper and its code (3)" not in folds(page)
     many = replace(claim, departures=(*claim.departures, "A third."))
     assert "Departures from the paper and its code (3)" in folds(claim_page(Entry(many, optimizer_result(many))))
