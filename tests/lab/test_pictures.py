@@ -10,6 +10,7 @@ import pytest
 from polyak import claims
 from polyak.lab import pictures
 from polyak.lab.claim import Claim
+from polyak.lab.report import Entry, Live, gallery_page, index_page
 
 CALLS: list[int] = []
 
@@ -71,3 +72,17 @@ def test_without_a_place_to_keep_it_it_is_drawn_each_time(folder):
         assert pictures.drawn(claim_with(picture)).startswith("<svg")
     assert len(CALLS) == 2
     assert pictures.drawn(claim_with(None)) == ""
+
+
+def test_a_served_page_does_not_wait_for_pictures(folder):
+    """It shows those that are drawn; a written one draws what is missing."""
+    entry = Entry(claim_with(picture), None)
+    served = {"linked": (), "live": Live()}
+    assert "tile" not in gallery_page([entry], **served).partition("<main>")[2]
+    assert not pictures.is_kept(entry.claim)
+    assert CALLS == []
+    assert 'class="tile"' in index_page([entry], linked=())
+    assert CALLS == [1]
+    assert 'class="tile"' in index_page([entry], **served)
+    assert 'class="tile"' in gallery_page([entry], **served)
+    assert CALLS == [1]

@@ -33,8 +33,8 @@ from polyak.cli.shared import (
     trial_error,
     wrong,
 )
+from polyak.lab import pictures, words
 from polyak.lab import scoreboard as board
-from polyak.lab import words
 from polyak.lab.claim import Claim
 from polyak.lab.report import Entry, entry, write_report
 from polyak.lab.result import ClaimResult
@@ -341,6 +341,8 @@ def report(
     _check_made_on(device)
     entries = _entries(list(claims.catalogue().values()), home, scale, device, processes)
     pages = {c.slug for c in named} or None
+    if missing := [e.claim.name for e in entries if e.claim.picture and not pictures.is_kept(e.claim)]:
+        print(f"drawing {words.count(len(missing), 'picture')}, once", file=sys.stderr, flush=True)
     index = write_report(entries, out, pages=pages)
     for e in entries:
         if pages and e.claim.slug in pages and e.result is None:

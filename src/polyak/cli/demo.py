@@ -65,6 +65,7 @@ def demo(
         stop(trial_error(error, verbose=False))
     except KeyboardInterrupt:
         stop(INTERRUPTED, 130)
+    _say(told, "Drawing the pages ...")
     page = write(out / "report", trained, sampled)
     _head(told, "Pictures, curves and all numbers:", f"{page}  ({time.monotonic() - begun:.0f} s)")
     _head(told, "Try next:")

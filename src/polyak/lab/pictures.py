@@ -118,7 +118,7 @@ def drawn(claim: Claim) -> str:
     """
     if claim.picture is None:
         return ""
-    kept = _folder() / f"{claim.slug}-{_digest(claim)}.svg"
+    kept = _place(claim)
     if kept.exists():
         return kept.read_text(encoding="utf-8")
     svg = draw(claim)
@@ -130,6 +130,11 @@ def drawn(claim: Claim) -> str:
     except OSError:
         pass  # without a cache it is drawn again
     return svg
+
+
+def is_kept(claim: Claim) -> bool:
+    """Whether a claim has a picture that need not be drawn any more."""
+    return claim.picture is not None and _place(claim).exists()
 
 
 def draw(claim: Claim) -> str:
@@ -156,6 +161,10 @@ def description(svg: str) -> str:
     """What a picture's SVG shows, in words."""
     found = re.search(r'aria-label="([^"]*)"', svg)
     return html.unescape(found[1]) if found else ""
+
+
+def _place(claim: Claim) -> Path:
+    return _folder() / f"{claim.slug}-{_digest(claim)}.svg"
 
 
 def _folder() -> Path:

@@ -104,7 +104,7 @@ def index_page(
     return render(
         "index.html",
         entries=sorted(entries, key=lambda e: e.claim.room),
-        tiles=some_tiles(entries),
+        tiles=some_tiles(_pictured(entries, live)),
         counts=counts,
         order=list(words.GLYPHS),
         total=len(entries),
@@ -117,7 +117,12 @@ def index_page(
 
 def gallery_page(entries: Sequence[Entry], *, linked: Collection[str], live: Live | None = None) -> str:
     """The pictures of all systems that have one, by room."""
-    return render("gallery.html", rooms=by_room(entries), linked=linked, live=live)
+    return render("gallery.html", rooms=by_room(_pictured(entries, live)), linked=linked, live=live)
+
+
+def _pictured(entries: Iterable[Entry], live: Live | None) -> list[Entry]:
+    """Those that have a picture; on a served page, which must not wait for drawings, those whose picture is drawn."""
+    return [e for e in entries if (pictures.is_kept(e.claim) if live else e.claim.picture)]
 
 
 def by_room(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
