@@ -1,14 +1,62 @@
 """What tests of several folders share."""
 
+import gc
 import os
 import shutil
+from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
 import torch
 
+from polyak.lab import workers
+from polyak.lab.inprocess import InProcess
+from polyak.lab.jobs import Job
+
+from .processor_time_for_tests import ProcessorTime
+
 # Triton's kernels run in its interpreter where there is no GPU; it reads this variable when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--processor-time", action="store_true", help="say what each file's and each system's tests took of it"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(ProcessorTime(config.getoption("--processor-time")))
+
+
+class _Here(InProcess):
+    """A trial collects garbage before it is timed, which takes long where as much has been imported as here."""
+
+    def start(self, ticket: int, job: Job) -> bool:
+        gc.freeze()
+        return super().start(ticket, job)
+
+
+@pytest.fixture(scope="module")
+def in_process() -> Iterator[None]:
+    """The lab's trials and examinations run in this process, which takes a tenth of the time that starting others does."""
+    with pytest.MonkeyPatch.context() as patch:
+        _patch(patch, lambda jobs: _Here(), InProcess().call)
+        yield
+        gc.unfreeze()
+
+
+@pytest.fixture
+def processes(in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run in processes of their own, as for users."""
+    _patch(monkeypatch, workers.Processes, workers.call_apart)
+
+
+def _patch(patch: pytest.MonkeyPatch, executor: object, call: object) -> None:
+    # By their modules: the package has functions of these names.
+    patch.setattr(import_module("polyak.lab.run"), "Processes", executor)
+    patch.setattr(import_module("polyak.lab.compare.main"), "call_apart", call)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from polyak.lab.workers import STOPPED, Died, Job, Outcome, Trouble, call_apart
 
 from .tasks_for_tests import REGRESSION, write
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("processes")]
 
 
 def by_hand(seed: int, steps: int = 6) -> list[float]:
