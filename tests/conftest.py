@@ -1,15 +1,17 @@
 """What tests of several folders share."""
 
 import gc
+import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from polyak.lab import workers
+from polyak.lab import spawning, workers
 from polyak.lab.inprocess import InProcess
 from polyak.lab.jobs import Job
 
@@ -28,6 +30,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(ProcessorTime(config.getoption("--processor-time")))
+
+
+# By the server of :func:`forked`, once.
+IMPORTED = (
+    "torch.distributed",
+    "torch._dynamo",
+    "accelerate",
+    "polyak.optim",
+    "polyak.generate",
+    "polyak.lab.compare.examine",
+)
 
 
 class _Here(InProcess):
@@ -51,6 +64,14 @@ def in_process() -> Iterator[None]:
 def processes(in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """They run in processes of their own, as for users."""
     _patch(monkeypatch, workers.Processes, workers.call_apart)
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lab's processes come from one that has imported libraries already, which takes each that is started afresh seconds."""
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload([*IMPORTED])
+    monkeypatch.setattr(spawning, "multiprocessing", SimpleNamespace(get_context=lambda _: made))
 
 
 def _patch(patch: pytest.MonkeyPatch, executor: object, call: object) -> None:

@@ -310,6 +310,7 @@ def test_trials_stop_early_and_are_counted(tmp_path: Path, task: Path, monkeypat
 # ------------------------------------------------------------------------------------------------------------ what goes wrong
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_trial_that_does_not_end_is_stopped_at_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once it hangs the clock goes faster, so that no trial which is only slow comes to its deadline."""
     mark = tmp_path / "mark"
@@ -330,7 +331,7 @@ def test_a_trial_that_does_not_end_is_stopped_at_its_deadline(tmp_path: Path, mo
         assert sum(r.done for r in store.runs()) >= 2, "finished trials are kept"
 
 
-@pytest.mark.usefixtures("processes")
+@pytest.mark.usefixtures("processes", "forked")
 @pytest.mark.parametrize(
     ("instead", "deadline", "says"),
     [
