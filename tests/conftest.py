@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from importlib import import_module
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -32,12 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(ProcessorTime(config.getoption("--processor-time")))
 
 
-# By the server of :func:`forked`, once.
+# By what :func:`forks` makes processes from, once.
 IMPORTED = (
     "torch.distributed",
     "torch._dynamo",
     "accelerate",
-    "polyak.optim",
+    "polyak.optim.monna",
     "polyak.generate",
     "polyak.lab.compare.examine",
 )
@@ -66,12 +67,18 @@ def processes(in_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
     _patch(monkeypatch, workers.Processes, workers.call_apart)
 
 
-@pytest.fixture
-def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lab's processes come from one that has imported libraries already, which takes each that is started afresh seconds."""
+@pytest.fixture(scope="session")
+def forks() -> Any:
+    """Makes processes from one that has imported libraries already, which takes each that is started afresh seconds."""
     made = multiprocessing.get_context("forkserver")
     made.set_forkserver_preload([*IMPORTED])
-    monkeypatch.setattr(spawning, "multiprocessing", SimpleNamespace(get_context=lambda _: made))
+    return made
+
+
+@pytest.fixture
+def forked(forks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lab's processes are such."""
+    monkeypatch.setattr(spawning, "multiprocessing", SimpleNamespace(get_context=lambda _: forks))
 
 
 def _patch(patch: pytest.MonkeyPatch, executor: object, call: object) -> None:
