@@ -343,7 +343,11 @@ def test_report(call, tmp_path):
     code, out, err = call("report", "--out", "pages")
     assert (code, err) == (0, "")
     assert out == f"The report: {Path('pages/index.html')}\n"
-    assert {p.name for p in (tmp_path / "pages").iterdir()} == {"index.html", *(f"{slug}.html" for slug in SYSTEMS)}
+    assert {p.name for p in (tmp_path / "pages").iterdir()} == {
+        "gallery.html",
+        "index.html",
+        *(f"{slug}.html" for slug in SYSTEMS),
+    }
     page = (tmp_path / "pages/good.html").read_text()
     assert "<title>Good: effect holds, 1 of 1</title>" in page
     assert page.count('<svg class="curves"') == 1
@@ -355,7 +359,7 @@ def test_report_of_some(call, tmp_path, monkeypatch):
     code, _, err = call("report", "bad", "--out", "pages", "--open")
     assert code == 0
     assert "bad has not been run: polyak reproduce bad" in err
-    assert {p.name for p in (tmp_path / "pages").iterdir()} == {"index.html", "bad.html"}
+    assert {p.name for p in (tmp_path / "pages").iterdir()} == {"gallery.html", "index.html", "bad.html"}
     assert 'href="good.html"' not in (tmp_path / "pages/index.html").read_text()
     assert opened == [(tmp_path / "pages/bad.html").as_uri()]
 
@@ -373,7 +377,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
     root.mkdir()
     (root / "pyproject.toml").touch()
     (root / "README.md").write_text("# polyak\n<!-- systems -->\nold\n<!-- /systems -->\nMore.\n")
-    monkeypatch.setattr("polyak.cli.app.CHECKOUT", root)
+    monkeypatch.setattr("polyak.cli.shared.CHECKOUT", root)
     return root
 
 
@@ -386,7 +390,7 @@ def test_record_publishes(call, checkout, rooms, tmp_path):
     call("reproduce", "good", "--jobs", "1")
     code, out, _ = call("record", "good")
     assert (code, out) == (0, "good: effect holds, 1 of 1\n")
-    record = json.loads((rooms / "toys/good.verdict.json").read_text())
+    record = json.loads((rooms / "toys/good.small.verdict.json").read_text())
     assert record["verdict"] == "holds"
     assert "✓ holds" in (checkout / "SCOREBOARD.md").read_text()
     readme = (checkout / "README.md").read_text()
@@ -414,11 +418,29 @@ def test_record_writes_nothing_where_the_readme_has_no_place(call, checkout, roo
     code, _, err = call("record", "good")
     assert code == 3
     assert "<!-- systems -->" in err
-    assert not (rooms / "toys/good.verdict.json").exists()
+    assert not (rooms / "toys/good.small.verdict.json").exists()
+
+
+def test_a_store_travels_as_one_file(call, tmp_path):
+    parcel, other = str(tmp_path / "parcel"), str(tmp_path / "other")
+    code, _, err = call("export", parcel)
+    assert code == 3
+    assert "there is no store" in err
+    call("reproduce", "good", "--jobs", "1")
+    code, out, _ = call("export", parcel, "good")
+    assert code == 0
+    trials = int(re.match(r"(\d+) trials written", out)[1])
+    assert call("import", parcel, "--home", other)[1] == f"{trials} trials in {parcel}, {trials} of them new here\n"
+    listed = {s["slug"]: s for s in json.loads(call("list", "--home", other, "--json")[1])}
+    assert listed["good"]["by_scale"]["small"]["effect"]["verdict"] == "holds"
+    code, _, err = call("import", str(tmp_path / "missing"))
+    assert code == 2
+    assert "there is no file" in err
+    assert call("export", parcel, "nothing")[0] == 2
 
 
 def test_record_needs_a_checkout(call, tmp_path, monkeypatch):
-    monkeypatch.setattr("polyak.cli.app.CHECKOUT", tmp_path / "site-packages")
+    monkeypatch.setattr("polyak.cli.shared.CHECKOUT", tmp_path / "site-packages")
     code, _, err = call("record", "good")
     assert code == 3
     assert "checkout" in err

@@ -66,7 +66,7 @@ def read(home: Path, shelf: Shelf | None = None) -> list[Compared]:
 
 
 def pages(home: Path) -> Pages:
-    return Pages(home, {}, lambda slug: None)
+    return Pages(home, {}, lambda slug: {})
 
 
 def text(of: Pages, target: str) -> str:
@@ -387,7 +387,7 @@ def test_a_budget_of_many_words_fits_a_phone(chromium, whole, tmp_path):
     page = chromium.new_page(viewport={"width": 390, "height": 844})
     for template, facts in {
         "runs.html": {"rows": []},
-        "index.html": {"entries": [], "counts": {}, "order": [], "total": 0, "linked": [], "more": 4},
+        "index.html": {"entries": [], "tiles": [], "counts": {}, "order": [], "total": 0, "linked": [], "more": 4},
     }.items():
         file.write_text(report.render(template, live=Live(), compared=[row], **facts), encoding="utf-8")
         page.goto(file.as_uri())

@@ -63,7 +63,7 @@ class Checker(HTMLParser):
 
 
 def test_every_page_is_well_formed_and_loads_nothing(pages):
-    assert set(pages) == {"index", "swift", "swerve", "sway", "leap", "idle"}
+    assert set(pages) == {"index", "gallery", "swift", "swerve", "sway", "leap", "idle"}
     for path in pages.values():
         page = path.read_text(encoding="utf-8")
         assert Checker(page).loads == []
@@ -178,7 +178,7 @@ def test_the_index_lists_everything(pages, entries):
     text = " ".join(Checker(page).text.split())
     assert "5 systems. Mechanism: 1 ✗ fails 1 – not run" in text
     assert "Effect: 1 ✓ holds 1 ✗ not seen 1 ? undecided 1 – not run" in text
-    assert page.count('<a href="') == 5
+    assert page.count('<a href="') == 6
     assert re.findall(r"<td>(optim|generate)</td>", page) == ["generate", "generate", "optim", "optim", "optim"]
     assert "published with polyak" in text
     assert 'href="leap.html"' not in index_page(entries, linked={"swift"})
@@ -186,8 +186,8 @@ def test_the_index_lists_everything(pages, entries):
 
 def test_only_the_pages_asked_for_are_written_and_linked(entries, tmp_path):
     index = write_report(entries, tmp_path / "new" / "folder", pages={"leap"})
-    assert sorted(p.name for p in index.parent.iterdir()) == ["index.html", "leap.html"]
-    assert index.read_text(encoding="utf-8").count('<a href="') == 1
+    assert sorted(p.name for p in index.parent.iterdir()) == ["gallery.html", "index.html", "leap.html"]
+    assert index.read_text(encoding="utf-8").count('<a href="') == 2  # the gallery, and the one page
 
 
 def test_everything_is_escaped():
@@ -206,7 +206,7 @@ def test_everything_is_escaped():
     page = claim_page(Entry(claim, result))
     assert "<script>alert" not in page
     assert "javascript:" not in page
-    assert page.count("</script>") == 2
+    assert page.count("</script>") == 3
     Checker(page)
     assert "<script>alert" not in index_page([Entry(claim, result)], linked=())
 

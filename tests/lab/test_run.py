@@ -73,6 +73,25 @@ def content(result: ClaimResult) -> dict[str, Any]:
 # -- what a run yields -----------------------------------------------------------------------------------------------------
 
 
+def test_each_result_is_told_as_its_claim_ends(tmp_path: Path) -> None:
+    """One place: the first claim's trials all end before the second's begin, and its result comes then."""
+    told: list[tuple[str, int]] = []
+    done: dict[str, int] = {}
+    with Store(tmp_path) as store:
+        results = run_many(
+            [examples.make("two"), examples.make("one")],
+            jobs=1,
+            store=store,
+            on_progress=lambda p: done.update({p.claim: p.done}),
+            on_result=lambda result: told.append((result.slug, sum(done.values()))),
+        )
+        count = len(results["one"].trials)
+        assert told == [("two", count), ("one", 2 * count)]
+        told.clear()
+        run_many([examples.make("one")], store=store, on_result=lambda result: told.append((result.slug, 0)))
+        assert told == [("one", 0)], "also where all is stored"
+
+
 def test_a_run_tunes_reports_and_judges(tmp_path: Path) -> None:
     seen: list[Progress] = []
     with Store(tmp_path) as store:

@@ -14,20 +14,21 @@ from polyak import claims
 from polyak.lab import scoreboard as board
 from polyak.lab import statistics, words
 from polyak.lab.claim import KINDS
+from polyak.lab.report import Entry, entry
 from polyak.lab.result import ClaimResult, TrialResult, verdict
 
 from .results_for_tests import criterion, optimizer_claim, optimizer_result, solver_claim, solver_result
 
 
 @pytest.fixture
-def entries() -> list[board.Entry]:
+def entries() -> list[Entry]:
     swift, swerve, leap = optimizer_claim(), optimizer_claim("swerve", name="Swerve | fast"), solver_claim()
     idle = solver_claim("idle", name="Idle")
     return [
-        (swift, optimizer_result(swift)),
-        (swerve, optimizer_result(swerve, "fails")),
-        (leap, solver_result(leap)),
-        (idle, None),
+        Entry(swift, optimizer_result(swift)),
+        Entry(swerve, optimizer_result(swerve, "fails")),
+        Entry(leap, solver_result(leap)),
+        Entry(idle, None),
     ]
 
 
@@ -42,8 +43,27 @@ def test_one_row_per_system_then_its_criteria(entries):
     assert "| [Leap](#leap) | ✗ fails, 0 of 1 | – not asked | small |" in text
     assert "| Idle | – not run | – not run |" in text
     assert text.count("\n## ") == 3
-    for c in entries[0][1].criteria:
+    for c in entries[0].result.criteria:
         assert c.says in text
+
+
+def test_scales_stand_side_by_side(entries):
+    swift = entries[0].claim
+    swift = replace(swift, scales=(*swift.scales, replace(swift.scales[0], name="gpu")))
+    small, large = entries[0].result, replace(optimizer_result(swift, "fails"), scale="gpu")
+    found = entry(swift, (), {"small": small, "gpu": large})
+    assert (found.result, found.results) == (small, (small, large))
+    text = board.scoreboard([found])
+    assert "| [Swift](#swift) | – not asked | ✓ holds, 2 of 2 | small |" in text
+    assert "| [Swift](#swift) | – not asked | ✗ not seen at this scale, 1 of 2 | gpu |" in text
+    assert text.index("### Swift at scale small") < text.index("### Swift at scale gpu")
+    assert text.startswith("# Scoreboard")
+    assert "1 system." in text
+    assert "| – not asked (small); – not asked (gpu) | ✓ holds, 2 of 2 (small); ✗ not seen, 1 of 2 (gpu) |" in (
+        board.systems_table([found])
+    )
+    assert entry(swift, [large], {"small": small}).result is large, "own results come before published ones"
+    assert entry(swift, [large], {"small": small}, scale="small").published
 
 
 def test_a_system_that_fails_is_named_by_what_fails(entries):
@@ -64,7 +84,10 @@ def test_every_row_has_as_many_cells_as_its_table(entries):
 
 def test_the_same_data_gives_the_same_bytes(entries):
     again = [
-        (c, ClaimResult.from_json(json.loads(json.dumps(board.published_record(r)))) if r else None) for c, r in entries
+        replace(e, result=ClaimResult.from_json(json.loads(json.dumps(board.published_record(e.result)))))
+        if e.result
+        else e
+        for e in entries
     ]
     assert board.scoreboard(again) == board.scoreboard(entries)
     assert board.systems_table(again) == board.systems_table(entries)
@@ -93,10 +116,10 @@ def test_a_readme_without_a_place_is_refused(readme):
 
 
 def test_what_is_published_is_small_and_has_no_trials(entries):
-    record = board.published_record(entries[0][1])
+    record = board.published_record(entries[0].result)
     assert "trials" not in record
     assert len(json.dumps(record)) < board.LARGEST / 5
-    result = entries[0][1]
+    result = entries[0].result
     with pytest.raises(ValueError, match="at most 50,000"):
         board.published_record(replace(result, notes=("long",) * 10_000))
 
@@ -194,7 +217,7 @@ def test_each_kind_has_a_verdict_with_how_many_are_met(mechanism, effect, told, 
     result = replace(optimizer_result(claim), criteria=(*aside, *found), verdict=verdict(found))
     assert [words.said_of(result, kind) for kind in KINDS] == told.split("|")
     assert [c.name for c in words.deciding(result)] == named
-    row = board.systems_table([(claim, result)]).splitlines()[-1]
+    row = board.systems_table([Entry(claim, result)]).splitlines()[-1]
     assert row.endswith(" | ".join(words.marked(result, kind) for kind in KINDS) + " |")
     stated = result.to_json()["verdicts"]
     assert stated == {v.kind: {"verdict": v.verdict, "met": v.met, "of": v.total} for v in result.verdicts}
@@ -263,7 +286,7 @@ def test_criteria_with_the_same_words_are_told_apart_by_their_tasks():
     result = optimizer_result(same, "fails")
     found = replace(result, criteria=tuple(replace(c, says=names[c.name].partition(" (")[0]) for c in result.criteria))
     assert f"{half.says} (Vision transformer on digits): measured ∞" in words.finding(same, found)
-    board_of = board.scoreboard([(same, found)])
+    board_of = board.scoreboard([Entry(same, found)])
     assert board_of.count(f"| {half.says} (Letters of Shakespeare) (reported only) |") == 1
     assert board_of.count(f"| {half.says} (Vision transformer on digits) |") == 2  # what decides, and its own row
 
@@ -274,8 +297,8 @@ def test_criteria_with_the_same_words_are_told_apart_by_their_tasks():
 def test_this_checkout_says_what_is_published():
     """As `polyak scoreboard --check` does."""
     root = Path(polyak.__file__).resolve().parents[2]
-    published = [(claim, claims.published(slug)) for slug, claim in claims.catalogue().items()]
-    if not (root / "pyproject.toml").exists() or not any(result for _, result in published):
+    published = [entry(claim, (), claims.published_at(slug)) for slug, claim in claims.catalogue().items()]
+    if not (root / "pyproject.toml").exists() or not any(e.result for e in published):
         pytest.skip("no checkout, or nothing published yet")
     readme = (root / "README.md").read_text(encoding="utf-8")
     assert (root / "SCOREBOARD.md").read_text(encoding="utf-8") == board.scoreboard(published)

@@ -40,7 +40,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_pages(home: Path) -> Pages:
     claims = {c.slug: c for c in (examples.make(), examples.slow(**SLOW), examples.make("idle"))}
-    return Pages(home, claims, lambda slug: None)
+    return Pages(home, claims, lambda slug: {})
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_trials_that_could_not_run_are_told(tmp_path):
 
         with pytest.raises(TrialError):
             run(examples.bad("raise"), store=store, jobs=1)
-    pages = Pages(tmp_path, {"bad": examples.bad("raise")}, lambda slug: None)
+    pages = Pages(tmp_path, {"bad": examples.bad("raise")}, lambda slug: {})
     assert re.search(r"Bad small cpu \d 1 ", plain(pages.answer("/runs.html").body.decode()))
 
 
@@ -326,7 +326,7 @@ def test_an_interrupt_ends_it_and_frees_its_port(tmp_path, number):
     port = int(re.fullmatch(r"Serving http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends it\)\n", server.stdout.readline())[1])
     with socket.create_connection(("127.0.0.1", port), timeout=10):  # one that is still open
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
-        connection.request("GET", "/")
+        connection.request("GET", "/runs.html")  # the index would draw pictures first
         assert connection.getresponse().status == 200
         server.send_signal(number)
         _, errors = server.communicate(timeout=10)

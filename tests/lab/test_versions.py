@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -305,3 +306,38 @@ def test_a_package_that_is_installed_to_be_edited_has_code(
     source.write_text("class Opt:\n    x = 2\n")
     assert (versions.code_of(f"{name}:Opt") != before) == edited
     assert edited or before == f"{name} 1.0"
+
+
+CODE = """
+from polyak.claims._pictures import one as pictures
+def trial(t, *, a=1):
+    \"\"\"Says.\"\"\"
+    return f"{t}{''}" + f"{a!r:>{t}}"
+CLAIM = Claim(slug="one", summary="A.", departures=("B.",), picture=pictures.picture, errata=(), says="C.", usage="D.", metrics=M)
+"""
+
+
+def test_words_for_people_change_no_fingerprint(tmp_path: Path) -> None:
+    def digest(code: str) -> str:
+        (tmp_path / "one.py").write_text(code)
+        return versions._parse.__wrapped__(tmp_path / "one.py", 0, 0).digest
+
+    whole = digest(CODE)
+    for word in ("A.", "B.", "C.", "D.", "Says."):
+        assert digest(CODE.replace(word, "Other.")) == whole, word
+    assert digest(CODE.replace("pictures.picture,", "pictures.other,")) == whole
+    for counts in ("a=1", '"one"', "metrics=M", "{t}{", ":>{t}"):
+        assert (
+            digest(CODE.replace(counts, counts.replace("=", "=not ").replace("one", "two").replace("{t}", "{a}")))
+            != whole
+        )
+    assert digest(CODE) == "8b25079c8061e3f8d10fa4e2b7413c3816d0e2a662799bed4e9b5f691811da9b", (
+        "the same by every version of Python"
+    )
+
+
+def test_pictures_decide_no_result() -> None:
+    claim = replace(examples.make(), sources=("polyak.claims._pictures.lion", "polyak.core.schedules"))
+    closure = versions._closure(claim)
+    assert "polyak.core.schedules" in closure
+    assert not [name for name in closure if "_pictures" in name]

@@ -277,7 +277,7 @@ def test_the_gradient_is_not_kept_by_reference_nor_changed(backend):
 
 
 def test_a_late_gradient_starts_from_its_own_first_step(backend):
-    """The official code corrects it with the group's step, and takes a zero as its previous gradient."""
+    """The official code corrects it with the group's step."""
     params, optimizer = make([(3,), (3,)], lr=0.1, **backend)
     alone = [torch.nn.Parameter(params[1].detach().clone())]
     steps = gradients([(3,), (3,)], 9, absent={(t, 1) for t in range(5)})

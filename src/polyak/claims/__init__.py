@@ -48,17 +48,23 @@ def catalogue() -> dict[str, Claim]:
     return {slug: importlib.import_module(module).CLAIM for slug, module in _modules().items()}
 
 
-def verdict_path(slug: str) -> Path:
-    """Where a system's published verdict is kept: ``<slug>.verdict.json`` in its room."""
+def verdict_path(slug: str, scale: str = "small") -> Path:
+    """Where a system's published verdict at a scale is kept: ``<slug>.<scale>.verdict.json`` in its room."""
     module = _modules()[slug]
     room = importlib.import_module(module.rpartition(".")[0])
-    return Path(next(iter(room.__path__))) / f"{slug}.verdict.json"
+    return Path(next(iter(room.__path__))) / f"{slug}.{scale}.verdict.json"
 
 
-def published(slug: str) -> ClaimResult | None:
-    """The verdict that came with this version of polyak (without trials), if there is one."""
-    path = verdict_path(slug)
+def published(slug: str, scale: str = "small") -> ClaimResult | None:
+    """The verdict at a scale that came with this version of polyak (without trials), if there is one."""
+    path = verdict_path(slug, scale)
     if not path.exists():
         return None
     kinds: dict[str, Kind] = {c.name: c.kind for c in load(slug).criteria}
     return ClaimResult.from_json(json.loads(path.read_text(encoding="utf-8")), kinds=kinds)
+
+
+def published_at(slug: str) -> dict[str, ClaimResult]:
+    """The published verdicts by scale, in the order of the claim's scales."""
+    found = {scale.name: published(slug, scale.name) for scale in load(slug).scales}
+    return {scale: result for scale, result in found.items() if result is not None}

@@ -1,6 +1,7 @@
 """The commands. Each parses, calls the lab, and prints; listing and help import neither torch nor matplotlib."""
 
 import json
+import math
 import sys
 import webbrowser
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import typer
 
 import polyak
 from polyak import claims
-from polyak.cli import compare, serving, terminal
+from polyak.cli import compare, demo, new, serving, shared, terminal
 from polyak.cli.shared import (
     INTERRUPTED,
     ClusterAt,
@@ -25,20 +26,19 @@ from polyak.cli.shared import (
     Verbose,
     check,
     check_count,
-    check_device,
     place,
     print_json,
     stop,
     trackers,
     trial_error,
+    wrong,
 )
+from polyak.lab import pictures, words
 from polyak.lab import scoreboard as board
-from polyak.lab import words
 from polyak.lab.claim import Claim
-from polyak.lab.report import Entry, write_report
+from polyak.lab.report import Entry, entry, write_report
 from polyak.lab.result import ClaimResult
 
-CHECKOUT = Path(polyak.__file__).resolve().parents[2]  # the repository's root, if it is one that polyak runs from
 STATUSES = ("holds", "fails", "undecided", "not-run")
 
 app = typer.Typer(
@@ -54,6 +54,9 @@ Slug = Annotated[str, typer.Argument(help="A system's slug; `polyak list` shows 
 Slugs = Annotated[
     list[str] | None,
     typer.Argument(metavar="SLUG", help="Systems' slugs; `polyak list` shows all.", show_default=False),
+]
+MadeOn = Annotated[
+    str | None, typer.Option(metavar="cpu|cuda", help="Only runs made on such a device.", show_default=False)
 ]
 Scale = Annotated[str, typer.Option(help="The size of the experiment; `polyak show SLUG` lists a claim's.")]
 
@@ -84,46 +87,67 @@ def _choose(slugs: Sequence[str], everything: bool) -> list[Claim]:
     return list(claims.catalogue().values()) if everything else [_load(slug) for slug in dict.fromkeys(slugs)]
 
 
-def _check_scale(chosen: Sequence[Claim], scale: str) -> None:
+def _cheapest_first(chosen: Sequence[Claim], scale: str) -> list[Claim]:
+    """By the time that the published runs took; those of which it is not known come last, in their order."""
+    took = {c.slug: r.seconds if (r := claims.published(c.slug, scale)) else math.inf for c in chosen}
+    return sorted(chosen, key=lambda c: took[c.slug])
+
+
+def _check_scale(chosen: Sequence[Claim], scale: str | None) -> None:
     for claim in chosen:
-        check(f"--scale of {claim.slug}", scale, [s.name for s in claim.scales])
+        if scale is not None:
+            check(f"--scale of {claim.slug}", scale, [s.name for s in claim.scales])
+
+
+def _check_made_on(device: str | None) -> None:
+    if device is not None:
+        check("--device", device, ["cpu", "cuda"])
 
 
 def _entries(
-    chosen: Sequence[Claim], home: Path | None, scale: str = "small", device: str = "cpu", processes: int = 1
+    chosen: Sequence[Claim],
+    home: Path | None,
+    scale: str | None = None,
+    device: str | None = None,
+    processes: int = 1,
 ) -> list[Entry]:
-    """Each claim with its result: from the store where it has a complete one of the current code, else as published."""
-    own = _stored(chosen, home, scale, device, processes)
-    found = {slug: result or claims.published(slug) for slug, result in own.items()}
-    return [Entry(c, found[c.slug], published=own[c.slug] is None and found[c.slug] is not None) for c in chosen]
+    """Each claim with its results: from the store where it has complete ones of the current code, else as published."""
+    own = _stored(chosen, home, device=device, processes=processes)
+    return [entry(c, list(own[c.slug].values()), claims.published_at(c.slug), scale=scale) for c in chosen]
 
 
 def _stored(
-    chosen: Sequence[Claim], home: Path | None, scale: str, device: str, processes: int = 1
-) -> dict[str, ClaimResult | None]:
+    chosen: Sequence[Claim],
+    home: Path | None,
+    scale: str | None = None,
+    device: str | None = None,
+    processes: int = 1,
+) -> dict[str, dict[str, ClaimResult]]:
+    """Slug -> scale -> result, of complete runs of the current code."""
     from polyak.lab.database import FILE, home_folder
     from polyak.lab.store import Store
 
-    found: dict[str, ClaimResult | None] = dict.fromkeys((c.slug for c in chosen), None)
+    found: dict[str, dict[str, ClaimResult]] = {c.slug: {} for c in chosen}
     # Reading must not make a store where there is none, nor load what judges results where there are none.
     if (home_folder(home) / FILE).exists():
         with Store(home) as store:
-            ran = {(r.claim, r.scale) for r in store.runs() if r.done}
+            ran = {r.claim for r in store.runs() if r.done}
             for claim in chosen:
-                if (claim.slug, scale) in ran and any(s.name == scale for s in claim.scales):
-                    from polyak.lab.run import collect
+                if claim.slug in ran:
+                    from polyak.lab import kept
 
-                    found[claim.slug] = collect(claim, scale=scale, device=device, processes=processes, store=store)
+                    found[claim.slug] = kept.results(claim, store, scale=scale, device=device, processes=processes)
     return found
 
 
-def _facts(entry: Entry) -> dict[str, Any]:
-    claim, result = entry.claim, entry.result
+def _facts(of: Entry) -> dict[str, Any]:
+    claim, result = of.claim, of.result
     facts = {"slug": claim.slug, "room": claim.room, "name": claim.name, "summary": claim.summary}
-    facts |= {"verdict": words.verdict_of(result), "published": entry.published}
+    facts |= {"verdict": words.verdict_of(result), "published": of.published}
     if result is not None:
         facts |= {"verdicts": result.to_json()["verdicts"]}
         facts |= {"scale": result.scale, "seeds": len(result.seeds), "date": result.date}
+        facts |= {"by_scale": {r.scale: r.to_json()["verdicts"] for r in of.results}}
     return facts
 
 
@@ -177,12 +201,12 @@ def list_systems(
 @app.command()
 def show(slug: Slug, home: Home = None, as_json: Json = False) -> None:
     """Show one system: its claim, verdicts, and use."""
-    [entry] = _entries([_load(slug)], home)
+    [found] = _entries([_load(slug)], home)
     if not as_json:
-        terminal.sheet(terminal.console(), entry)
+        terminal.sheet(terminal.console(), found)
         return
-    claim, paper = entry.claim, entry.claim.paper
-    facts = _facts(entry) | {
+    claim, paper = found.claim, found.claim.paper
+    facts = _facts(found) | {
         "says": claim.says,
         "part": claim.part,
         "usage": words.usage(claim),
@@ -200,7 +224,8 @@ def show(slug: Slug, home: Home = None, as_json: Json = False) -> None:
     facts["scales"] = [{"name": s.name, "says": s.says, "seeds": s.seeds} for s in claim.scales]
     facts["criteria"] = [asdict(c) | {"asks": words.condition(claim, c)} for c in claim.criteria]
     facts["departures"] = list(claim.departures)
-    facts["result"] = board.published_record(entry.result) if entry.result else None
+    facts["errata"] = [asdict(e) for e in claim.errata]
+    facts["result"] = board.published_record(found.result) if found.result else None
     print_json(facts)
 
 
@@ -227,7 +252,8 @@ def reproduce(
 ) -> None:
     """Run claims and judge them.
 
-    The method and its baselines run at an equal budget, on several seeds. What is stored already is not run again.
+    The method and its baselines run at an equal budget, on several seeds. Each verdict is printed as its claim ends, the cheapest
+    first. What is stored already is not run again.
 
     Exit status: 0 if all claims hold or are undecided, 1 if one fails (with --strict: or is undecided), 2 if the command
     is wrong, 3 if something could not run, 130 if interrupted.
@@ -235,11 +261,18 @@ def reproduce(
     from polyak.lab.run import TrialError, run_many
     from polyak.lab.store import Store
 
-    chosen = _choose(slugs or [], everything)
+    chosen = _cheapest_first(_choose(slugs or [], everything), scale)
     check_count("--seeds", seeds)
     check_count("--jobs", jobs)
     _check_scale(chosen, scale)
     mirrors = trackers(track)
+    out = terminal.console()
+    by_slug = {c.slug: c for c in chosen}
+
+    def tell_result(result: ClaimResult) -> None:
+        if not as_json:
+            terminal.outcome(out, by_slug[result.slug], result)
+
     try:
         with (
             place(cluster, gpus=gpus, processes=processes, jobs=jobs, device=device) as executor,
@@ -257,6 +290,7 @@ def reproduce(
                 executor=executor,
                 processes=processes,
                 track=mirrors,
+                on_result=tell_result,
             )
     except TrialError as error:
         stop(trial_error(error, verbose))
@@ -265,9 +299,6 @@ def reproduce(
     if as_json:
         print_json({slug: board.published_record(result) for slug, result in found.items()})
     else:
-        out = terminal.console()
-        for claim in chosen:
-            terminal.outcome(out, claim, found[claim.slug])
         options = "".join(
             f" {option} {value}"
             for option, value, default in (
@@ -292,8 +323,11 @@ def report(
     slugs: Slugs = None,
     out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("polyak-report"),
     show_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
-    scale: Scale = "small",
-    device: Device = "cpu",
+    scale: Annotated[
+        str | None,
+        typer.Option(help="Whose numbers stand first (default: the smallest that was run).", show_default=False),
+    ] = None,
+    device: MadeOn = None,
     processes: Processes = 1,
     home: Home = None,
 ) -> None:
@@ -304,41 +338,92 @@ def report(
     named = [_load(slug) for slug in slugs or []]
     _check_scale(named, scale)
     check_count("--nproc-per-trial", processes, "processes")
-    check_device(device, processes)
+    _check_made_on(device)
     entries = _entries(list(claims.catalogue().values()), home, scale, device, processes)
     pages = {c.slug for c in named} or None
+    if missing := [e.claim.name for e in entries if e.claim.picture and not pictures.is_kept(e.claim)]:
+        print(f"drawing {words.count(len(missing), 'picture')}, once", file=sys.stderr, flush=True)
     index = write_report(entries, out, pages=pages)
-    for entry in entries:
-        if pages and entry.claim.slug in pages and entry.result is None:
-            print(f"{entry.claim.slug} has not been run: polyak reproduce {entry.claim.slug}", file=sys.stderr)
+    for e in entries:
+        if pages and e.claim.slug in pages and e.result is None:
+            print(f"{e.claim.slug} has not been run: polyak reproduce {e.claim.slug}", file=sys.stderr)
     first = out / f"{named[0].slug}.html" if len(named) == 1 else index
     print(f"The report: {first}")
     if show_it:
         webbrowser.open(first.resolve().as_uri())
 
 
+app.command()(demo.demo)
 app.command("compare")(compare.compare)
 app.command("init-task")(compare.init_task)
 app.command()(serving.serve)
 
 
-# --------------------------------------------------------------------------------------------------------------- publishing
+# ------------------------------------------------------------------------------------------------------------------- moving
 
 
-def _need_checkout() -> None:
-    if not (CHECKOUT / "pyproject.toml").exists() or not (CHECKOUT / "README.md").exists():
-        stop("verdicts are published in a checkout of polyak, and this is an installed package")
+@app.command("export")
+def export_store(
+    file: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)],
+    slugs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SLUG", help="Only these systems' trials (default: all).", show_default=False),
+    ] = None,
+    home: Home = None,
+) -> None:
+    """Write the store's finished trials to one file, to go on with a run on another machine.
+
+    There, `polyak import FILE` adds them to the store, and `polyak reproduce` runs what is missing.
+    """
+    from polyak.lab.database import FILE, home_folder
+    from polyak.lab.moving import export
+    from polyak.lab.store import Store
+
+    chosen = [_load(slug).slug for slug in slugs or []]
+    if not (home_folder(home) / FILE).exists():
+        stop(f"there is no store in {home_folder(home)}: run something first, or name another folder by --home")
+    with Store(home) as store:
+        try:
+            count = export(store, file, claims=chosen)
+        except ValueError as error:
+            wrong(error, "FILE")
+    print(f"{words.count(count, 'trial')} written to {file}")
+
+
+@app.command("import")
+def import_store(
+    file: Annotated[Path, typer.Argument(help="What `polyak export` wrote.", show_default=False)],
+    home: Home = None,
+) -> None:
+    """Add the trials of an exported file to the store.
+
+    What the store has already stays as it is.
+    """
+    from polyak.lab.moving import take_in
+    from polyak.lab.store import Store
+
+    with Store(home) as store:
+        try:
+            new, total = take_in(store, file)
+        except ValueError as error:
+            wrong(error, "FILE")
+    print(f"{words.count(total, 'trial')} in {file}, {new:,} of them new here")
+
+
+# --------------------------------------------------------------------------------------------------------------- in a checkout
+
+app.command("new")(new.new)
 
 
 def _generated() -> dict[Path, str]:
     """What SCOREBOARD.md and README.md should say."""
-    entries = [(claim, claims.published(slug)) for slug, claim in claims.catalogue().items()]
-    readme = CHECKOUT / "README.md"
+    entries = [entry(claim, (), claims.published_at(slug)) for slug, claim in claims.catalogue().items()]
+    readme = shared.CHECKOUT / "README.md"
     try:
         text = board.with_table(readme.read_text(encoding="utf-8"), board.systems_table(entries))
     except ValueError as error:
         stop(str(error))
-    return {CHECKOUT / "SCOREBOARD.md": board.scoreboard(entries), readme: text}
+    return {shared.CHECKOUT / "SCOREBOARD.md": board.scoreboard(entries), readme: text}
 
 
 def _write_generated() -> None:
@@ -347,25 +432,25 @@ def _write_generated() -> None:
 
 
 @app.command()
-def record(slugs: Slugs = None, scale: Scale = "small", device: Device = "cpu", home: Home = None) -> None:
+def record(slugs: Slugs = None, scale: Scale = "small", device: MadeOn = None, home: Home = None) -> None:
     """Publish verdicts from the store.
 
     They are written next to the claims, in SCOREBOARD.md and in the README's table. For those who work in a checkout.
     Refused where the store has no complete run of the current code.
     """
-    _need_checkout()
+    shared.need_checkout()
     chosen = _choose(slugs or [], False)
     _check_scale(chosen, scale)
-    check_device(device)
+    _check_made_on(device)
     _generated()  # what could not be written must stop this before anything is
-    found = _stored(chosen, home, scale, device)
+    found = {slug: kept.get(scale) for slug, kept in _stored(chosen, home, scale, device).items()}
     if missing := [slug for slug, result in found.items() if result is None]:
         command = f"polyak reproduce {' '.join(missing)}{'' if scale == 'small' else f' --scale {scale}'}"
         stop(f"the store has no complete run of {', '.join(missing)} at scale {scale} with the current code: {command}")
     for slug, result in found.items():
         if result is not None:
             text = json.dumps(board.published_record(result), indent=1, ensure_ascii=False, allow_nan=False)
-            claims.verdict_path(slug).write_text(text + "\n", encoding="utf-8")
+            claims.verdict_path(slug, scale).write_text(text + "\n", encoding="utf-8")
             print(f"{slug}: {'; '.join(f'{v.kind} {words.said(v)}' for v in result.verdicts)}")
     _write_generated()
 
@@ -380,7 +465,7 @@ def write_scoreboard(
 
     They are made anew from the published verdicts.
     """
-    _need_checkout()
+    shared.need_checkout()
     if not check:
         _write_generated()
         return

@@ -1,6 +1,7 @@
 """`polyak serve`: the store in the browser."""
 
 import signal
+import threading
 import webbrowser
 from typing import Annotated
 
@@ -30,8 +31,10 @@ def serve(
             webbrowser.open(url)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    pages = Pages(home, claims.catalogue(), claims.published_at)
+    threading.Thread(target=pages.draw_pictures, daemon=True).start()
     try:
-        serve_pages(Pages(home, claims.catalogue(), claims.published), port=port or 0, ready=ready)
+        serve_pages(pages, port=port or 0, ready=ready)
     except OSError as error:
         if port is None:
             raise

@@ -44,6 +44,22 @@ class Paper:
         return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Erratum:
+    """Where official code departs from its paper, or a widespread implementation is wrong.
+
+    what: what the code does, and what the paper says.
+    where: the repository, file or release in which it is so.
+    effect: what it does to results.
+    test: the test here that shows it, "tests/optim/test_adan.py::test_restart".
+    """
+
+    what: str
+    where: str
+    effect: str
+    test: str
+
+
 @dataclass(frozen=True)
 class Arm:
     """One competitor.
@@ -119,7 +135,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Scale:
-    """A size at which a claim can be run; ``small`` is minutes on two CPU cores with data at hand offline."""
+    """A size at which a claim can be run, with verdicts of its own.
+
+    ``small`` is minutes on two CPU cores with data at hand offline; ``gpu`` is one accelerator for 20 minutes at most, in pieces of
+    8 at most, between which the store may move (``polyak export``, ``polyak import``); ``paper`` is the paper's own.
+    """
 
     name: str
     says: str
@@ -238,7 +258,11 @@ class Claim:
     metrics: tuple[Metric, ...]
     criteria: tuple[Criterion, ...]
     trial: TrialFunction
-    departures: tuple[str, ...] = ()  # where the experiment differs from the paper's, and known quirks of official code
+    departures: tuple[str, ...] = ()  # where the experiment differs from the paper's
+    errata: tuple[Erratum, ...] = ()  # what official code gets wrong
+    picture: Callable[[], Any] | None = (
+        None  # draws what the method does, from the part itself, in seconds: polyak.lab.pictures
+    )
     sources: tuple[str, ...] = ()  # further modules whose code decides results, beside the part's
     usage: str = ""  # two to four lines of code with the part in use; "": its import alone is shown
 

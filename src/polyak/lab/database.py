@@ -59,6 +59,14 @@ CREATE TABLE IF NOT EXISTS comparisons (
 """
 
 
+def create(database: sqlite3.Connection) -> None:
+    """The tables of an empty store, and the marks by which it is known."""
+    for statement in [*_TABLES.strip().rstrip(";").split(";"), _COMPARISONS]:
+        database.execute(statement)
+    database.execute(f"PRAGMA application_id = {APPLICATION}")
+    database.execute(f"PRAGMA user_version = {SCHEMA}")
+
+
 class StoreError(RuntimeError):
     """The store cannot be read or written; what was stored before is as it was."""
 
@@ -132,10 +140,7 @@ class Database:
             self._db.execute("PRAGMA journal_mode = WAL")
         if not tables:
             with self._transaction():
-                for statement in _TABLES.strip().rstrip(";").split(";"):
-                    self._db.execute(statement)
-                self._db.execute(f"PRAGMA application_id = {APPLICATION}")
-                self._db.execute(f"PRAGMA user_version = {SCHEMA}")
+                create(self._db)
         if not self._has("comparisons"):
             self._db.execute(_COMPARISONS)
 
@@ -208,6 +213,17 @@ class Database:
         return began
 
     # -- beneath -----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def attached(self, file: Path) -> Iterator[sqlite3.Connection]:
+        """The database in a transaction with another one's tables as ``other.trials`` and so on."""
+        with self._clear_errors():
+            self._db.execute("ATTACH ? AS other", [str(file)])
+            try:
+                with self._transaction():
+                    yield self._db
+            finally:
+                self._db.execute("DETACH other")
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
-from polyak.lab import report, words
+from polyak.lab import kept, pictures, report, words
 from polyak.lab import versions as facts
 from polyak.lab.claim import Claim
 from polyak.lab.compare import page as comparison_page
@@ -54,16 +54,19 @@ class Pages:
     Args:
         home: the store's folder, as for :class:`Store`. It need not exist, and is not made.
         claims: the catalogue.
-        published: the verdict that came with polyak, by slug.
+        published: the verdicts that came with polyak, by scale, of a slug.
     """
 
     def __init__(
-        self, home: Path | str | None, claims: Mapping[str, Claim], published: Callable[[str], ClaimResult | None]
+        self,
+        home: Path | str | None,
+        claims: Mapping[str, Claim],
+        published: Callable[[str], Mapping[str, ClaimResult]],
     ) -> None:
         self.home, self.claims, self.published = home, claims, published
-        self._versions: dict[str, dict[str, str]] = {}  # of the present code, by slug
-        self._judged: dict[Place, tuple[list[Run], Plan]] = {}  # the runs that a plan was loaded from, and the plan
-        self._results: dict[Place, ClaimResult] = {}
+        self._fingerprints: dict[str, str] = {}  # of the present code, by slug
+        self._judged: dict[kept.Made, tuple[list[Run], Plan]] = {}  # the runs that a plan was loaded from, and the plan
+        self._results: dict[kept.Made, ClaimResult] = {}
         self._listed: tuple[Any, Listed] | None = None  # the state of the store's files, and what it holds
         self._shelf, self._reading = Shelf(), threading.Lock()
         self._drawing = threading.Lock()  # matplotlib's settings are every thread's
@@ -73,6 +76,12 @@ class Pages:
         store = Store.reader(self.home)
         if store is not None:
             store.close()
+
+    def draw_pictures(self) -> None:
+        """Draw the pictures that are not drawn yet, one by one; pages show those that are there."""
+        for claim in self.claims.values():
+            with self._drawing:
+                pictures.drawn(claim)
 
     def answer(self, target: str) -> Answer:
         """The answer to a request for an address, such as ``/adan.html?scale=small``."""
@@ -93,7 +102,7 @@ class Pages:
         claim = self.claims.get(slug) if page.endswith((".html", ".json")) else None
         listed = self._list(store) if store else Listed()
         compared = next((c for c in listed.comparisons if c.record.slug == slug), None)
-        if not (claim or compared or page in ("index.html", "runs.html", "progress.json")):
+        if not (claim or compared or page in ("index.html", "gallery.html", "runs.html", "progress.json")):
             return message(HTTPStatus.NOT_FOUND, "Not found", "There is no such page here.")
         runs = listed.runs
         only = slug if claim or compared else ""
@@ -114,6 +123,9 @@ class Pages:
                 rows = [self._row(run, progress) for run in reversed(runs)]
                 comparisons = [_compared_row(c, progress) for c in listed.comparisons]
                 text = report.render("runs.html", live=live, rows=rows, compared=comparisons)
+            elif page == "gallery.html":
+                entries = [Entry(c, None) for c in self.claims.values()]
+                text = report.gallery_page(entries, linked=self.claims, live=live)
             elif claim is None:
                 entries = [self._entry(store, c, runs) for c in self.claims.values()]
                 latest = [_compared_row(c, progress) for c in listed.comparisons[:LATEST]]
@@ -167,52 +179,35 @@ class Pages:
     # -- results ---------------------------------------------------------------------------------------------------------
 
     def _entry(self, store: Store | None, claim: Claim, runs: Sequence[Run]) -> Entry:
-        """A claim with its latest complete result of the present code among these runs, else as it was published."""
+        """A claim with its latest complete result of the present code among these runs, else as it was published; and, beside
+        it, those of other scales."""
         mine = [run for run in runs if run.claim == claim.slug and self._current(run)]
         found = []
-        for place in dict.fromkeys(map(_place, mine)):
-            if store and (plan := self._plan(store, claim, [run for run in mine if _place(run) == place])).complete:
-                if place not in self._results:
-                    self._results[place] = plan.result()
-                found.append(self._results[place])
-        if found:
-            return Entry(claim, max(found, key=lambda result: result.date))
-        published = self.published(claim.slug)
-        return Entry(claim, published, published=published is not None)
+        for made in dict.fromkeys(map(kept.made, mine)):
+            if store and (plan := self._plan(store, claim, [run for run in mine if kept.made(run) == made])).complete:
+                if made not in self._results:
+                    self._results[made] = plan.result()
+                found.append(self._results[made])
+        found.sort(key=lambda result: result.date)
+        return report.entry(claim, found, self.published(claim.slug), scale=found[-1].scale if found else None)
 
     def _plan(self, store: Store, claim: Claim, runs: Sequence[Run]) -> Plan:
-        """What is stored where the latest of these runs was made: with all seeds that are complete, or those declared."""
-        run = runs[-1]
-        place, made_from = _place(run), [r for r in runs if _place(r) == _place(run)]
-        if place in self._judged and self._judged[place][0] == made_from:
-            return self._judged[place][1]
-        declared = claim.scale(run.scale).seeds
-        most = max(declared, *(store.seeds(r) for r in made_from))
-        for seeds in range(most, declared - 1, -1):
-            plan = self._empty_plan(claim, run, seeds)
-            plan.load(store)
-            if plan.complete or seeds == declared:
-                self._judged[place] = made_from, plan
-                self._results.pop(place, None)
-                return plan
-        raise AssertionError("the declared seeds are the last that are tried")
-
-    def _empty_plan(self, claim: Claim, run: Run, seeds: int) -> Plan:
-        return Plan(claim, scale=run.scale, seeds=seeds, device=run.device, versions=self._present(claim))
-
-    def _present(self, claim: Claim) -> dict[str, str]:
-        """The versions that the present code's results are stored under."""
-        if claim.slug not in self._versions:
-            self._versions[claim.slug] = {**facts.versions(), "fingerprint": facts.fingerprint(claim)}
-        return self._versions[claim.slug]
+        """What is stored of the experiment that the latest of these runs is of."""
+        made = kept.made(runs[-1])
+        made_from = [run for run in runs if kept.made(run) == made]
+        if made not in self._judged or self._judged[made][0] != made_from:
+            self._judged[made] = made_from, kept.loaded(claim, store, made_from)
+            self._results.pop(made, None)
+        return self._judged[made][1]
 
     def _current(self, run: Run) -> bool:
-        """Whether a run is of the present code and libraries, and of a claim and scale that there are."""
+        """Whether a run is of the present code, and of a claim and scale that there are."""
         claim = self.claims.get(run.claim)
-        if claim is None or run.scale not in [s.name for s in claim.scales]:
+        if claim is None:
             return False
-        present = self._present(claim)
-        return all(run.versions.get(name) == version for name, version in present.items() if name != "polyak")
+        if claim.slug not in self._fingerprints:
+            self._fingerprints[claim.slug] = facts.fingerprint(claim)
+        return kept.is_current(claim, run, self._fingerprints[claim.slug])
 
     # -- progress --------------------------------------------------------------------------------------------------------
 
@@ -241,7 +236,7 @@ class Pages:
         claim = self.claims.get(run.claim)
         total = None
         if claim is not None and self._current(run):
-            total = self._empty_plan(claim, run, max(claim.scale(run.scale).seeds, store.seeds(run))).total
+            total = kept.empty(claim, run, max(claim.scale(run.scale).seeds, store.seeds(run))).total
         now, (arms, tasks) = time.time(), _labels(claim)
         return {
             "claim": run.claim,

@@ -181,7 +181,7 @@ def drawing(claim: Claim, shown: Sequence[Line], plot: Plot, *, name: str, prefi
     with styled():
         buffer = io.StringIO()
         draw(claim, shown, plot, **how).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return _adapt(buffer.getvalue(), name, prefix=prefix)
+    return adapt(buffer.getvalue(), name, prefix=prefix)
 
 
 @contextmanager
@@ -386,7 +386,7 @@ def spread(wanted: Sequence[float], heights: Sequence[float], *, low: float, hig
     return centres
 
 
-def _adapt(svg: str, name: str, prefix: str) -> str:
+def adapt(svg: str, name: str, prefix: str) -> str:
     """Make a drawing part of the page: its variables, its fonts, identifiers that no other drawing has."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)

@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from polyak.lab import plots, strips, words
+from polyak.lab import pictures, plots, strips, words
 from polyak.lab.claim import KINDS, Arm, Claim, Criterion, Metric, Task
 from polyak.lab.result import ClaimResult, CriterionResult, TrialResult
 
@@ -24,6 +25,8 @@ ROLES = {
     "ablation": "a variant, to see what matters",
     "control": "a negative control: the method without its key ingredient",
 }
+FEW = 3  # criteria that are shown without a fold
+TILES = 12  # pictures at the top of an index
 LONG = 12  # characters of a word that a browser may break
 RULES = {
     "every": "Every seed must pass.",
@@ -33,11 +36,34 @@ RULES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """What the report says about one system: its claim and, if there is one, a result."""
+    """What the report says about one system: its claim and, if there is one, a result; and those of other scales."""
 
     claim: Claim
     result: ClaimResult | None
     published: bool = False  # the result came with polyak; it has no trials
+    more: tuple[ClaimResult, ...] = ()  # at other scales
+
+    @property
+    def results(self) -> tuple[ClaimResult, ...]:
+        """One for each scale that was run, in the claim's order."""
+        order = [scale.name for scale in self.claim.scales]
+        known = [r for r in (self.result, *self.more) if r is not None]
+        return tuple(sorted(known, key=lambda r: order.index(r.scale) if r.scale in order else len(order)))
+
+
+def entry(
+    claim: Claim, own: Sequence[ClaimResult], published: Mapping[str, ClaimResult], *, scale: str | None = None
+) -> Entry:
+    """A system with what there is of it: own results rather than those published with polyak.
+
+    The one at ``scale`` stands first; by default that of the claim's first scale that has an own one, else a published one.
+    """
+    by_scale = {**published, **{result.scale: result for result in own}}
+    if scale is None:
+        have = {result.scale for result in own} or by_scale.keys()
+        scale = next((s.name for s in claim.scales if s.name in have), "")
+    first = by_scale.pop(scale, None)
+    return Entry(claim, first, first is not None and first not in own, tuple(by_scale.values()))
 
 
 @dataclass(frozen=True)
@@ -56,6 +82,7 @@ def write_report(entries: Sequence[Entry], out: Path, *, pages: Collection[str] 
         if pages is None or entry.claim.slug in pages:
             (out / f"{entry.claim.slug}.html").write_text(claim_page(entry), encoding="utf-8")
     linked = {e.claim.slug for e in entries if (out / f"{e.claim.slug}.html").exists()}
+    (out / "gallery.html").write_text(gallery_page(entries, linked=linked), encoding="utf-8")
     index = out / "index.html"
     index.write_text(index_page(entries, linked=linked), encoding="utf-8")
     return index
@@ -74,10 +101,10 @@ def index_page(
     Served, it begins with the latest of so many ``comparisons`` (``compared``, as in the list of runs).
     """
     counts = {kind: Counter(words.of_kind(e.result, kind) for e in entries) for kind in KINDS}
-    by_room = sorted(entries, key=lambda e: e.claim.room)
     return render(
         "index.html",
-        entries=by_room,
+        entries=sorted(entries, key=lambda e: e.claim.room),
+        tiles=some_tiles(_pictured(entries, live)),
         counts=counts,
         order=list(words.GLYPHS),
         total=len(entries),
@@ -86,6 +113,37 @@ def index_page(
         compared=compared,
         more=comparisons if comparisons > len(compared) else 0,
     )
+
+
+def gallery_page(entries: Sequence[Entry], *, linked: Collection[str], live: Live | None = None) -> str:
+    """The pictures of all systems that have one, by room."""
+    return render("gallery.html", rooms=by_room(_pictured(entries, live)), linked=linked, live=live)
+
+
+def _pictured(entries: Iterable[Entry], live: Live | None) -> list[Entry]:
+    """Those that have a picture; on a served page, which must not wait for drawings, those whose picture is drawn."""
+    return [e for e in entries if (pictures.is_kept(e.claim) if live else e.claim.picture)]
+
+
+def by_room(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
+    """Entries by their room, in the order in which they come."""
+    rooms: dict[str, list[Entry]] = {}
+    for e in entries:
+        rooms.setdefault(e.claim.room, []).append(e)
+    return rooms
+
+
+def some_tiles(entries: Iterable[Entry]) -> list[Entry]:
+    """Those whose pictures open a page: at most :data:`TILES`, from every room in turn."""
+    rooms = [[e for e in those if e.claim.picture] for those in by_room(entries).values()]
+    return [e for turn in zip_longest(*rooms) for e in turn if e is not None][:TILES]
+
+
+def picture(claim: Claim):
+    """A claim's picture, for a page; "" where it has none."""
+    from markupsafe import Markup
+
+    return Markup(pictures.drawn(claim))
 
 
 def claim_page(entry: Entry, *, so_far: ClaimResult | None = None, live: Live | None = None) -> str:
@@ -102,6 +160,9 @@ def view(entry: Entry, *, so_far: ClaimResult | None = None) -> dict[str, Any]:
     shown = so_far or result
     decided = {o.name for o in words.deciding(result)} if result else set()
     by_kind = sorted(claim.criteria, key=lambda c: KINDS.index(c.kind))
+    asked = [c for c in by_kind if counts[c.name]]
+    others = [c for c in by_kind if not counts[c.name]]
+    shown_criteria, folds = _folded(asked, others, decided, outcomes)
     return {
         "entry": entry,
         "claim": claim,
@@ -110,10 +171,11 @@ def view(entry: Entry, *, so_far: ClaimResult | None = None) -> dict[str, Any]:
         "baselines": [arm.label for arm in claim.arms if arm.role == "baseline"],
         "decided": [(c, outcomes[c.name]) for c in by_kind if c.name in decided],
         "names": words.names(claim, claim.criteria),
-        "asked": [c for c in by_kind if counts[c.name]],
-        "others": [c for c in by_kind if not counts[c.name]],
+        "asked": asked,
+        "others": others,
+        "shown": shown_criteria,
+        "folds": folds,
         "tally": words.tally(o.verdict for o in outcomes.values() if o.gating),
-        "aside": words.tally(o.verdict for o in outcomes.values() if not o.gating),
         "outcomes": outcomes,
         "tasks": [_task(claim, task, shown) for task in _tasks(claim, shown)],
         "arms": [arm_facts(claim, arm, result) for arm in claim.arms],
@@ -122,6 +184,38 @@ def view(entry: Entry, *, so_far: ClaimResult | None = None) -> dict[str, Any]:
         "diverged": _diverged(t for t in result.trials if t.purpose == "report") if result else 0,
         "so_far": so_far,
     }
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Criteria that are shown on request. counts: whether verdicts depend on them."""
+
+    says: str
+    criteria: list[Criterion]
+    counts: bool
+
+
+def _folded(
+    asked: list[Criterion], others: list[Criterion], decided: Collection[str], outcomes: Mapping[str, CriterionResult]
+) -> tuple[list[tuple[Criterion, bool]], list[Fold]]:
+    """The criteria to show at once, with whether they count, and folds of the others: by kind, then those only reported."""
+    few = len(asked) <= FEW
+    shown = [(c, True) for c in asked if few or c.name in decided]
+    rest = {kind: [c for c in asked if not few and c.name not in decided and c.kind == kind] for kind in KINDS}
+    folds = [Fold(_called(kind, these, asked, outcomes), these, True) for kind, these in rest.items() if these]
+    if len(others) <= FEW:
+        return shown + [(c, False) for c in others], folds
+    return shown, [*folds, Fold(f"{len(others)} more that are only reported{_tally(others, outcomes)}", others, False)]
+
+
+def _called(kind: str, these: list[Criterion], asked: list[Criterion], outcomes: Mapping[str, CriterionResult]) -> str:
+    more = "more " if any(c.kind == kind and c not in these for c in asked) else ""
+    return f"{kind.capitalize()}: {words.count(len(these), f'{more}criterion', f'{more}criteria')}{_tally(these, outcomes)}"
+
+
+def _tally(these: Iterable[Criterion], outcomes: Mapping[str, CriterionResult]) -> str:
+    found = words.tally(outcomes[c.name].verdict for c in these if c.name in outcomes)
+    return f": {found}" if found else ""
 
 
 def _tasks(claim: Claim, result: ClaimResult | None) -> tuple[Task, ...]:
@@ -242,7 +336,7 @@ def render(template: str, **facts: Any) -> str:
 
 
 TEMPLATES = Path(__file__).parent / "templates"
-SCRIPTS, SHEET = ("page.js", "live.js"), "style.css"
+SCRIPTS, SHEET = ("page.js", "find.js", "live.js"), "style.css"
 
 
 @cache
@@ -286,6 +380,8 @@ def templates(*folders: Path):
     environment.globals |= {
         "words": words,
         "strip": strip,
+        "picture": picture,
+        "description": pictures.description,
         "rules": RULES,
         "kinds": KINDS,
         "source": source,

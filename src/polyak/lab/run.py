@@ -102,11 +102,12 @@ def run_many(
     executor: Executor | None = None,
     processes: int = 1,
     track: str | Tracker | Sequence[str | Tracker] = (),
+    on_result: Callable[[ClaimResult], None] | None = None,
 ) -> dict[str, ClaimResult]:
     """Run several claims through one set of worker processes, so that none idles before all is done.
 
     Args:
-        claims: what to run; their slugs differ.
+        claims: what to run, the first first; their slugs differ.
         scale: the name of a scale that every claim has.
         seeds: how many seeds are reported, at least 1. Default: as many as each claim's scale declares.
         device: "cpu", "cuda" or "cuda:N".
@@ -118,6 +119,7 @@ def run_many(
             is closed at the end.
         processes: of each trial (:mod:`polyak.lab.group`).
         track: where measurements are mirrored to, e.g. "tensorboard" (:mod:`polyak.lab.trackers`).
+        on_result: called with each claim's result as soon as all of its trials have ended.
 
     Returns:
         Slug -> result, in the order of ``claims``.
@@ -147,6 +149,7 @@ def run_many(
         executor=executor,
         processes=processes,
         track=track,
+        on_complete=None if on_result is None else lambda plan: on_result(plan.result()),
     )
     return {slug: plan.result() for slug, plan in plans.items()}
 
@@ -162,12 +165,14 @@ def carry_out(
     executor: Executor | None = None,
     processes: int = 1,
     track: str | Tracker | Sequence[str | Tracker] = (),
+    on_complete: Callable[[Plan], None] | None = None,
 ) -> None:
     """Run what is missing of plans, until every plan is complete. Arguments and errors are those of :func:`run_many`.
 
     Args:
         on_measurement: hears every measurement on the way of every trial that runs here, as it is made, and once more the
             final one, with empty coordinates.
+        on_complete: called with each plan as soon as all of its trials have ended.
     """
     default = max(1, facts.cores() // processes) if device == "cpu" else 1
     jobs = checks.integer("jobs", default if jobs is None else jobs, least=1)
@@ -184,6 +189,7 @@ def carry_out(
         on_measurement=on_measurement,
         processes=processes,
         mirror=mirror,
+        on_complete=on_complete,
     ).carry_out()
 
 
@@ -271,6 +277,7 @@ class _Run:
     on_measurement: Listener | None
     processes: int
     mirror: Mirror
+    on_complete: Callable[[Plan], None] | None = None
     queue: list[_Task] = field(default_factory=list)
     flight: dict[int, _Task] = field(default_factory=dict)  # by ticket
     tickets: Iterator[int] = field(default_factory=itertools.count)
@@ -310,8 +317,9 @@ class _Run:
             durations = self.store.durations(slug, plan.scale, plan.device)
             self.expected.update({(slug, task, arm): seconds for (task, arm), seconds in durations.items()})
         self._sort()
-        for slug in self.plans:
+        for slug, plan in self.plans.items():
             self._report(slug)
+            self._tell(plan)
 
     def _hand_out(self) -> bool:
         """Fill the executor's slots. Whether there is anything left to wait for."""
@@ -406,6 +414,11 @@ class _Run:
         self._enqueue(task.plan, task.plan.add(task.trial, stored))
         self._sort()
         self._report(task.trial.claim)
+        self._tell(task.plan)
+
+    def _tell(self, plan: Plan) -> None:
+        if plan.complete and self.on_complete is not None:
+            self.on_complete(plan)
 
     def _bury(self, task: _Task, death: Died) -> None:
         if task.attempts < death.chances:
@@ -437,15 +450,23 @@ class _Run:
             self.queue += [_Task(plan, trial) for trial in trials]
 
     def _sort(self) -> None:
-        """Tuning first, since other trials wait for it; then the longest, so that none is left over at the end.
+        """Claim by claim; of each the tuning first, since other trials wait for it, then the longest, so that none is left over
+        at the end.
 
         Where it is unknown how long a trial takes it comes before those that are known, in the order given. One at a time they go
         seed by seed, so that a machine which slows down does so for all arms alike.
         """
 
-        def place(task: _Task) -> tuple[bool, float]:
+        order = {slug: i for i, slug in enumerate(self.plans)}
+
+        def place(task: _Task) -> tuple[int, bool, float]:
             alone = self.executor.slots == 1
-            return task.trial.purpose != "tuning", task.trial.seed if alone else -self._expect(task.trial, float("inf"))
+            tunes = task.trial.purpose == "tuning"
+            return (
+                order[task.trial.claim],
+                not tunes,
+                task.trial.seed if alone else -self._expect(task.trial, float("inf")),
+            )
 
         self.queue.sort(key=place)
 

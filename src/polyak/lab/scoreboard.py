@@ -8,9 +8,9 @@ from typing import Any
 
 from polyak.lab import words
 from polyak.lab.claim import KINDS, Claim
+from polyak.lab.report import Entry
 from polyak.lab.result import ClaimResult
 
-Entry = tuple[Claim, ClaimResult | None]  # a system and its published verdict, if there is one
 OPEN, CLOSE = "<!-- systems -->", "<!-- /systems -->"
 LARGEST = 50_000  # bytes; a published verdict is a summary, not an archive
 
@@ -26,7 +26,7 @@ def published_record(result: ClaimResult) -> dict[str, Any]:
 
 
 def scoreboard(entries: Sequence[Entry]) -> str:
-    """The text of SCOREBOARD.md: one row per system, then every criterion with its numbers."""
+    """The text of SCOREBOARD.md: a row for each system and scale, then every criterion with its numbers."""
     parts = [
         "# Scoreboard",
         "Made by `polyak record` from published verdicts; do not edit. Bounds were set before the runs. "
@@ -34,22 +34,22 @@ def scoreboard(entries: Sequence[Entry]) -> str:
         _tally(entries),
         _table(
             ["system", *KINDS, "scale", "decided by", "result", "seeds", "date", "made with"],
-            [_row(claim, result) for claim, result in entries],
+            [_row(e.claim, result) for e in entries for result in e.results or (None,)],
         ),
         "*Result*: the estimate, its 95 % interval in brackets, and the bound asked for. "
         "Ratios are averaged over paired seeds as logarithms.",
     ]
-    for claim, result in entries:
-        if result is not None:
-            parts += _system(claim, result)
+    for e in entries:
+        if e.results:
+            parts += _system(e.claim, e.results)
     return "\n\n".join(parts) + "\n"
 
 
 def systems_table(entries: Sequence[Entry]) -> str:
     """The README's table."""
     rows = [
-        [f"`{claim.slug}`", claim.room, _cell(claim.name), _cell(claim.summary), *_verdicts(result)]
-        for claim, result in entries
+        [f"`{e.claim.slug}`", e.claim.room, _cell(e.claim.name), _cell(e.claim.summary), *words.at_scales(e.results)]
+        for e in entries
     ]
     return _table(["slug", "room", "system", "what it is", *KINDS], rows)
 
@@ -67,7 +67,7 @@ def _tally(entries: Sequence[Entry]) -> str:
         return "No systems yet."
     told = [f"{words.count(len(entries), 'system')}."]
     for kind in KINDS:
-        counts = Counter(words.of_kind(result, kind) for _, result in entries)
+        counts = Counter(words.of_kind(e.result, kind) for e in entries)
         told.append(
             f"{kind.capitalize()}: {', '.join(f'{counts[v]} {words.called(kind, v)}' for v in words.GLYPHS if counts[v])}."
         )
@@ -84,7 +84,16 @@ def _row(claim: Claim, result: ClaimResult | None) -> list[str]:
     return [name, *_verdicts(result), result.scale, *decided, str(len(result.seeds)), words.day(result.date), made_with]
 
 
-def _system(claim: Claim, result: ClaimResult) -> list[str]:
+def _system(claim: Claim, results: Sequence[ClaimResult]) -> list[str]:
+    parts = [f'<a id="{claim.slug}"></a>\n\n## {claim.name}', f"{_cell(claim.says)} ({_source(claim)})"]
+    for result in results:
+        if len(results) > 1:
+            parts.append(f"### {claim.name} at scale {result.scale}")
+        parts += _at_scale(claim, result)
+    return parts
+
+
+def _at_scale(claim: Claim, result: ClaimResult) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in sorted(result.versions.items()))
     names = words.names(claim, result.criteria)
     rows = [
@@ -102,8 +111,6 @@ def _system(claim: Claim, result: ClaimResult) -> list[str]:
         for c in result.criteria
     ]
     return [
-        f'<a id="{claim.slug}"></a>\n\n## {claim.name}',
-        f"{_cell(claim.says)} ({_source(claim)})",
         f"{_cell(words.finding(claim, result))} All {words.where(result)}.",
         _table(
             ["criterion", "kind", "verdict", "statistic", "estimate", "95 % interval", "bound", "seeds", "its control"],

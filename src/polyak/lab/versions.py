@@ -17,12 +17,16 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from polyak import __version__
 from polyak.lab.claim import Claim
 
-# The lab carries trials out and judges them; of it only the data decides what a trial yields.
+# The lab carries trials out and judges them; of it only the data decides what a trial yields. Pictures decide nothing.
 _LAB, _LAB_DATA = "polyak.lab", "polyak.lab.data"
+_PICTURES = "polyak.claims._pictures"
+# What a claim says in words, for people: no trial reads it.
+_WORDS = frozenset(("summary", "says", "paper", "departures", "errata", "picture", "usage"))
 # Their versions are stored in any case, or their code counts.
 _KNOWN = frozenset(("torch", "numpy", "polyak"))
 
@@ -100,7 +104,8 @@ def fingerprint(claim: Claim) -> str:
     It covers the modules of the trial function and of the part, ``claim.sources``, and all modules that these import from
     polyak (or from the package that they are in), directly or not. Where a package is named, all of its files count; where a
     name is taken from a package, only the file that defines it does, so that a room's list of re-exports ties no system to
-    another. The lab does not count, except for its data. Comments, docstrings and layout change nothing.
+    another. The lab does not count, except for its data. Comments, docstrings, layout, the claim's words for people and its
+    picture change nothing, nor does the version of Python that reads the files.
     """
     return _digest(_closure(claim))
 
@@ -221,11 +226,15 @@ def _follow(waiting: list[tuple[str, Path]], tops: Container[str]) -> dict[str, 
     found: dict[str, Path] = {}
     while waiting:
         name, path = waiting.pop()
-        own = name == _LAB_DATA or not (name == _LAB or name.startswith(_LAB + "."))
-        if own and name not in found:
+        own = name == _LAB_DATA or not _within(name, _LAB)
+        if own and not _within(name, _PICTURES) and name not in found:
             found[name] = path
             waiting += _imported(name, path, tops)
     return found
+
+
+def _within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
 
 
 def _imported(name: str, path: Path, tops: Container[str]) -> list[tuple[str, Path]]:
@@ -338,8 +347,22 @@ def _parse(path: Path, _changed: int, _size: int) -> _Source:
             ast.get_docstring(node, clean=False) is not None
         ):
             node.body[0] = ast.Expr(ast.Constant(""))
-    code = hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Claim":
+            node.keywords = [word for word in node.keywords if word.arg not in _WORDS]
+    code = hashlib.sha256(_plainly(tree).encode()).hexdigest()
     return _Source(code, tuple(imports), frozenset(_defined(tree)))
+
+
+def _plainly(node: Any) -> str:
+    """A syntax tree in text, the same by every version of Python: empty fields, which later versions added, are left out."""
+    if isinstance(node, ast.AST):
+        if isinstance(node, ast.JoinedStr):  # Python 3.12 ends some f-strings with an empty constant
+            node.values = [v for v in node.values if not (isinstance(v, ast.Constant) and v.value == "")]
+        fields = ((name, value) for name, value in ast.iter_fields(node) if value is not None and value != [])
+        return f"{type(node).__name__}({', '.join(f'{name}={_plainly(value)}' for name, value in fields)})"
+    if isinstance(node, list):
+        return f"[{', '.join(map(_plainly, node))}]"
+    return repr(node)
 
 
 def _defined(tree: ast.Module) -> Iterable[str]:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from polyak.lab.claim import Claim, Criterion, Kind
+from polyak.lab.claim import KINDS, Claim, Criterion, Kind
 from polyak.lab.result import ClaimResult, CriterionResult, KindVerdict
 from polyak.lab.statistics import OPERATORS, UNCLEAR
 
@@ -212,6 +212,13 @@ def said_of(result: ClaimResult | None, kind: Kind, *, here: str = " at this sca
 def marked(result: ClaimResult | None, kind: Kind, *, here: str = " at this scale") -> str:
     """The same with its glyph: "✓ holds, 4 of 4"."""
     return f"{GLYPHS[of_kind(result, kind)]} {said_of(result, kind, here=here)}"
+
+
+def at_scales(results: Sequence[ClaimResult]) -> list[str]:
+    """A cell for each kind: "✓ holds, 4 of 4"; with several scales "✗ not seen, 1 of 3 (small); ✓ holds, 3 of 3 (gpu)"."""
+    if len(results) < 2:
+        return [marked(results[0] if results else None, kind) for kind in KINDS]
+    return ["; ".join(f"{marked(r, kind, here='')} ({r.scale})" for r in results) for kind in KINDS]
 
 
 def tally(verdicts: Iterable[str]) -> str:

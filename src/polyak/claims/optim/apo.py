@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from polyak.claims._pictures import apo as pictures
 from polyak.lab.claim import Arm, Claim, Measurement, Metric, Paper, Plot, Scale, Task, Trial, measure
 from polyak.lab.criteria import Ask
 
@@ -240,7 +241,7 @@ CLAIM = Claim(
             first_seed=100,
         ),
     ),
-    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial, picture=pictures.picture,
     departures=(
         "There is no paper scale: it needs Mistral-7B, a ranker of 0.4B weights and sampling in three rounds, and the paper's "
         "alpha, beta and learning rates are not known. The claim about two rounds is put to small problems with known rewards.",

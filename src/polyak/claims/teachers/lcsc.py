@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from polyak.claims._pictures import lcsc as pictures
 from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial, measure
 from polyak.lab.criteria import Ask
 
@@ -188,7 +189,7 @@ CLAIM = Claim(
             },
         ),
     ),
-    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial, picture=pictures.picture,
     departures=(
         "The measure is the energy distance in the space of the training digits' 20 principal components, not FID. 397 digits are "
         "trained on, 700 are searched against with 500 samples, 700 are for the test with 2000 samples; the paper searches and "
