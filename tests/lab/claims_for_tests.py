@@ -66,6 +66,9 @@ def misbehave(trial: Trial) -> Iterator[Measurement]:
             raise Diverged("too big")
         case "nan":
             yield measure(loss=math.nan, global_draw=0.5)
+        case "print":
+            print("hello")
+            yield measure(loss=1.0)
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
         case "die once":

@@ -22,6 +22,7 @@ from polyak.lab.claim import Arm, Criterion, Metric, Scale, Task
 from polyak.lab.result import ClaimResult, TrialResult
 from polyak.lab.store import Planned, Stored
 from polyak.lab.tuning import FIRST_TUNING_SEED, Plan, choose
+from polyak.lab.workers import call_apart
 
 HERE = Path(__file__).parent
 
@@ -114,6 +115,7 @@ def test_a_run_tunes_reports_and_judges(tmp_path: Path) -> None:
     assert any("quick on parabola, seed 4" in p.running for p in seen)
 
 
+@pytest.mark.usefixtures("processes")
 def test_one_worker_or_two_yield_the_same(tmp_path: Path) -> None:
     """Down to the global generator's state, which a worker's earlier trials must not decide."""
     contents = []
@@ -192,9 +194,11 @@ def ended(trial: Planned, loss: float) -> Stored:
 def test_numbers_of_seeds_have_a_range(seeds: int, tuning_seeds: int, named: str) -> None:
     with pytest.raises(ValueError, match=rf"^{named}.* must be"):
         noisy_plan(seeds, tuning_seeds)
-    assert max(noisy_plan(1000, 9, grid=[0.1, 0.2]).tuning_seeds) < 20_000, (
-        "which is looked at, and neither tuned nor reported"
-    )
+
+
+def test_the_largest_numbers_of_seeds_leave_room_for_the_one_that_is_looked_at() -> None:
+    """Which is neither tuned nor reported."""
+    assert max(noisy_plan(1000, 9).tuning_seeds) < 20_000
 
 
 def test_stored_trials_are_not_run_again(tmp_path: Path, journal: Callable[[], Counter[str]]) -> None:
@@ -371,6 +375,19 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
 # -- processes that die ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("processes")
+def test_what_a_task_prints_does_not_get_into_what_the_command_prints(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Which may be JSON."""
+    with Store(tmp_path) as store:
+        run(examples.bad("print"), store=store, jobs=1)
+    assert capfd.readouterr() == ("", "hello\n")
+    call_apart(print, "in an examination", timeout=300)
+    assert capfd.readouterr() == ("", "in an examination\n")
+
+
+@pytest.mark.usefixtures("processes")
 def test_a_worker_that_dies_once_costs_nothing(tmp_path: Path, journal: Callable[[], Counter[str]]) -> None:
     claim = examples.bad("die once", mark=str(tmp_path / "mark"))
     with Store(tmp_path) as store:
@@ -380,6 +397,7 @@ def test_a_worker_that_dies_once_costs_nothing(tmp_path: Path, journal: Callable
     assert sum(journal().values()) == 7
 
 
+@pytest.mark.usefixtures("processes")
 def test_a_worker_that_dies_again_is_an_error(tmp_path: Path, journal: Callable[[], Counter[str]]) -> None:
     with Store(tmp_path) as store, pytest.raises(TrialError, match=r"died 2 times.*SIGKILL.*memory"):
         run(examples.bad("die"), jobs=2, store=store)
@@ -488,6 +506,7 @@ def test_progress_that_raises_ends_the_run(tmp_path: Path) -> None:
     assert states(tmp_path) == {"done": 3}
 
 
+@pytest.mark.usefixtures("processes")
 def test_workers_use_one_thread_and_seed_the_global_generator(tmp_path: Path) -> None:
     import torch
 
