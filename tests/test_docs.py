@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import typer
 from polyak import claims
 from polyak.cli import main
 from polyak.cli.app import app
+from polyak.cli.compare import EXAMPLES
 from polyak.lab import versions
 
 ROOT = Path(__file__).parents[1]
@@ -185,6 +187,12 @@ def task_file() -> dict[str, Any]:
     return {}
 
 
+def example_task() -> dict[str, Any]:
+    """What `polyak init-task optim` writes."""
+    shutil.copy(EXAMPLES / "optim_task.py", "task.py")
+    return {}
+
+
 def engine() -> dict[str, Any]:
     """What an optimizer's file imports."""
     from polyak.core import checks
@@ -196,7 +204,7 @@ def engine() -> dict[str, Any]:
 
 
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
-    f.__name__: f for f in (model, network, pipe, checkpoints, workers, task_file, engine)
+    f.__name__: f for f in (model, network, pipe, checkpoints, workers, task_file, example_task, engine)
 }
 IN_ROOM = {"optim": ("model",), "generate": ("network",)}  # what a claim's lines of use find, if its page says nothing
 
@@ -364,8 +372,10 @@ def its_example_is_lion(example: type) -> None:
 
 def test_no_page_lost_its_code():
     """The pages that are there to show code have some."""
-    for page, least in {"README.md": 5, "CONTRIBUTING.md": 3, "docs/index.md": 2, "docs/quickstart.md": 6}.items():
-        assert len(blocks(text_of(page))) >= least, page
+    least = {"README.md": 5, "CONTRIBUTING.md": 3, "docs/index.md": 2, "docs/quickstart.md": 6}
+    rooms = {claims.load(slug).room for slug in claims.slugs()}
+    for page, count in (least | {f"docs/rooms/{room}.md": 2 for room in rooms}).items():
+        assert len(blocks(text_of(page))) >= count, page
 
 
 def test_what_the_tests_do_not_understand_is_not_passed_over(shell, monkeypatch):
