@@ -12,17 +12,17 @@ from polyak.lab.report import Entry, by_room
 from polyak.lab.result import ClaimResult
 
 OPEN, CLOSE = "<!-- systems -->", "<!-- /systems -->"
-# What the rooms hold, for their headings.
+# What each room holds.
 ROOMS = {
     "optim": "optimizers",
     "teachers": "averages and combinations of weights",
     "layers": "layers of networks",
-    "particles": "weighted samples",
+    "particles": "weighted particles: smoothing, resampling, flow networks",
     "generate": "samplers of diffusion and flow models",
-    "pde": "partial differential equations",
-    "physics": "simulators of physical systems",
-    "forecast": "forecasts",
-    "dynamics": "analyses of training",
+    "pde": "physics-informed networks and neural operators",
+    "physics": "simulators and solvers of physical systems",
+    "forecast": "forecasts of markets, air and traffic, and the scores that judge them",
+    "dynamics": "analyses of training, and of networks as dynamical systems",
 }
 LARGEST = 50_000  # bytes; a published verdict is a summary, not an archive
 
