@@ -1,4 +1,4 @@
-"""Distances between laws: from samples, and in closed form between Gaussians.
+"""Distances between probability distributions: from samples, and in closed form between Gaussians.
 
 Samples are tensors of shape (n, d), float; computed in float64. Numbers are returned as Python floats.
 """

@@ -1,4 +1,4 @@
-"""Exactly solvable models: Gaussian mixtures under linear noising, in closed form.
+"""Exactly solvable models: Gaussian mixtures with Gaussian noise added, whose density, score and denoiser have closed forms.
 
 If ``x_0 ~ sum_k w_k N(m_k, C_k)`` and ``x = alpha x_0 + sigma eps`` then ``x ~ sum_k w_k N(alpha m_k, S_k)`` with
 ``S_k = alpha^2 C_k + sigma^2 I``, and with the responsibilities ``r_k(x) ∝ w_k N(x; alpha m_k, S_k)``

@@ -1,4 +1,4 @@
-"""One-step integrators of ``dx/dt = f(x, t)`` and its kin: one step each, with order, cost and equation.
+"""One-step integrators of ``dx/dt = f(x, t)`` and related equations, each with its order, cost and formula.
 
 ``x`` is a tensor of any shape; ``t`` and ``dt`` are numbers or tensors that broadcast with it; ``dt`` may be negative.
 """

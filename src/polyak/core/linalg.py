@@ -1,4 +1,4 @@
-"""Linear algebra that several systems share: updates of inverses."""
+"""Linear algebra that several systems share: rank-1 updates of inverses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trying out a process or a solver of one's own: what the rest of the room relies on, looked at on small problems.
+"""Checks for a process or a solver of one's own: does it do, on small problems, what the sampling loop relies on?
 
     >>> check_process(MyProcess())
     >>> check_solver(MySolver())

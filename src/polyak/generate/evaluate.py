@@ -1,4 +1,4 @@
-"""The evaluator: what a network says at a point, after guidance and correction.
+"""Evaluating a denoiser during sampling: its prediction at ``(x, t)``, after guidance and correction.
 
 :func:`polyak.generate.sample`, the diffusers scheduler and correctors of one's own ask for predictions through the same object,
 so that all of them mean the same by one evaluation: denoiser, guidance, corrector, in this order.

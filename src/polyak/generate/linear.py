@@ -1,4 +1,4 @@
-"""Linear solvers: what follows from a prediction is a combination of the state, the network's output and what is remembered.
+"""Linear solvers: each step is a linear combination of the state, the network's output and remembered outputs.
 
 The weights follow from the times alone. A :class:`LinearSolver` writes them down once for all steps, as a table of
 :class:`Stage`; the work on tensors is done here, in one pass over memory for each evaluation.

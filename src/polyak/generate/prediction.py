@@ -1,4 +1,4 @@
-"""What a network predicts, in one struct: every dialect converts to every other, given x, t and the process.
+"""What a network predicts (noise, data, score, v, flow, EDM), and conversions between these, given x, t and the process.
 
 With ``x = alpha x0 + sigma eps`` a network's output o at (x, t) is one of
 

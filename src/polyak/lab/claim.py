@@ -1,4 +1,4 @@
-"""What a claim is, in data: the words of the lab, and nothing that runs.
+"""The dataclasses that a claim is declared with: arms, tasks, scales, metrics, criteria. Nothing here runs anything.
 
 A claim's file declares one :class:`Claim` named ``CLAIM``. Importing it must stay light (no torch, numpy, scipy or
 matplotlib at module level): listings and help read claims, too. What is heavy is imported inside the trial function.

@@ -1,4 +1,4 @@
-"""An executor on Ray: every trial is a task of a cluster. The store, the plans and the trackers stay with the driver.
+"""Trials on a Ray cluster: an executor that makes each trial a task. Store, plans and trackers stay with the driver.
 
 A task runs a trial as a local worker does, in a process with one thread, and what it measures on the way comes to the driver
 through an actor, as do the driver's answers. Ray retries nothing by itself: a trial whose process or node died is reported so, and

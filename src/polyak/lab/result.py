@@ -1,4 +1,4 @@
-"""What the lab knows after a run: plain data between the store, the verdicts, the reports and JSON."""
+"""Results as plain data, which the store, the verdicts, the reports and JSON exchange: trials, criteria, verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Carrying trials out: an executor that runs them, one store, and a plan for each claim.
+"""Running claims: an executor that runs trials, a store that keeps them, and a plan for each claim.
 
 Every trial runs in a worker (:mod:`polyak.lab.workers`). The process that was called hands out trials, takes in results and
 stores them; it alone writes. A worker that dies takes one trial with it, which is tried once more. Where another process has a

@@ -1,4 +1,4 @@
-"""From trials to verdicts: pure functions on what :mod:`polyak.lab.intervals` says of means over seeds.
+"""Verdicts from trials: pure functions, with the intervals and p-values of :mod:`polyak.lab.intervals`.
 
 How each rule decides is said in :class:`~polyak.lab.claim.Criterion`. What this file adds is care at the edges:
 

@@ -1,4 +1,4 @@
-"""What the DPM-Solvers share, and the one name for all of them: ``DPMSolver(method=...)``."""
+"""What the DPM-Solvers share, and ``DPMSolver(method=...)``, which makes any of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of an exponential integrator of order 1 to 3 in half-logSNR time: its weights, and its pure function."""
+"""One step of an exponential integrator of order 1 to 3 in half-logSNR time: its weights, and the step as a pure function."""
 
 from __future__ import annotations
 

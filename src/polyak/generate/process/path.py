@@ -1,4 +1,4 @@
-"""What every path from data to noise has: a range of times, grids on it, a prior, and what the network is told.
+"""The base of all paths from data to noise: their times, time grids, prior, and the label of a time that the network is given.
 
 A :class:`ProbabilityPath` says nothing of how noise enters. Gaussian noising processes, with their alpha and sigma, are
 :class:`polyak.generate.process.base.Process`; bridges between two laws, discrete states and the like subclass this directly.

@@ -1,4 +1,4 @@
-"""The processes of the literature, each by its two schedules."""
+"""Gaussian processes of the literature (VP, VE, EDM, flow matching, ...), each given by alpha(t) and sigma(t)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The result of a comparison as its user has it: what was found, with its drawings and its page."""
+"""What ``compare`` returns: the answer, with tables, figures and a page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``compare``: from files and words to a result."""
+"""``compare``: checks what is asked for, examines tasks and arms, runs the trials, and returns the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers that MKOR preconditions: which modules they are, and what they have shown since the last step."""
+"""The layers that MKOR preconditions, and the statistics that they have collected since the last step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Connections between workers of whom some may die, fall silent or send anything: one TCP connection for each pair.
+"""Connections between workers of whom some may crash, hang or send anything: one TCP connection for each pair.
 
 A thread moves the bytes while the worker computes. What a faulty peer can cost an honest worker:
 

@@ -1,4 +1,4 @@
-"""The metric's landscape on the plane through three checkpoints, by which the paper motivates the search."""
+"""The metric on the plane through three checkpoints, as the paper draws it to motivate the search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: in memory, in safetensors or torch files (whole or in shards), in torch.distributed.checkpoint folders.
+"""Reading checkpoints: from memory, safetensors or torch files (whole or in shards), torch.distributed.checkpoint folders.
 
 A source says what a checkpoint holds without reading its weights, and hands them out one tensor at a time.
 """

@@ -1,4 +1,4 @@
-"""Solvers and processes in a scheduler's configuration: what JSON can hold, and back."""
+"""Solvers and processes as entries of a scheduler's configuration: to JSON, and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scheduler: a plan, and a run that a pipeline's model answers."""
+"""PolyakScheduler: a scheduler for diffusers pipelines that steps with any solver of polyak."""
 
 from __future__ import annotations
 
