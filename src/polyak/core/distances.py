@@ -5,6 +5,7 @@ Samples are tensors of shape (n, d), float; computed in float64. Numbers are ret
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -108,7 +109,7 @@ def minus_distance(x: Tensor, y: Tensor) -> Tensor:
 @checks.arguments(bandwidth=checks.positive)
 def gaussian_kernel(bandwidth: float) -> Callable[[Tensor, Tensor], Tensor]:
     """``exp(-|x - y|^2 / (2 h^2))``."""
-    return partial(_gaussian, -0.5 / bandwidth**2)  # a partial, no closure: can be pickled
+    return partial(_gaussian, -0.5 / bandwidth / bandwidth)  # a partial, no closure: can be pickled
 
 
 def _gaussian(scale: float, x: Tensor, y: Tensor) -> Tensor:
@@ -186,7 +187,9 @@ class FrechetDistance:
     def __call__(self, x: Tensor) -> float:
         """The distance of x, (n, d), n > 1."""
         x, _ = _pair(x, self.y)
-        return gaussian_w2(*self._moments("x", x), *self._own) ** 2
+        moments = (*self._moments("x", x), *self._own)
+        finite = all(bool(moment.isfinite().all()) for moment in moments)
+        return gaussian_w2(*moments) ** 2 if finite else math.nan
 
     @staticmethod
     def _moments(name: str, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -281,7 +281,10 @@ class Gaussian(Mixture):
             raise ValueError(
                 f"mean must have shape (d,), and covariance none, (d,) or (d, d), got {tuple(mean.shape)} and {tuple(given.shape)}"
             )
-        super().__init__(mean[None], given if given.ndim == 0 else given[None])
+        try:
+            super().__init__(mean[None], given if given.ndim == 0 else given[None])
+        except ValueError as error:
+            raise ValueError(f"mean and covariance: {error}") from None
 
     def flow(self, x: Tensor, start: tuple[float, float], end: tuple[float, float]) -> Tensor:
         """The exact probability-flow map from noise level ``(alpha_s, sigma_s)`` to ``(alpha_t, sigma_t)``, x's shape.

@@ -14,7 +14,8 @@ from polyak.core import checks
 
 Field = Callable[[torch.Tensor, Any], torch.Tensor]  # f(x, t)
 _FIELD, _TIME, _ROW = checks.Function("a function of x and t", 2), checks.Operand(checks.real), checks.Each(checks.real)
-_STEP = dict(f=_FIELD, x=checks.tensor, t=_TIME, dt=_TIME)
+_STATE = checks.Tensor(inexact=True)
+_STEP = dict(f=_FIELD, x=_STATE, t=_TIME, dt=_TIME)
 
 
 @checks.arguments(nodes=_ROW, matrix=checks.Each(_ROW), weights=_ROW)
@@ -38,10 +39,21 @@ RK4 = Tableau((0.0, 0.5, 0.5, 1.0), ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 
 @checks.arguments(tableau=checks.Instance(Tableau, words="a Tableau"), **_STEP)
 def runge_kutta(tableau: Tableau, f: Field, x: torch.Tensor, t: Any, dt: Any) -> torch.Tensor:
     """One step of an explicit Runge-Kutta method; as many evaluations as it has nodes."""
+    _check_times(x, t=t, dt=dt)
     slopes = [f(x, t)]
     for c, row in zip(tableau.nodes[1:], tableau.matrix, strict=True):
         slopes.append(f(_moved(x, dt, row, slopes), t + c * dt))
     return _moved(x, dt, tableau.weights, slopes)
+
+
+def _check_times(x: torch.Tensor, **times: Any) -> None:
+    for name, time in times.items():
+        if isinstance(time, torch.Tensor) and time.ndim:
+            fits = time.ndim <= x.ndim and all(
+                a in (1, b) for a, b in zip(time.shape[::-1], x.shape[::-1], strict=False)
+            )
+            if not fits:
+                raise ValueError(f"{name} must broadcast with x, {tuple(x.shape)}, got {tuple(time.shape)}")
 
 
 def _moved(x: torch.Tensor, dt: Any, weights: tuple[float, ...], slopes: list[torch.Tensor]) -> torch.Tensor:
@@ -75,7 +87,7 @@ def rk4(f: Field, x: torch.Tensor, t: Any, dt: Any) -> torch.Tensor:
     return runge_kutta(RK4, f, x, t, dt)
 
 
-@checks.arguments(acceleration=checks.Function("a function of q", 1), q=checks.tensor, p=checks.tensor, dt=_TIME)
+@checks.arguments(acceleration=checks.Function("a function of q", 1), q=_STATE, p=_STATE, dt=_TIME)
 def leapfrog(
     acceleration: Callable[[torch.Tensor], torch.Tensor], q: torch.Tensor, p: torch.Tensor, dt: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,6 +97,7 @@ def leapfrog(
     """
     if q.shape != p.shape:
         raise ValueError(f"q and p must have one shape, got {tuple(q.shape)} and {tuple(p.shape)}")
+    _check_times(q, dt=dt)
     p = p + dt / 2 * acceleration(q)
     q = q + dt * p
     return q, p + dt / 2 * acceleration(q)
@@ -93,7 +106,7 @@ def leapfrog(
 @checks.arguments(
     drift=_FIELD,
     diffusion=_FIELD,
-    x=checks.tensor,
+    x=_STATE,
     t=_TIME,
     dt=_TIME,
     noise=checks.tensor | None,
@@ -114,6 +127,7 @@ def euler_maruyama(
     ``noise`` is z, standard normal of x's shape; drawn from ``generator`` where it is not given. A negative ``dt`` integrates
     the reverse-time equation whose drift is ``f``.
     """
+    _check_times(x, t=t, dt=dt)
     if noise is not None and noise.shape != x.shape:
         raise ValueError(f"noise must have x's shape {tuple(x.shape)}, got {tuple(noise.shape)}")
     if noise is None:

@@ -41,25 +41,25 @@ _BALL = dict(velocity=checks.operand, gradient=checks.operand, beta=_FACTOR, wei
 _BALLS = dict(velocity=_TREE, gradient=_TREE, beta=checks.real, weight=checks.real)
 
 
-@checks.arguments(**_BALL)
+@checks.operands(**_BALL)
 def heavy_ball(velocity: Operand, gradient: Operand, beta: float, weight: float = 1.0) -> Any:
     """Polyak's heavy ball: ``beta v + weight g``. ``weight=1-beta`` makes it the exponential average."""
     return axpy(weight, gradient, beta * velocity)
 
 
-@checks.arguments(average=checks.operand, value=checks.operand, beta=_RATE)
+@checks.operands(average=checks.operand, value=checks.operand, beta=_RATE)
 def ema(average: Operand, value: Operand, beta: float) -> Any:
     """Exponential moving average with retention ``beta``: ``beta a + (1 - beta) x``."""
     return axpy(1 - beta, value, beta * average)
 
 
-@checks.arguments(**_BALL)
+@checks.operands(**_BALL)
 def nesterov(velocity: Operand, gradient: Operand, beta: float, weight: float = 1.0) -> Any:
     """Nesterov's look-ahead on an already updated velocity: ``beta v + weight g``, the step to take."""
     return axpy(weight, gradient, beta * velocity)
 
 
-@checks.arguments(momentum=checks.operand, gradient=checks.operand, previous=checks.operand, beta=_FACTOR)
+@checks.operands(momentum=checks.operand, gradient=checks.operand, previous=checks.operand, beta=_FACTOR)
 def nesterov_estimate(momentum: Operand, gradient: Operand, previous: Operand, beta: float) -> Any:
     """Nesterov momentum from successive gradients, no look-ahead point: ``beta m + g + beta (g - g_prev)``.
 
@@ -68,7 +68,7 @@ def nesterov_estimate(momentum: Operand, gradient: Operand, previous: Operand, b
     return axpy(beta, gradient - previous, axpy(beta, momentum, gradient))
 
 
-@checks.arguments(beta=_RATE, step=checks.operand)
+@checks.operands(beta=_RATE, step=checks.operand)
 def bias_correction(beta: float, step: Operand) -> Any:
     """``1 - beta^step``: what an average started at zero has to be divided by after ``step`` updates."""
     return 1 - beta**step
@@ -85,14 +85,14 @@ def _leaves(**two: Tree) -> tuple[list[list[torch.Tensor]], pytree.TreeSpec]:
     return [first, second], spec
 
 
-@checks.arguments(average=_TREE, value=_TREE, beta=checks.fraction)
+@checks.operands(average=_TREE, value=_TREE, beta=checks.fraction)
 def ema_tree(average: Tree, value: Tree, beta: float) -> Tree:
     """:func:`ema` on tensors or nested containers of tensors of equal structure and shapes; new tensors are returned."""
     (averages, values), spec = _leaves(average=average, value=value)
     return pytree.tree_unflatten([ema(a, v, beta) for a, v in zip(averages, values, strict=True)], spec)
 
 
-@checks.arguments(average=_TREE, value=_TREE, beta=checks.fraction)
+@checks.operands(average=_TREE, value=_TREE, beta=checks.fraction)
 @torch.no_grad()
 def ema_(average: Tree, value: Tree, beta: float) -> Tree:
     """:func:`ema` in place on ``average``, which is returned; floating-point leaves are averaged, others copied."""
@@ -107,7 +107,7 @@ def ema_(average: Tree, value: Tree, beta: float) -> Tree:
     return average
 
 
-@checks.arguments(**_BALLS)
+@checks.operands(**_BALLS)
 def heavy_ball_tree(velocity: Tree, gradient: Tree, beta: float, weight: float = 1.0) -> Tree:
     """:func:`heavy_ball` on tensors or nested containers of tensors; new tensors are returned."""
     (velocities, gradients), spec = _leaves(velocity=velocity, gradient=gradient)
@@ -115,7 +115,7 @@ def heavy_ball_tree(velocity: Tree, gradient: Tree, beta: float, weight: float =
     return pytree.tree_unflatten(new, spec)
 
 
-@checks.arguments(**_BALLS)
+@checks.operands(**_BALLS)
 @torch.no_grad()
 def heavy_ball_(velocity: Tree, gradient: Tree, beta: float, weight: float = 1.0) -> Tree:
     """:func:`heavy_ball` in place on ``velocity``, which is returned."""

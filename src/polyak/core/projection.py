@@ -16,7 +16,7 @@ _VIEW = checks.Choice(*VIEWS)
 _TWO = dict(view=_VIEW, eps=checks.non_negative)
 
 
-@checks.arguments(t=checks.tensor, view=_VIEW)
+@checks.operands(t=checks.tensor, view=_VIEW)
 def row_sums(t: torch.Tensor, view: str) -> torch.Tensor:
     """The sum of each row of a view, of shape (rows, 1, ...) or (1, 1, ...). Of one dimension, every element is a row."""
     return _row_sums(t, view)
@@ -28,7 +28,7 @@ def _row_sums(t: torch.Tensor, view: str) -> torch.Tensor:
     return t.sum(_dims(t, view), keepdim=True)
 
 
-@checks.arguments(t=checks.tensor, view=_VIEW)
+@checks.operands(t=checks.tensor, view=_VIEW)
 def row_norms(t: torch.Tensor, view: str) -> torch.Tensor:
     """The Euclidean norm of each row of a view; shapes as in :func:`row_sums`."""
     return _row_norms(t, view)
@@ -50,21 +50,21 @@ def _dims(t: torch.Tensor, view: str) -> tuple[int, ...]:
     return tuple(range(1 if view == "channel" else 0, t.dim()))
 
 
-@checks.arguments(a=checks.tensor, b=checks.tensor, **_TWO)
+@checks.operands(a=checks.tensor, b=checks.tensor, **_TWO)
 def cosines(a: torch.Tensor, b: torch.Tensor, view: str, eps: float = 1e-8) -> torch.Tensor:
     """``|<a_r, b_r>| / max(||a_r|| ||b_r||, eps)`` for each row r of a view; shapes as in :func:`row_sums`."""
     _check_shapes(a=a, b=b)
     return _row_sums(a * b, view).abs() / (_row_norms(a, view) * _row_norms(b, view)).clamp(min=eps)
 
 
-@checks.arguments(u=checks.tensor, w=checks.tensor, **_TWO)
+@checks.operands(u=checks.tensor, w=checks.tensor, **_TWO)
 def radial(u: torch.Tensor, w: torch.Tensor, view: str, eps: float = 1e-8) -> torch.Tensor:
     """How far ``u`` points along ``w``: ``<u_r, n_r>`` with ``n_r = w_r / (||w_r|| + eps)``; shapes as in :func:`row_sums`."""
     _check_shapes(u=u, w=w)
     return _row_sums(u * w, view) / (_row_norms(w, view) + eps)
 
 
-@checks.arguments(u=checks.tensor, w=checks.tensor, **_TWO)
+@checks.operands(u=checks.tensor, w=checks.tensor, **_TWO)
 def project_out(u: torch.Tensor, w: torch.Tensor, view: str = "channel", eps: float = 1e-8) -> torch.Tensor:
     """``u`` without its part along ``w``: ``u_r - n_r <n_r, u_r>`` with ``n_r = w_r / (||w_r|| + eps)`` for each row r.
 

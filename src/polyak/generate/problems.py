@@ -62,13 +62,16 @@ def ring(modes: int = 8, *, radius: float = 2.0, variance: float = 0.04) -> Mixt
     return Mixture(means, variance, labels=torch.arange(modes))
 
 
-@checks.arguments(points=checks.array, bandwidth=checks.non_negative, labels=checks.Array(whole=True) | None)
+@checks.arguments(points=checks.array, bandwidth=checks.Number(0, 1e150), labels=checks.Array(whole=True) | None)
 def kde(points: Tensor, bandwidth: float, labels: Tensor | Sequence[int] | None = None) -> Mixture:
     """The kernel density estimate of a data set, points (n, d): one component ``N(point, bandwidth^2 I)`` each.
 
     ``bandwidth=0`` is the law of the data set itself, whose denoiser memorises. One evaluation costs O(B n d).
     """
-    return Mixture(points, bandwidth**2, labels=labels)
+    shape = torch.as_tensor(points, dtype=torch.float64).shape
+    if len(shape) == 2 and 0 not in shape:
+        return Mixture(points, bandwidth**2, labels=labels)
+    raise ValueError(f"points must have shape (n, d), got {tuple(shape)}")
 
 
 _LAW = checks.Instance(Mixture, words="a Mixture")
@@ -129,7 +132,7 @@ def gaussian_flow(law: Gaussian, process: Process, x: Tensor, s: float, t: float
     return law.flow(x, (process.alpha(s), process.sigma(s)), (process.alpha(t), process.sigma(t)))
 
 
-@checks.arguments(denoiser=_DENOISER, x_T=checks.floating, process=PROCESS | None, nfe=_NFE)
+@checks.arguments(denoiser=_DENOISER, x_T=checks.Tensor(floating=True, ndim=2), process=PROCESS | None, nfe=_NFE)
 def reference(denoiser: Denoiser, x_T: Tensor, *, process: Process | None = None, nfe: int = 2000) -> Tensor:
     """The probability-flow ODE's solution at t_min from x_T at t_max, both (B, d), to all digits that matter.
 
@@ -139,7 +142,9 @@ def reference(denoiser: Denoiser, x_T: Tensor, *, process: Process | None = None
     return sample(denoiser, x_T.to(torch.float64), process=process, solver=solver, nfe=nfe)
 
 
-@checks.arguments(denoiser=_DENOISER, x_T=checks.floating, times=TIMES, process=PROCESS | None, nfe=_NFE)
+@checks.arguments(
+    denoiser=_DENOISER, x_T=checks.Tensor(floating=True, ndim=2), times=TIMES, process=PROCESS | None, nfe=_NFE
+)
 def reference_path(
     denoiser: Denoiser, x_T: Tensor, times: Sequence[float] | Tensor, *, process: Process | None = None, nfe: int = 2000
 ) -> Tensor:

@@ -210,7 +210,7 @@ def sample(
     return (result, loop.info) if return_info else result
 
 
-@checks.arguments(**_RUN, x=checks.floating, grid=checks.text | None)
+@checks.arguments(**_RUN, x=checks.Tensor(floating=True, least_ndim=1), grid=checks.text | None)
 def invert(
     denoiser: Model,
     x: Tensor,

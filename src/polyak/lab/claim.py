@@ -25,6 +25,10 @@ KINDS: tuple[Kind, ...] = ("mechanism", "effect")
 EMPTY: Mapping[str, Any] = {}
 
 
+class UnknownName(KeyError, ValueError):
+    """A claim has no task, arm, scale or metric of this name."""
+
+
 class Diverged(ArithmeticError):
     """Raised by a trial that cannot go on (NaN, overflow). The lab records every metric at its worst: a measurement."""
 
@@ -297,7 +301,7 @@ class Claim:
 def _named(items: Iterable[Any], name: str, what: str) -> Any:
     found = {item.name: item for item in items}
     if name not in found:
-        raise KeyError(f"{what} {name!r} is unknown; it has {', '.join(found)}")
+        raise UnknownName(f"{what} {name!r} is unknown; it has {', '.join(found)}")
     return found[name]
 
 

@@ -52,6 +52,10 @@ class Tracker(Protocol):
         ...
 
 
+_TRACKER = checks.text | checks.Like("a Tracker", "name", "begin", "measured", "end", "close")
+TRACK = _TRACKER | checks.Each(_TRACKER)
+
+
 def make(what: str) -> Tracker:
     """A tracker from words: ``tensorboard``, ``mlflow`` or ``wandb``, with ``:WHERE`` if need be.
 

@@ -13,7 +13,13 @@ import torch
 from polyak.core import checks
 from polyak.optim._engine.options import Params
 
+_RANGE = checks.Each(checks.positive, count=2) | None
 
+
+@checks.arguments(
+    name=checks.text, part=checks.text, says=checks.text, wraps=checks.flag, lr=_RANGE, weight_decay=_RANGE,
+    relation=checks.text,
+)  # fmt: skip
 @dataclass(frozen=True, kw_only=True)
 class Info:
     """What is known of an optimizer without making one.
@@ -113,7 +119,7 @@ def info(name: str) -> Info:
     """
     if not isinstance(name, str) or name not in _FACTS:
         raise ValueError(
-            f"there is no optimizer {checks.shown(name)}{checks.suggestion(name, _FACTS)} (polyak.optim.names() lists all)"
+            f"name: there is no optimizer {checks.shown(name)}{checks.suggestion(name, _FACTS)} (polyak.optim.names() lists all)"
         )
     return _FACTS[name]
 

@@ -215,6 +215,16 @@ def adan_step(
     Raises:
         ValueError: lists of unequal length, or hyperparameters out of range.
     """
+    given = dict(
+        grads=grads,
+        exp_avgs=exp_avgs,
+        exp_avg_diffs=exp_avg_diffs,
+        exp_avg_sqs=exp_avg_sqs,
+        neg_pre_grads=neg_pre_grads,
+    )
+    for name, tensors in given.items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{name} has {len(tensors)} tensors where params has {len(params)}")
     hyper = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, clip=clip, no_prox=no_prox)
     states: dict[str, Sequence[torch.Tensor]] = dict(
         zip(STATE, (exp_avgs, exp_avg_diffs, exp_avg_sqs, neg_pre_grads), strict=True)

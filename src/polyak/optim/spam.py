@@ -164,7 +164,9 @@ class SPAM(RuleOptimizer):
         self.__checks__["generator"]("generator", generator)
         given = generator is not None
         self._mask_seed = int(torch.randint(2**62, (), generator=generator)) if given else torch.initial_seed() % 2**62
-        super().__init__(params, defaults, generator=generator if rounding == "stochastic" else None)
+        super().__init__(
+            params, defaults, generator=generator if isinstance(rounding, str) and rounding == "stochastic" else None
+        )
 
     # Options.
 
@@ -407,7 +409,9 @@ def _mixed_number(*numbers: int) -> int:
 
 
 @checks.arguments(
-    model=checks.module, density=checks.Number(0.0, 1.0, "(]"), include=checks.Names("a list of parts of names")
+    model=checks.module,
+    density=checks.Number(0.0, 1.0, "(]"),
+    include=checks.Several(checks.text, words="a list of parts of names"),
 )
 def spam_param_groups(
     model: torch.nn.Module, density: float, include: Iterable[str] = ("attn", "mlp", "attention")

@@ -8,10 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from polyak.core.checks.kinds import Anything, Kind
+from polyak.core.checks.messages import shown
 
 _ANY = Anything("it is not declared")
 T = TypeVar("T", bound=Callable[..., Any])
 _NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+_UNFIT = (RuntimeError, OverflowError, NotImplementedError, IndexError, TypeError, ValueError)
 
 
 def arguments(**kinds: Kind) -> Callable[[T], T]:
@@ -37,19 +41,24 @@ def arguments(**kinds: Kind) -> Callable[[T], T]:
     return declare
 
 
-def _checked(function: Any, kinds: Mapping[str, Kind], *, skip: int) -> Any:
+def operands(**kinds: Kind) -> Callable[[T], T]:
+    """As :func:`arguments`, of a function that does arithmetic and nothing else: what cannot be done is a ValueError."""
+    return lambda made: _checked(made, kinds, skip=0, joint=True)
+
+
+def _checked(function: Any, kinds: Mapping[str, Kind], *, skip: int, joint: bool = False) -> Any:
     parameters = list(inspect.signature(function).parameters.values())
     if missing := kinds.keys() - {p.name for p in parameters[skip:] if p.kind in _NAMED}:
         raise TypeError(f"{function.__qualname__} has no argument {sorted(missing)[0]!r} to declare")
-    checked = _written(function, parameters, kinds)
+    checked = _written(function, parameters, kinds, joint)
     functools.update_wrapper(checked, function)
     checked.__checks__ = dict(kinds)
     return checked
 
 
-def _written(function: Any, parameters: list[inspect.Parameter], kinds: Mapping[str, Kind]) -> Any:
+def _written(function: Any, parameters: list[inspect.Parameter], kinds: Mapping[str, Kind], joint: bool) -> Any:
     """A function of the same parameters, written out as dataclasses write theirs: going through them costs five times as much."""
-    known: dict[str, Any] = {"_function": function}
+    known: dict[str, Any] = {"_function": function, "_unfit": _unfit, "_UNFIT": _UNFIT}
     heads, lines, given = [], [], []
     for i, p in enumerate(parameters):
         if p.kind is p.KEYWORD_ONLY and not any(h.startswith("*") for h in heads):
@@ -67,9 +76,27 @@ def _written(function: Any, parameters: list[inspect.Parameter], kinds: Mapping[
                 f"    if {left_out}type({p.name}) not in _quick{i}:",
                 f"        {p.name} = _kind{i}({p.name!r}, {p.name})",
             ]
-    source = [f"def checked({', '.join(heads)}):", *lines, f"    return _function({', '.join(given)})"]
+    call = f"return _function({', '.join(given)})"
+    if joint:
+        named = ", ".join(f"{p.name!r}: {p.name}" for p in parameters)
+        lines += [
+            "    try:",
+            f"        {call}",
+            "    except _UNFIT as error:",
+            f"        raise _unfit(error, {{{named}}}) from None",
+        ]
+    else:
+        lines.append(f"    {call}")
+    source = [f"def checked({', '.join(heads)}):", *lines]
     exec(compile("\n".join(source), f"<arguments of {function.__qualname__}>", "exec"), known)
     return known["checked"]
+
+
+def _unfit(error: Exception, given: Mapping[str, Any]) -> Exception:
+    """What is raised where arithmetic on these arguments ended in an error; those of machines stay what they are."""
+    if type(error) not in _UNFIT:
+        return error
+    return ValueError(f"{', '.join(f'{name}={shown(value)}' for name, value in given.items())}: {error}")
 
 
 def declared(made: Callable[..., Any]) -> dict[str, Kind]:

@@ -10,12 +10,13 @@ import functools
 import inspect
 import math
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from types import FunctionType, MethodType
 from typing import Any
 
-from polyak.core.checks.messages import shown, suggestion
+from polyak.core.checks.messages import shape_of, shown, suggestion
 
 MOST = 2**63 - 1  # what 64 bits hold, as counters on devices and in files do
 _LONGEST_NAME = 255  # bytes of one file's name
@@ -176,8 +177,8 @@ class Choice(Kind):
 
 def _plain(value: Any) -> Any:
     """NumPy's numbers and truths as Python's."""
-    whole = math.prod(getattr(value, "shape", ())) == 1
-    return value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") and whole else value
+    numpy = sys.modules.get("numpy")
+    return value.item() if numpy is not None and isinstance(value, numpy.generic) else value
 
 
 def _equal(value: Any, option: Any) -> bool:
@@ -206,7 +207,8 @@ class Betas(Kind):
 
 
 def _is_one_element(value: Any) -> bool:
-    return hasattr(value, "item") and math.prod(getattr(value, "shape", (0,))) == 1
+    shape = shape_of(value)
+    return shape is not None and math.prod(shape) == 1 and hasattr(value, "item")
 
 
 class Text(Kind):
@@ -330,21 +332,29 @@ class Each(Kind):
         return value
 
 
-class Names(Kind):
-    """An iterable of strings, not one string."""
+class Several(Kind):
+    """An iterable whose members are all of one kind, which is made a list; a string is none, nor is a tensor."""
 
-    def __init__(self, words: str = "a list of names") -> None:
-        self.words = words
+    def __init__(self, kind: Kind, *, words: str = "") -> None:
+        self.kind, self.words = kind, words or f"an iterable, each member {kind.words}"
 
     def like(self, value: Any) -> bool:
-        return isinstance(value, Iterable) and not (isinstance(value, (str, bytes, Mapping)) or hasattr(value, "ndim"))
+        return isinstance(value, Iterable) and not (
+            isinstance(value, (str, bytes, bytearray, Mapping)) or hasattr(value, "ndim")
+        )
+
+    def __call__(self, name: str, value: Any) -> list[Any]:
+        return [self.kind(f"{name}[{i}]", member) for i, member in enumerate(super().__call__(name, value))]
+
+
+class Stream(Several):
+    """An iterable that is gone through as it is used: its members are looked at then."""
+
+    def __init__(self, words: str = "an iterable") -> None:
+        super().__init__(Anything("looked at when its turn comes"), words=words)
 
     def __call__(self, name: str, value: Any) -> Any:
-        value = list(super().__call__(name, value))
-        for i, member in enumerate(value):
-            if not isinstance(member, str):
-                raise TypeError(f"{name}[{i}] must be a string, got {shown(member)}")
-        return value
+        return Kind.__call__(self, name, value)
 
 
 class Map(Kind):

@@ -21,11 +21,17 @@ def suggestion(value: object, options: Iterable[object]) -> str:
     return f"; did you mean {difflib.get_close_matches(given, alike, n=1, cutoff=0.0)[0]!r}?"
 
 
+def shape_of(value: object) -> tuple[int, ...] | None:
+    """The shape of a tensor or an array; None of what has none."""
+    shape = getattr(value, "shape", None)
+    return tuple(shape) if isinstance(shape, (tuple, list)) else None
+
+
 def shown(value: object) -> str:
     """A value for a message: plain ones as they are, of tensors type and shape, never their contents."""
-    shape = getattr(value, "shape", None)
+    shape = shape_of(value)
     if shape is not None and hasattr(value, "dtype") and math.prod(shape) != 1:
-        return f"{type(value).__name__} of shape {tuple(shape)}, {value.dtype}"  # type: ignore[attr-defined]
+        return f"{type(value).__name__} of shape {shape}, {value.dtype}"  # type: ignore[attr-defined]
     if isinstance(value, (list, tuple, set, frozenset, dict)) and value:
         parts = (
             [f"{shown(k)}: {shown(v)}" for k, v in islice(value.items(), SHOWN)]

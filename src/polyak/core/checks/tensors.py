@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from polyak.core.checks.kinds import Each, Kind, Like, Number, real
+from polyak.core.checks.kinds import MOST, Each, Kind, Like, Number, measured, real
 from polyak.core.checks.messages import shown
 
 
@@ -26,11 +26,14 @@ class Tensor(_OfTorch):
 
     Args:
         floating: of floating point (a complex one is none).
+        inexact: of floating point, or complex.
         ndim: its number of dimensions, where that is known; ``least_ndim`` where more are allowed.
     """
 
-    def __init__(self, *, floating: bool = False, ndim: int | None = None, least_ndim: int = 0) -> None:
-        self.floating, self.ndim, self.least_ndim = floating, ndim, least_ndim
+    def __init__(
+        self, *, floating: bool = False, inexact: bool = False, ndim: int | None = None, least_ndim: int = 0
+    ) -> None:
+        self.floating, self.inexact, self.ndim, self.least_ndim = floating, inexact, ndim, least_ndim
         self.quick: set[type] = set()
         shape = (
             f" of {ndim} dimensions"
@@ -39,14 +42,18 @@ class Tensor(_OfTorch):
             if least_ndim
             else ""
         )
-        self.words = f"a {'floating-point ' if floating else ''}tensor{shape}"
+        what = "floating-point " if floating else "floating-point or complex " if inexact else ""
+        self.words = f"a {what}tensor{shape}"
 
     def __call__(self, name: str, value: Any) -> Any:
         super().__call__(name, value)
-        wrong = (self.floating and not value.is_floating_point()) or value.ndim < self.least_ndim
+        wrong = (self.floating or self.inexact) and not (
+            value.is_floating_point() or (self.inexact and value.is_complex())
+        )
+        wrong = wrong or value.ndim < self.least_ndim
         if wrong or (self.ndim is not None and value.ndim != self.ndim):
             raise ValueError(f"{name} must be {self.words}, got {value.dtype}, {tuple(value.shape)}")
-        if not self.floating and self.ndim is None and not self.least_ndim:
+        if not (self.floating or self.inexact or self.least_ndim) and self.ndim is None:
             self.quick.add(type(value))
         return value
 
@@ -106,7 +113,7 @@ class Array(Kind):
         super().__call__(name, value)
         try:
             made = torch.as_tensor(value, dtype=torch.float64)
-            right = bool((made.frac() == 0).all() if self.whole else made.isfinite().all())
+            right = bool(((made.frac() == 0) & (made.abs() < MOST)).all() if self.whole else made.isfinite().all())
         except (TypeError, ValueError, RuntimeError, OverflowError):
             right = False
         if not right:
@@ -182,14 +189,14 @@ class Operand(Kind):
     """What recurrences and elementwise functions work on: a number, a tensor, or a traced value of an update rule.
 
     Args:
-        number: what numbers may be; others are not looked at, which would wait for a device. None: any, also infinite and NaN.
+        number: what numbers may be; tensors are not looked at, which would wait for a device. Default: any, also infinite and NaN.
         truths: whether a bool is one.
     """
 
-    def __init__(self, number: Number | None = None, *, truths: bool = False) -> None:
+    def __init__(self, number: Number = measured, *, truths: bool = False) -> None:
         self.number, self.truths = number, truths
-        self.words = f"{'a number' if number is None else number.words}{', a bool' if truths else ''}, a tensor or a traced value"
-        self.quick: set[type] = {*((float,) if number is None else ()), *((bool,) if truths else ())}
+        self.words = f"{number.words}{', a bool' if truths else ''}, a tensor or a traced value"
+        self.quick: set[type] = {*((float,) if number is measured else ()), *((bool,) if truths else ())}
 
     def like(self, value: Any) -> bool:
         return (
@@ -200,12 +207,36 @@ class Operand(Kind):
         )
 
     def __call__(self, name: str, value: Any) -> Any:
-        # A time of a run is a float that knows more: it stays what it is.
-        if self.number is not None and (isinstance(value, float) or self.number.like(value)):
-            if not (isinstance(value, float) and self.number.low < value < self.number.high):
+        kind = type(value)
+        if kind is float or (kind.__module__.startswith("polyak") and isinstance(value, float)):
+            # A time of a run is a float that knows more: it stays what it is.
+            if not self.number.low < value < self.number.high:
                 self.number(name, value)
             return value
-        self.quick.add(type(super().__call__(name, value)))
+        if not real.like(value):
+            self.quick.add(type(super().__call__(name, value)))
+            return value
+        number = self.number(name, value)
+        if kind is not int:
+            return number
+        if not -MOST <= value <= MOST:
+            raise ValueError(f"{name} must be a number that 64 bits hold, got {shown(value)}")
+        return value
+
+
+class Scalar(Kind):
+    """A number, or a tensor of one: also infinite and NaN."""
+
+    words = "a number, or a tensor of one element"
+
+    def like(self, value: Any) -> bool:
+        return real.like(value) or tensor.like(value)
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if not tensor.like(value):
+            return measured(name, value)
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(f"{name} must be {self.words}, got {shown(value)}")
         return value
 
 
@@ -217,6 +248,7 @@ dtype = DType()
 device = Device()
 module = Module()
 optimizer = Optimizer()
+scalar = Scalar()
 array = Array()
 operand = Operand()
 condition = Operand(truths=True)

@@ -150,6 +150,7 @@ def standard_normal(
             raise ValueError(f"generator must be one, or one for each of the {shape[0]} rows, got {len(generator)}")
         rows = [standard_normal((1, *shape[1:]), generator=g, dtype=dtype, device=device) for g in generator]
         return torch.cat(rows) if rows else torch.empty(tuple(shape), dtype=dtype, device=device)
+    shape = tuple(shape)
     source = device if generator is None else generator.device
     drawn = torch.randn(shape, generator=generator, dtype=dtype, device=source)
     return drawn if generator is None or device is None else drawn.to(device)

@@ -23,7 +23,7 @@ class Params(checks.Kind):
     words = "an iterable of tensors, of (name, tensor) or of param groups"
 
     def like(self, value: Any) -> bool:
-        return isinstance(value, Iterable)
+        return isinstance(value, Tensor) or (isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0)
 
     def __call__(self, name: str, value: Any) -> Any:
         return value if isinstance(value, Tensor) else list(super().__call__(name, value))

@@ -20,7 +20,7 @@ from polyak.core import checks
 __all__ = ["PreferenceLoss", "dpo_loss", "ipo_loss", "sequence_logps", "sppo_loss"]
 
 _LOGPS = dict.fromkeys(("logp_w", "logp_l", "ref_w", "ref_l"), checks.floating)
-_CHANCE = checks.tensor | checks.fraction
+_CHANCE = checks.floating | checks.fraction
 
 
 @checks.arguments(loss=checks.tensor, chosen_rewards=checks.tensor, rejected_rewards=checks.tensor)

@@ -40,7 +40,7 @@ class RoundReport:
         return len(self.loss)
 
 
-_BATCHES = checks.Like("an iterable of batches", "__iter__")
+_BATCHES = checks.Stream("an iterable of batches")
 
 
 @checks.arguments(
@@ -132,10 +132,10 @@ def collate(examples: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dic
         for name in COLUMNS:
             if name not in example:
                 hint = checks.suggestion(name, example)
-                raise ValueError(f"example {number} has no {name!r}; it has {sorted(example)}{hint}")
+                raise ValueError(f"examples: example {number} has no {name!r}; it has {sorted(example)}{hint}")
         if not len(example["prompt_ids"]):
             raise ValueError(
-                f"example {number}: prompt_ids must hold at least one token, from which the first is predicted"
+                f"examples: example {number}: prompt_ids must hold at least one token, from which the first is predicted"
             )
     both = [(list(e["prompt_ids"]), list(e[side])) for side in COLUMNS[1:] for e in examples]
     length = max(len(prompt) + len(response) for prompt, response in both)
@@ -155,6 +155,8 @@ def collate(examples: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dic
 
 def _checked(batch: Batch, number: int, padding: int, device: torch.device) -> dict[str, Tensor]:
     """A batch as tensors on the device."""
+    if not isinstance(batch, (Mapping, list, tuple)):
+        raise TypeError(f"batches[{number}] must be a dict, or a list of dicts, got {checks.shown(batch)}")
     examples = [batch] if isinstance(batch, Mapping) else list(batch)
     for example in examples:
         if stale := [name for name in STALE if name in example]:

@@ -34,8 +34,6 @@ __all__ = [
     "named",
     "polar_newton_schulz",
     "polar_svd",
-    "text",
-    "unit",
 ]
 
 EDGE = 1e-7  # the diagnostic stays this far from |y| = 1, where two conjugates have infinite slopes

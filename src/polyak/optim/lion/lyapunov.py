@@ -50,7 +50,7 @@ def bound(optimizer: Any) -> float:
     return 1 / _shared(optimizer)[2]
 
 
-@checks.arguments(optimizer=_LION, loss=checks.Operand())
+@checks.arguments(optimizer=_LION, loss=checks.scalar)
 @torch.no_grad()
 def lyapunov(optimizer: Any, loss: torch.Tensor | float) -> Lyapunov:
     """Measure a :class:`LionK` between ``backward()`` and ``step()``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,8 +87,7 @@ class _Model(checks.Kind):
     words = "a torch.nn.Module, or an iterable of modules or of (name, module)"
 
     def like(self, value: Any) -> bool:
-        several = isinstance(value, Iterable) and not isinstance(value, (str, bytes, Tensor, Mapping))
-        return several or isinstance(value, nn.Module)
+        return isinstance(value, nn.Module) or checks.Stream().like(value)
 
     def __call__(self, name: str, value: Any) -> Any:
         return value if isinstance(super().__call__(name, value), nn.Module) else list(value)
@@ -98,7 +97,7 @@ class _Skip(checks.Kind):
     words = "a list of names or modules"
 
     def like(self, value: Any) -> bool:
-        return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, Tensor, nn.Module))
+        return checks.Stream().like(value) and not isinstance(value, nn.Module)
 
     def __call__(self, name: str, value: Any) -> Any:
         value = list(super().__call__(name, value))

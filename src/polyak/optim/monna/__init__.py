@@ -13,7 +13,7 @@ workers that may die.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -95,7 +95,7 @@ class _Buffers(checks.Kind):
     words = "floating-point tensors"
 
     def like(self, value: Any) -> bool:
-        return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, Tensor))
+        return checks.Stream().like(value)
 
     def __call__(self, name: str, value: Any) -> list[Tensor]:
         value = list(super().__call__(name, value))

@@ -37,6 +37,7 @@ from polyak.core import checks
 from polyak.optim.monna.vectors import OWN, VECTORS, Vectors, check_alike, flatten, like, rows_of
 
 MOST_SUBSETS = 200_000
+_SIZE = checks.Number(0.0, 1e38, "()")  # which float32 holds
 _COUNT, _VARIANT = checks.Integer(0), checks.Choice("repo", "original")
 
 
@@ -258,10 +259,12 @@ def _apply(x: Vectors, f: int, rule: Callable[..., Tensor], **options: Any) -> A
     return rebuild(rule(rows, check_faulty(len(rows), f), **options))
 
 
-def _centred(own: Any, others: Vectors, f: int, rule: Callable[..., Tensor], **options: Any) -> Any:
-    rows, _ = rows_of("others", others) if len(others) else ([], None)
+def _centred(
+    own: Any, others: Vectors, f: int, rule: Callable[..., Tensor], name: str = "others", **options: Any
+) -> Any:
+    rows, _ = rows_of(name, others) if len(others) else ([], None)
     flat, rebuild = (own, lambda result: result) if isinstance(others, Tensor) else (flatten(own), like(own))
-    check_alike("own and others", [flat, *rows])
+    check_alike(f"own and {name}", [flat, *rows])
     return rebuild(rule(flat, rows, check_faulty(len(rows) + 1, f), **options))
 
 
@@ -300,7 +303,7 @@ def median(x: Vectors) -> Any:
     return _apply(x, 0, _median)
 
 
-@checks.arguments(x=VECTORS, iters=checks.Integer(1), eps=checks.positive)
+@checks.arguments(x=VECTORS, iters=checks.Integer(1), eps=_SIZE)
 def geometric_median(x: Vectors, iters: int = 3, eps: float = 0.1) -> Any:
     """``argmin_z sum_j ||x_j - z||`` by ``iters`` Weiszfeld steps from z = 0, with weights ``1 / max(||x_j - z||, eps)``.
 
@@ -310,14 +313,14 @@ def geometric_median(x: Vectors, iters: int = 3, eps: float = 0.1) -> Any:
     return _apply(x, 0, _geometric_median, iters=iters, eps=eps)
 
 
-@checks.arguments(own=OWN, x=VECTORS, tau=checks.positive, iters=checks.Integer(1))
+@checks.arguments(own=OWN, x=VECTORS, tau=_SIZE, iters=checks.Integer(1))
 def self_centered_clip(own: Any, x: Vectors, tau: float, iters: int = 3) -> Any:
     """``iters`` times ``z <- z + mean_j clip(x_j - z, tau)`` from z = own; clip shortens to the norm tau.
 
     Args:
         x: all k vectors, own among them. One that is not finite moves nothing.
     """
-    return _centred(own, x, 0, _clip, tau=tau, iters=iters)
+    return _centred(own, x, 0, _clip, "x", tau=tau, iters=iters)
 
 
 @checks.arguments(x=VECTORS, f=_COUNT, variant=_VARIANT)
@@ -363,8 +366,8 @@ RULES: dict[str, tuple[Callable[..., Tensor], bool]] = {  # with whether a rule 
     "mva": (_mva, False),
 }
 _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
-    "tau": checks.positive,
-    "eps": checks.positive,
+    "tau": _SIZE,
+    "eps": _SIZE,
     "iters": checks.Integer(1),
     "variant": _VARIANT,
 }

@@ -50,7 +50,7 @@ class Simulator:
     """
 
     @checks.arguments(
-        model=checks.module, batches=checks.Like("an iterable of (x, y)", "__iter__"), n=checks.Integer(1), f=checks.Integer(0),
+        model=checks.module, batches=checks.Stream("an iterable of (x, y)"), n=checks.Integer(1), f=checks.Integer(0),
         lr=checks.non_negative, momentum=checks.retention, mixer=RULE,
         attack=checks.Function("a function of the View", 1) | None, wait=checks.Choice("all", "n-f"),
         weight_decay=checks.non_negative, max_norm=checks.positive | None, mix_gradients=checks.flag,
@@ -248,7 +248,7 @@ def reduction(before: Tensor, after: Tensor, *, of: str = "spread") -> Reduction
 
 
 @checks.arguments(
-    labels=checks.Tensor(ndim=1), workers=checks.Integer(1), alpha=checks.positive, each=checks.Integer(1) | None,
+    labels=checks.Tensor(ndim=1), workers=checks.Integer(1), alpha=checks.Number(0.0, 1e38, "()"), each=checks.Integer(1) | None,
     generator=checks.generator | None,
 )  # fmt: skip
 def dirichlet_split(
@@ -262,7 +262,7 @@ def dirichlet_split(
     Returns:
         (workers, each) positions in ``labels``.
     """
-    if labels.is_floating_point() or not len(labels) or bool((labels < 0).any()):
+    if labels.is_floating_point() or labels.is_complex() or not len(labels) or bool((labels < 0).any()):
         raise ValueError(f"labels must be integers >= 0, got {checks.shown(labels)}")
     each = len(labels) // workers if each is None else checks.integer("each", each, least=1, most=len(labels))
     counts = torch.bincount(labels)

@@ -31,6 +31,12 @@ class Containers(checks.Kind):
         right = all(isinstance(leaf, Tensor) for leaf in leaves)
         return right and (isinstance(value, Sequence) if self.several else bool(leaves))
 
+    def __call__(self, name: str, value: Any) -> Any:
+        super().__call__(name, value)
+        if isinstance(value, Tensor) and value.ndim < 1 + self.several:
+            raise ValueError(f"{name} must have shape ({'k, ' if self.several else ''}d), got {tuple(value.shape)}")
+        return value
+
 
 VECTORS, OWN = Containers(several=True), Containers(several=False)
 
@@ -43,8 +49,6 @@ def flatten(tree: Any) -> Tensor:
 def rows_of(name: str, x: Vectors) -> tuple[list[Tensor], Callable[[Tensor], Any]]:
     """The vectors one by one, and what makes a result look like them."""
     if isinstance(x, Tensor):
-        if x.ndim < 2:
-            raise ValueError(f"{name} must have shape (k, d), got {tuple(x.shape)}")
         rows, rebuild = list(x.unbind(-2)), lambda result: result
     else:
         if any(not pytree.tree_leaves(tree) for tree in x):

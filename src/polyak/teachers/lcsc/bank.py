@@ -49,7 +49,7 @@ class CheckpointBank:
     """
 
     @checks.arguments(
-        checkpoints=CHECKPOINTS, keys=checks.Function("a predicate of a name", 1) | checks.Names() | None,
+        checkpoints=CHECKPOINTS, keys=checks.Function("a predicate of a name", 1) | checks.Several(checks.Text(empty=True)) | None,
         entry=checks.text | None, dtype=checks.dtype | None,
     )  # fmt: skip
     def __init__(

@@ -40,7 +40,11 @@ def landscape(
     if len(grid) != 2:
         raise ValueError(f"grid must be (values of x, values of y), got {len(grid)} parts")
     xs, ys = ([float(v) for v in part] for part in grid)
-    evaluator = Evaluator(CheckpointBank([theta0, theta1, theta2]), model)
+    try:
+        bank = CheckpointBank([theta0, theta1, theta2])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"theta0, theta1, theta2: {error}") from None
+    evaluator = Evaluator(bank, model)
     values = torch.empty(len(xs), len(ys), dtype=torch.float64)
     for i, x in enumerate(xs):
         for j, y in enumerate(ys):

@@ -10,7 +10,7 @@ import pickle
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,7 @@ class _Checkpoints(checks.Kind):
     words = "a path or a list of checkpoints"
 
     def like(self, value: Any) -> bool:
-        several = isinstance(value, Iterable) and not isinstance(value, (bytes, Mapping, Tensor))
-        return several or checks.path.like(value)
+        return checks.path.like(value) or checks.Stream().like(value)
 
     def __call__(self, name: str, value: Any) -> Any:
         if isinstance(value, Mapping):
