@@ -30,7 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(ProcessorTime(config.getoption("--processor-time")))
+    of_all = config.args_source == pytest.Config.ArgsSource.TESTPATHS and not (
+        config.option.keyword or config.option.markexpr
+    )
+    judges = of_all and not hasattr(config, "workerinput")
+    config.pluginmanager.register(ProcessorTime(table=config.getoption("--processor-time"), judges=judges))
 
 
 # By what :func:`forks` makes processes from, once.
