@@ -4,7 +4,7 @@ import gc
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -101,5 +101,16 @@ def chromium():
     quiet = ["disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync", "no-first-run"]
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", *(f"--{q}" for q in quiet)])
+
+        def patient(make: Callable[..., Any]) -> Callable[..., Any]:
+            def made(**options: Any) -> Any:
+                one = make(**options)
+                one.set_default_timeout(0)
+                return one
+
+            return made
+
+        # What hangs is ended by pytest's own limit.
+        browser.new_page, browser.new_context = patient(browser.new_page), patient(browser.new_context)
         yield browser
         browser.close()

@@ -318,10 +318,10 @@ def identical(one, two) -> bool:
 
 @pytest.mark.parametrize(("optimizer", "deaths"), [("evolution", (43, 150)), ("cmaes", (222,))])
 def test_a_search_that_is_killed_goes_on_bitwise(tmp_path, optimizer, deaths):
-    assert start(tmp_path, "whole", optimizer).wait(60) == 0
+    assert start(tmp_path, "whole", optimizer).wait() == 0
     for die_at in deaths:  # in the beginning, and between two combinations from the start
-        assert start(tmp_path, "broken", optimizer, die_at).wait(60) == -signal.SIGKILL
-    assert start(tmp_path, "broken", optimizer).wait(60) == 0
+        assert start(tmp_path, "broken", optimizer, die_at).wait() == -signal.SIGKILL
+    assert start(tmp_path, "broken", optimizer).wait() == 0
     assert identical(outcome(tmp_path, "whole"), outcome(tmp_path, "broken"))
     calls = (tmp_path / "broken.log").read_text().split()
     assert (calls.count("search"), calls.count("heldout")) == (260, 5)
@@ -329,15 +329,13 @@ def test_a_search_that_is_killed_goes_on_bitwise(tmp_path, optimizer, deaths):
 
 
 def test_a_kill_from_outside_costs_one_evaluation_at_most(tmp_path):
-    assert start(tmp_path, "whole", "evolution").wait(60) == 0
+    assert start(tmp_path, "whole", "evolution").wait() == 0
     process = start(tmp_path, "broken", "evolution", nap=0.02)
-    until = time.monotonic() + 60
     while not ((log := tmp_path / "broken.log").exists() and len(log.read_text().split()) > 50):
-        assert time.monotonic() < until
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait(60)
-    assert start(tmp_path, "broken", "evolution").wait(60) == 0
+    process.wait()
+    assert start(tmp_path, "broken", "evolution").wait() == 0
     assert identical(outcome(tmp_path, "whole"), outcome(tmp_path, "broken"))
     assert len((tmp_path / "broken.log").read_text().split()) in (265, 266)
 
