@@ -4,7 +4,7 @@ import gc
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +30,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(ProcessorTime(config.getoption("--processor-time")))
+    of_all = config.args_source == pytest.Config.ArgsSource.TESTPATHS and not (
+        config.option.keyword or config.option.markexpr
+    )
+    judges = of_all and not hasattr(config, "workerinput")
+    config.pluginmanager.register(ProcessorTime(table=config.getoption("--processor-time"), judges=judges))
 
 
 # By what :func:`forks` makes processes from, once.
@@ -97,5 +101,16 @@ def chromium():
     quiet = ["disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync", "no-first-run"]
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox", *(f"--{q}" for q in quiet)])
+
+        def patient(make: Callable[..., Any]) -> Callable[..., Any]:
+            def made(**options: Any) -> Any:
+                one = make(**options)
+                one.set_default_timeout(0)
+                return one
+
+            return made
+
+        # What hangs is ended by pytest's own limit.
+        browser.new_page, browser.new_context = patient(browser.new_page), patient(browser.new_context)
         yield browser
         browser.close()

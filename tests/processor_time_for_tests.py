@@ -44,10 +44,16 @@ def over(spent: Mapping[str, float]) -> list[str]:
 
 
 class ProcessorTime:
-    """A plugin of pytest that measures tests, sums them by system, and fails a run where one's take too much."""
+    """A plugin of pytest that measures tests, sums them by system, and fails a run where one's take too much.
 
-    def __init__(self, table: bool) -> None:
-        self.table = table
+    Args:
+        table: whether to say what each file's and each system's tests took.
+        judges: whether this is the process that sums, and of a run of all tests: in a run of one system's alone what libraries
+            take to import is among its tests' time.
+    """
+
+    def __init__(self, *, table: bool, judges: bool) -> None:
+        self.table, self.judges = table, judges
         self.slugs = claims.slugs()
         self.systems: Counter[str] = Counter()
         self.files: Counter[str] = Counter()
@@ -72,8 +78,7 @@ class ProcessorTime:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        # A worker of pytest-xdist has seen a part of the tests alone.
-        if not hasattr(session.config, "workerinput") and session.exitstatus == 0 and over(self.systems):
+        if self.judges and session.exitstatus == 0 and over(self.systems):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -82,5 +87,5 @@ class ProcessorTime:
             for name, seconds in [*self.files.most_common(), *self.systems.most_common()]:
                 terminalreporter.write_line(f"{seconds:7.1f} s  {name}")
             terminalreporter.write_line(f"{sum(self.files.values()):7.1f} s  in all, without collection")
-        for line in over(self.systems):
+        for line in over(self.systems) if self.judges else ():
             terminalreporter.write_line(line, red=True)

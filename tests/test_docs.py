@@ -35,7 +35,7 @@ from polyak.cli.compare import EXAMPLES
 from polyak.lab import versions
 
 ROOT = Path(__file__).parents[1]
-LIMIT_S = 200  # for one block: a block that hangs is told, a busy machine is not
+LIMIT_S = 2000  # for one block: a block that hangs is told, a busy machine is not
 NOT_RUN: dict[str, int] = {"docs/cluster.md": 1}  # page -> how many of its blocks are marked as not run
 
 
@@ -341,7 +341,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(claims.__file__).parents[2]), "NO_MKDOCS_2_WARNING": "1"}
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("page", [*written(), *made()])
 def test_every_block_runs(page, shell):

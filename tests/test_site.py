@@ -47,7 +47,7 @@ def site(tmp_path_factory) -> Path:
     pytest.importorskip("mkdocs")
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -284,7 +284,7 @@ def test_the_site_in_a_browser(chromium, site, width, scheme):
         assert light < 0.2 if scheme == "dark" else light > 0.9
     if width > 1000:
         page.locator(".md-search__input").fill("bootstrap")  # from disk, where browsers start no worker
-        page.locator(".md-search-result__item", has_text="Fair").first.wait_for(timeout=15_000)
+        page.locator(".md-search-result__item", has_text="Fair").first.wait_for()
     assert troubles == []
     assert {url.partition(":")[0] for url in requests} <= {"file", "data", "blob"}
     context.close()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import claims_for_tests as examples
+import psutil
 import pytest
 import torch_claim_for_tests as torch_example
 
@@ -47,10 +48,8 @@ def drive(home: Path, factory: str, jobs: int = 2, **keywords: Any) -> subproces
     )
 
 
-def until(condition: Callable[[], Any], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
+def until(condition: Callable[[], Any]) -> None:
     while not condition():
-        assert time.monotonic() < deadline, "this takes too long"
         time.sleep(0.01)
 
 
@@ -405,28 +404,30 @@ def test_a_worker_that_dies_again_is_an_error(tmp_path: Path, journal: Callable[
     assert states(tmp_path)["running"] == 0
 
 
-def test_a_killed_run_is_finished_later(tmp_path: Path, journal: Callable[[], Counter[str]]) -> None:
+def test_a_killed_run_is_finished_later(
+    tmp_path: Path, journal: Callable[[], Counter[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """kill -9 in the middle: its workers end, too, and only the two trials in flight are run again."""
-    with drive(tmp_path, "slow") as driver:
-        until(lambda: sum(journal().values()) >= 6)
+    monkeypatch.setenv("POLYAK_TEST_HANGS_AFTER", "4")
+    with drive(tmp_path, "slow", sleep=0.0) as driver:
+        until(lambda: sum(journal().values()) == 6)
+        workers = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
-    done = states(tmp_path)["done"]
-    assert done >= 3
-    time.sleep(0.5)  # more than a trial: orphans would begin no new one, but they would be seen
-    begun = journal()
-    assert sum(begun.values()) <= done + 2
+    until(lambda: not any(map(lives, workers)))
+    assert states(tmp_path)["done"] == 4
+    monkeypatch.delenv("POLYAK_TEST_HANGS_AFTER")
     with Store(tmp_path) as store:
-        result = run(examples.slow(), jobs=2, store=store)
+        result = run(examples.slow(sleep=0.0), jobs=2, store=store)
     assert len(result.trials) == 12
     again = [line for line, times in journal().items() if times > 1]
-    assert len(again) <= 2
+    assert len(again) == 2
     assert len(journal()) == 12
     assert states(tmp_path) == {"done": 12}
 
 
 def test_two_processes_share_the_work(tmp_path: Path, journal: Callable[[], Counter[str]]) -> None:
     with drive(tmp_path, "slow", 1, sleep=0.2) as one, drive(tmp_path, "slow", 1, sleep=0.2) as two:
-        (out_one, error_one), (out_two, error_two) = one.communicate(timeout=60), two.communicate(timeout=60)
+        (out_one, error_one), (out_two, error_two) = one.communicate(), two.communicate()
     assert (one.returncode, two.returncode) == (0, 0), error_one + error_two
     assert json.loads(out_one) == json.loads(out_two)
     assert len(journal()) == 12
@@ -452,31 +453,31 @@ def test_a_trial_whose_process_dies_is_taken_over(
         time.sleep(0.7)
         assert sum(journal().values()) == 2, "both trials are in flight in a living process"
         one.kill()
-        waiting.join(30)
+        waiting.join()
     assert len(outcome) == 1
     assert set(journal().values()) == {2}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_cleanly(
-    tmp_path: Path, journal: Callable[[], Counter[str]], number: signal.Signals
+    tmp_path: Path, journal: Callable[[], Counter[str]], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    with drive(tmp_path, "slow", sleep=0.5) as driver:
-        until(lambda: sum(journal().values()) >= 4)
-        began = time.monotonic()
+    """Also in the middle of trials that do not end."""
+    monkeypatch.setenv("POLYAK_TEST_HANGS_AFTER", "4")
+    with drive(tmp_path, "slow", sleep=0.0) as driver:
+        until(lambda: sum(journal().values()) == 6)
+        workers = psutil.Process(driver.pid).children(recursive=True)
         driver.send_signal(number)
-        _, errors = driver.communicate(timeout=20)
-        took = time.monotonic() - began
-    assert took < 3
+        _, errors = driver.communicate()
     assert "KeyboardInterrupt" in errors
     assert driver.returncode != 0
-    counted = states(tmp_path)
-    assert counted["running"] == 0
-    assert counted["done"] >= 2
-    begun = sum(journal().values())
-    time.sleep(0.6)
-    assert sum(journal().values()) == begun, "no worker is left"
+    assert states(tmp_path) == {"done": 4}
+    until(lambda: not any(map(lives, workers)))
     assert list((tmp_path / "running").iterdir()) == []
+
+
+def lives(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def test_a_disk_that_fills_up_stops_the_run_and_keeps_what_is_stored(
