@@ -1,12 +1,15 @@
 """Every public name of the package, and a right call of each: for the test that spoils their arguments.
 
-A name is public if it is in the ``__all__`` of a module whose path has no underscore, or stands in a module of ``polyak.core``.
+A name is public if it is in the ``__all__`` of a module whose path has no underscore, or stands in a module of ``polyak.core``, or
+in one of those by which a claim is declared.
 """
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
 import socket
+import typing
 
 import torch
 from matplotlib.figure import Figure
@@ -19,8 +22,11 @@ from polyak.claims.optim.lion import CLAIM
 from polyak.core import integrators, schedules
 from polyak.core.exact import Gaussian
 from polyak.lab import Store
+from polyak.lab.claim import Criterion
 from polyak.lab.compare.rows import Setup
 from polyak.optim import apo
+
+DECLARING = ("lab.claim", "lab.criteria")
 
 # What has no arguments that a user gives, and why.
 NOT_CALLED = {
@@ -29,6 +35,8 @@ NOT_CALLED = {
     "generate.process.Moment": "a float",
     "lab.workers": "processes that the lab starts",
     "lab.store": "rows of the database",
+    "lab.SamplingTask": "what a task file gives is looked at where it is read, and is a TaskError in words",
+    "lab.TrainingTask": "likewise",
 }
 
 
@@ -37,7 +45,7 @@ def modules():
         short = found.name.removeprefix("polyak.")
         if not any(part.startswith("_") or part in ("claims", "cli") for part in short.split(".")):
             module = importlib.import_module(found.name)
-            if hasattr(module, "__all__") or short.startswith("core."):
+            if hasattr(module, "__all__") or short.startswith("core.") or short in DECLARING:
                 yield short, module
 
 
@@ -51,7 +59,11 @@ def public():
             skipped = any(
                 f"{short}.{name}".startswith(f"{prefix}.") or f"{short}.{name}" == prefix for prefix in NOT_CALLED
             )
-            abstract = getattr(made, "_is_protocol", False) or (isinstance(made, type) and issubclass(made, Exception))
+            abstract = (
+                getattr(made, "_is_protocol", False)
+                or typing.is_typeddict(made)
+                or (isinstance(made, type) and issubclass(made, Exception))
+            )
             if inspect.isroutine(made) or inspect.isclass(made):
                 if id(made) not in seen and not skipped and not abstract:
                     found[f"{short}.{name}"] = made
@@ -229,12 +241,22 @@ NEEDS = {
     "teachers.sample_metric": lambda: dict(
         sampler=lambda model, n, generator: X, metric=lambda x: 0.0, n=4, seed=0
     ),
+    "lab.claim.Arm": lambda: dict(name="adan", label="Adan", role="method"),
+    "lab.claim.Claim": lambda: {f.name: getattr(CLAIM, f.name) for f in dataclasses.fields(CLAIM)},
+    "lab.claim.Criterion": lambda: {f.name: getattr(CLAIM.criteria[0], f.name) for f in dataclasses.fields(Criterion)},
+    "lab.claim.Erratum": lambda: dict(what="a", where="b", effect="c", test="d"),
+    "lab.claim.Measurement": lambda: dict(values={}),
+    "lab.claim.Metric": lambda: dict(name="loss", label="Loss"),
+    "lab.claim.Paper": lambda: dict(title="A", year=2000),
+    "lab.claim.Plot": lambda: dict(x="step", y="loss"),
+    "lab.claim.Scale": lambda: dict(name="small", says="minutes", seeds=5),
+    "lab.claim.Task": lambda: dict(name="toy", label="Toy"),
+    "lab.claim.Trial": lambda: dict(claim="adan", scale="small", task="toy", arm="adan", seed=0),
+    "lab.claim.check_claim": lambda: dict(claim=CLAIM),
+    "lab.claim.check_rules": lambda: dict(claim=CLAIM),
+    "lab.criteria.Ask": lambda: dict(metrics=CLAIM.metrics),
     "lab.Comparison": lambda: dict(setup=Setup.__new__(Setup), tasks=()),
     "lab.Progress": lambda: dict(claim="adan", done=0, total=1, cached=0, running=(), elapsed=0.0, eta_seconds=None),
-    "lab.SamplingTask": lambda: dict(metric=lambda samples: 0.0),
-    "lab.TrainingTask": lambda: dict(
-        model=net(), batches=[], loss=lambda model, batch: 0.0, evaluate=lambda model: 0.0
-    ),
     "lab.collect": lambda: dict(claim=CLAIM, store=Store.__new__(Store)),
     "lab.compare": lambda: dict(tasks="task.py", arms="adan"),
     "lab.judge": lambda: dict(claim=CLAIM, trials=[], seeds=[0]),

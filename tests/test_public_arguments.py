@@ -272,8 +272,16 @@ def test_what_an_argument_cannot_be_is_refused_by_name(name, tmp_path, monkeypat
                     TRIED["misspelt"] += 1
                     if said := told(made, {**given, misspelt: 1}, misspelt, True):
                         amiss.append(f"{misspelt}=1: {said}")
+    TRIED["names"] += 1
     assert not amiss, f"{name}:\n" + "\n".join(amiss)
 
 
 def takes_any(made):
     return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(made).parameters.values())
+
+
+@pytest.mark.xdist_group("public arguments")
+def test_enough_was_tried():
+    if TRIED["names"] < len(PUBLIC):
+        pytest.skip("not all names were tried")
+    assert TRIED["wrong"] + TRIED["misspelt"] >= 10_000

@@ -21,6 +21,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
+from polyak.core import checks
 from polyak.lab.claim import Criterion, Kind, Metric
 
 Op = Literal["<=", "<", ">=", ">"]
@@ -52,6 +53,7 @@ class Ask:
         common: what the criteria have in common; each may say otherwise.
     """
 
+    @checks.arguments(metrics=checks.Several(checks.Instance(Metric, words="a Metric")))
     def __init__(self, metrics: Iterable[Metric], **common: Unpack[Facts]) -> None:
         self._metrics = {m.name: m for m in metrics}
         self._common = common
