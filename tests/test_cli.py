@@ -394,7 +394,7 @@ def test_record_publishes(call, checkout, rooms, tmp_path):
     assert record["verdict"] == "holds"
     assert "✓ holds" in (checkout / "SCOREBOARD.md").read_text()
     readme = (checkout / "README.md").read_text()
-    assert readme.startswith("# polyak\n<!-- systems -->\n| slug |")
+    assert readme.startswith("# polyak\n<!-- systems -->\n### games\n\n| slug |")
     assert readme.endswith("<!-- /systems -->\nMore.\n")
     assert call("scoreboard", "--check") == (0, "", "")
 

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-from polyak.claims.teachers import _digits
-from polyak.claims.teachers.lcsc import ARMS, CLAIM, _optimizer
+from polyak.claims.teachers import _digits, _lcsc_exact
+from polyak.claims.teachers.lcsc import CLAIM, TRAINED, _optimizer
 from polyak.lab.claim import Measurement, Trial
 from polyak.teachers.lcsc.optimizers import full
 
 TINY = {"steps": 80, "checkpoints": 5, "width": 16, "batch": 16, "evals": 80, "samples": 20, "fresh": 30}
-CASES = [(task.name, arm.name) for task in CLAIM.tasks for arm in CLAIM.arms_on(task.name)]
+CASES = [(task, arm.name) for task in TRAINED for arm in CLAIM.arms_on(task)]
 
 
 def run(task: str, arm: str, seed: int = 0) -> list[Measurement]:
@@ -34,6 +34,26 @@ def test_an_arm_runs_and_measures_what_criteria_ask(task, arm):
     assert final.values["negative"] >= 0
     if arm not in ("lcsc", "lcsc_half"):
         assert final.values["negative"] <= 1e-12
+
+
+def test_on_a_quadratic_the_criteria_hold_and_the_controls_do_not(monkeypatch):
+    monkeypatch.setattr(_lcsc_exact, "EVALS", 800)
+    monkeypatch.setattr(_lcsc_exact, "PROBLEMS", 1)
+    finals = {a.name: run("quadratic", a.name)[-1].values for a in CLAIM.arms_on("quadratic")}
+    asked = [c for c in CLAIM.criteria if c.task == "quadratic"]
+    assert len(asked) == 4
+    for c in asked:
+        bound = min(c.bound, 0.6)  # less is found in fewer evaluations
+        assert (finals[c.arm][c.metric] >= bound) == (c.op == ">=")
+        assert not c.control or (finals[c.control][c.metric] >= bound) == (c.op == "<=")
+
+
+def test_the_minimum_on_the_quadratic_is_one():
+    problem = _lcsc_exact.Descent(1)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        a = torch.randn(_lcsc_exact.COUNT, generator=generator, dtype=torch.float64)
+        assert problem.of((a / a.sum()) @ problem.saved) > problem.least()
 
 
 def test_the_seed_decides_and_a_training_is_the_same_twice():
@@ -96,4 +116,5 @@ def test_the_convex_search_stays_convex_and_the_uniform_is():
         assert bool((a >= -1e-12).all())
         free = search.send(float((a - torch.tensor([2.0, 0, 0, 0, -1])).square().sum()))
     assert full(next(_optimizer("uniform")(4, 1, 2, torch.Generator()))).tolist() == [0.25] * 4
-    assert {a.options["search"] for a in ARMS} == {"grid", "last", "single", "evolution", "convex", "uniform"}
+    searches = {a.options["search"] for task in TRAINED for a in CLAIM.arms_on(task)}
+    assert searches == {"grid", "last", "single", "evolution", "convex", "uniform"}

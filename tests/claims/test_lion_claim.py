@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import minimize
 
 from polyak.claims import _convex
-from polyak.claims.optim.lion import ACCURACY, CLAIM, CONVEX
+from polyak.claims.optim.lion import ACCURACY, CLAIM, CONVEX, _rises
 from polyak.lab.claim import Measurement, Trial
 
 CASES = [(task.name, arm.name) for task in CLAIM.tasks for arm in CLAIM.arms_on(task.name)]
@@ -29,6 +29,17 @@ def test_an_arm_runs_and_measures_what_criteria_ask(task, arm):
     assert asked <= final.values.keys()
     assert all(math.isfinite(v) for v in final.values.values())
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize(("task", "steps"), [("least_squares", 40), ("softmax", 220)])
+def test_h_never_rises_but_under_every_k_with_reversed_betas(task, steps):
+    def rises(arm):
+        given = {**CLAIM.options("small", task, arm), "watched_steps": steps}
+        trial = Trial(claim=CLAIM.slug, scale="small", task=task, arm=arm, seed=3, options=given)
+        return [_rises(trial, name) for name in CONVEX[task]]
+
+    assert not any(rises("lion"))
+    assert all(rises("reversed"))
 
 
 @pytest.mark.parametrize(("task", "arm"), [("least_squares", "lion"), ("network", "network_lion_1")])

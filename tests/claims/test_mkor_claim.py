@@ -10,7 +10,7 @@ import torch
 
 from polyak.claims import _problems
 from polyak.claims._kfac import KFAC
-from polyak.claims.optim import mkor
+from polyak.claims.optim import _mkor_exact, mkor
 from polyak.claims.optim.mkor import CLAIM, TRAINED
 from polyak.lab import data
 from polyak.lab.claim import Diverged, Measurement, Trial
@@ -46,6 +46,21 @@ def test_an_arm_runs_and_measures_what_criteria_and_tuning_ask(task, arm):
     assert all(math.isfinite(v) for m in (*curve, final) for v in m.values.values())
 
 
+def test_the_equations_hold_and_the_controls_do_not():
+    finals = {a.name: run("equations", a.name)[-1].values for a in CLAIM.arms_on("equations")}
+    asked = [c for c in CLAIM.criteria if c.task == "equations"]
+    assert len(asked) == 7
+    for c in asked:
+        assert (finals[c.arm][c.metric] <= c.bound) == (c.op == "<=")
+        assert not c.control or finals[c.control][c.metric] > 1.2 * c.bound
+
+
+def test_an_updates_work_is_that_of_the_formulas():
+    # P v and v . P v for both sides; for K-FAC two Gram matrices and two inversions
+    assert _mkor_exact._work("mkor", 64) == 2 * (2 * 64**2 + 2 * 64)
+    assert _mkor_exact._work("kfac", 64) == 2 * (2 * _mkor_exact.ROWS * 64**2 + 64**3 // 3 + 2 * 64**3 // 3)
+
+
 @pytest.mark.parametrize("task", TRAINED)
 def test_a_trial_is_a_function_of_its_seed(task):
     def losses(seed):
@@ -70,11 +85,12 @@ def test_steps_to_the_target():
     *curve, final = run("autoencoder", "sgd", steps=20, every=5, lr=0.3)
     losses = [m.values["train_loss"] for m in curve]
     assert final.values["steps"] == 40
+    assert final.values["seconds"] == 2 * curve[-1].at["seconds"]
     for n, loss in enumerate(losses):
-        (*_, reached) = run("autoencoder", "sgd", steps=20, every=5, lr=0.3, target=loss)
+        *others, reached = run("autoencoder", "sgd", steps=20, every=5, lr=0.3, target=loss)
         first = next(i for i, other in enumerate(losses) if other <= loss)
         assert reached.values["steps"] == 5 * (first + 1), n
-        assert 0 < reached.values["seconds"] < final.values["seconds"]
+        assert reached.values["seconds"] == others[first].at["seconds"] > 0
 
 
 def test_divergence_is_told():
@@ -98,7 +114,7 @@ def test_what_is_trained_on_is_not_held_out():
 
 def test_every_tuned_arm_gets_as_many_rates():
     assert {len(a.points) for a in CLAIM.arms if a.grid} == {4}
-    assert {a.tasks for a in CLAIM.arms if not a.grid} == {("width",)}
+    assert {a.tasks for a in CLAIM.arms if not a.grid} == {("width",), ("equations",)}
 
 
 def test_kfac_is_the_damped_inverse_of_the_moving_averages():

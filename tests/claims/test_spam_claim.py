@@ -47,6 +47,15 @@ def test_an_arm_runs_and_measures_what_criteria_and_tuning_ask(task, arm):
     assert final.at is None
 
 
+def test_the_equations_hold_and_the_controls_do_not():
+    finals = {a.name: run("equations", a.name)[-1].values for a in CLAIM.arms_on("equations")}
+    asked = [c for c in CLAIM.criteria if c.task == "equations"]
+    assert len(asked) == 5
+    for c in asked:
+        assert finals[c.arm][c.metric] <= c.bound
+        assert finals[c.control][c.metric] > c.bound + 1e-3
+
+
 def test_a_trial_is_a_function_of_its_seed():
     for arm in ("spam", "spam_sparse"):
         assert run("entries", arm) == run("entries", arm)

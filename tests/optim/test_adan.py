@@ -532,7 +532,7 @@ def test_hyperparameters_out_of_range(name, value, error, words):
     late = {"params": params[1:], name: value}
     with pytest.raises(error, match=f"^{name} {words}$"):
         Adan(params, **{name: value})
-    with pytest.raises(error, match=f"^{name} {words}$"):
+    with pytest.raises(error, match=rf"^params\[1\]: {name} {words}$"):
         Adan([{"params": params[:1]}, late])
     optimizer = Adan(params[:1])
     with pytest.raises(error, match=f"^{name} {words}$"):

@@ -84,7 +84,7 @@ def test_what_is_no_model():
         extrapolate_([1.0], [1.0], 0.3)
     with pytest.raises(TypeError, match="previous must be a torch"):
         extrapolate_(Small(), [1.0], 0.3)
-    with pytest.raises(TypeError, match="'a' must be a tensor, got float"):
+    with pytest.raises(TypeError, match=r"model\['a'\] must be a tensor, got 1.0"):
         extrapolate_({"a": 1.0}, {"a": 1.0}, 0.3)
     with pytest.raises(ValueError, match="nothing to extrapolate"):
         extrapolate_(Small().requires_grad_(False), Small(), 0.3)

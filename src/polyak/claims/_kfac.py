@@ -25,7 +25,7 @@ class KFAC:
         self.damping, self.decay, self.every, self.clip = damping, decay, every, clip
         self.steps = 0
         self.factors: list[list[Tensor]] = [
-            [torch.eye(n, device=m.weight.device) for n in _sizes(m)] for m in self.layers
+            [torch.eye(n, device=m.weight.device, dtype=m.weight.dtype) for n in _sizes(m)] for m in self.layers
         ]
         self.inverses = [[f.clone() for f in pair] for pair in self.factors]
         self._inputs: dict[nn.Module, Tensor] = {}
@@ -43,7 +43,7 @@ class KFAC:
         """Update the factors where that is due, and replace the gradients."""
         if self.steps % self.every == 0:
             self.update()
-        directions, product = [], torch.zeros((), device=self.layers[0].weight.device)
+        directions, product = [], self.layers[0].weight.new_zeros(())
         for layer, (A, G) in zip(self.layers, self.inverses, strict=True):
             weight, bias = layer.weight.grad, layer.bias.grad
             assert weight is not None
@@ -61,7 +61,7 @@ class KFAC:
         for i, layer in enumerate(self.layers):
             for side, rows in enumerate((self._inputs[layer], self._outputs[layer])):
                 factor = self.factors[i][side].lerp_(rows.T @ rows / len(rows), 1 - self.decay)
-                damped = factor + self.damping * torch.eye(len(factor), device=factor.device)
+                damped = factor + self.damping * torch.eye(len(factor), device=factor.device, dtype=factor.dtype)
                 self.inverses[i][side] = torch.cholesky_inverse(torch.linalg.cholesky(damped))
 
 

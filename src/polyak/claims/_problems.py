@@ -189,17 +189,24 @@ def digits_vit(
     expansion: int = 2,
     patch: int = 2,
     batch: int = 128,
+    images: str = "digits",
 ) -> Problem:
-    """8 x 8 digits as 16 patches, classified by a small ViT; epochs of full batches in an order of their own."""
-    side = 8 // patch
-    x, y = digit_images(device)
-    x = _standardized(x).view(-1, side, patch, side, patch).transpose(2, 3).reshape(-1, side * side, patch * patch)
+    """8 x 8 digits (or "mnist": its test set, a fifth held out) as patches, classified by a small ViT; epochs of full batches."""
+    x, y = digit_images(device) if images == "digits" else mnist_images(device)
+    test = TEST_DIGITS if images == "digits" else len(x) // 5
+    side = round(x.shape[1] ** 0.5) // patch
+    x = (
+        _standardized(x, test)
+        .view(-1, side, patch, side, patch)
+        .transpose(2, 3)
+        .reshape(-1, side * side, patch * patch)
+    )
     model = seeded(
         lambda: ViT(patch * patch, side * side, 10, dim=dim, depth=depth, heads=heads, expansion=expansion),
         seed,
         device,
     )
-    return _classification(model, x, y, batch, seed)
+    return _classification(model, x, y, batch, seed, test)
 
 
 def digits_mlp(seed: int, device: str = "cpu", *, hidden: int = 128, batch: int = 128) -> Problem:
@@ -379,9 +386,16 @@ def digit_images(device: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(x[order] / 16).float().to(device), torch.from_numpy(y[order]).to(device)
 
 
-def _standardized(x: Tensor) -> Tensor:
-    """All pixels shifted and scaled alike, to mean 0 and variance 1 over the training digits."""
-    return (x - x[:-TEST_DIGITS].mean()) / x[:-TEST_DIGITS].std()
+def mnist_images(device: str) -> tuple[Tensor, Tensor]:
+    """MNIST's test images, (10000, 784) pixels from 0 to 1, and their labels, in the order of :func:`digit_images`."""
+    x, y = data.mnist("test")
+    order = np.random.default_rng(0).permutation(len(x))
+    return torch.from_numpy(x[order]).flatten(1).float().div_(255).to(device), torch.from_numpy(y[order]).to(device)
+
+
+def _standardized(x: Tensor, test: int = TEST_DIGITS) -> Tensor:
+    """All pixels shifted and scaled alike, to mean 0 and variance 1 over all but the last, the test's."""
+    return (x - x[:-test].mean()) / x[:-test].std()
 
 
 def _characters() -> tuple[np.ndarray, int]:
@@ -393,8 +407,8 @@ def _characters() -> tuple[np.ndarray, int]:
     return numbers[inverse].astype(np.int64), int(common.sum()) + 1
 
 
-def _classification(model: nn.Module, x: Tensor, y: Tensor, batch: int, seed: int) -> Problem:
-    inside, outside = (x[:-TEST_DIGITS], y[:-TEST_DIGITS]), (x[-TEST_DIGITS:], y[-TEST_DIGITS:])
+def _classification(model: nn.Module, x: Tensor, y: Tensor, batch: int, seed: int, test: int = TEST_DIGITS) -> Problem:
+    inside, outside = (x[:-test], y[:-test]), (x[-test:], y[-test:])
 
     def epochs() -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The commands. Each parses, calls the lab, and prints; listing and help import neither torch nor matplotlib."""
+"""The command line's commands. Listing and help import neither torch nor matplotlib."""
 
 import json
 import math
@@ -43,7 +43,8 @@ STATUSES = ("holds", "fails", "undecided", "not-run")
 
 app = typer.Typer(
     name="polyak",
-    help="Parts for learning and physical systems that carry momentum, each with its paper's claim as an experiment.",
+    help="Published methods as parts of PyTorch, each with its paper's claim as an experiment that you can run.\n\n"
+    "A system is one paper's method, and its slug is its short name, such as adan. Begin with `polyak demo` or `polyak list`.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -171,15 +172,18 @@ def _common(
 
 @app.command("list")
 def list_systems(
-    room: Annotated[str, typer.Option(help="Only this room's.", show_default=False)] = "",
+    room: Annotated[
+        str, typer.Option(help="Only the systems of this room: optim, generate, ...", show_default=False)
+    ] = "",
     status: Annotated[
         str, typer.Option(help=f"Only with this verdict over both kinds: {', '.join(STATUSES)}.", show_default=False)
     ] = "",
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """List all systems with their latest verdicts, one for the mechanism and one for the effect.
+    """List all systems, and what was found of them.
 
+    Each has a verdict for its mechanism (what must be true by its mathematics) and one for its effect (what it does for you).
     They are your own where the store holds a complete run of the current code, else those published with polyak.
     """
     chosen = list(claims.catalogue().values())
@@ -200,7 +204,7 @@ def list_systems(
 
 @app.command()
 def show(slug: Slug, home: Home = None, as_json: Json = False) -> None:
-    """Show one system: its claim, verdicts, and use."""
+    """Show one system: its paper's claim, how that is tested, what was found, and how to use it."""
     [found] = _entries([_load(slug)], home)
     if not as_json:
         terminal.sheet(terminal.console(), found)
@@ -239,7 +243,7 @@ def reproduce(
     ] = None,
     device: Device = "cpu",
     jobs: Annotated[
-        int | None, typer.Option(help="Trials at once (default: one per core).", show_default=False)
+        int | None, typer.Option(help="Trials (single runs) at once (default: one per core).", show_default=False)
     ] = None,
     cluster: ClusterAt = None,
     gpus: Gpus = None,
@@ -250,7 +254,7 @@ def reproduce(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run claims and judge them.
+    """Run papers' claims as experiments, and judge them.
 
     The method and its baselines run at an equal budget, on several seeds. Each verdict is printed as its claim ends, the cheapest
     first. What is stored already is not run again.
@@ -325,7 +329,9 @@ def report(
     show_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     scale: Annotated[
         str | None,
-        typer.Option(help="Whose numbers stand first (default: the smallest that was run).", show_default=False),
+        typer.Option(
+            help="The scale whose numbers stand first (default: the smallest that was run).", show_default=False
+        ),
     ] = None,
     device: MadeOn = None,
     processes: Processes = 1,
@@ -371,7 +377,7 @@ def export_store(
     ] = None,
     home: Home = None,
 ) -> None:
-    """Write the store's finished trials to one file, to go on with a run on another machine.
+    """Write what is stored to one file, for another machine.
 
     There, `polyak import FILE` adds them to the store, and `polyak reproduce` runs what is missing.
     """
@@ -435,7 +441,7 @@ def _write_generated() -> None:
 def record(slugs: Slugs = None, scale: Scale = "small", device: MadeOn = None, home: Home = None) -> None:
     """Publish verdicts from the store.
 
-    They are written next to the claims, in SCOREBOARD.md and in the README's table. For those who work in a checkout.
+    They are written next to the claims, in SCOREBOARD.md and in the README's tables. For those who work in a checkout.
     Refused where the store has no complete run of the current code.
     """
     shared.need_checkout()
@@ -461,9 +467,9 @@ def write_scoreboard(
         bool, typer.Option("--check", help="Write nothing; exit with 1 if something is out of date.")
     ] = False,
 ) -> None:
-    """Write SCOREBOARD.md and README's table.
+    """Write SCOREBOARD.md and README's tables.
 
-    They are made anew from the published verdicts.
+    They are made anew from the published verdicts. For those who work in a checkout.
     """
     shared.need_checkout()
     if not check:

@@ -13,19 +13,9 @@ import typer
 from polyak import claims
 from polyak.cli import shared
 from polyak.core import checks
+from polyak.lab.scoreboard import ROOMS
 
 SKELETON = Path(__file__).with_name("skeleton")
-ROOMS = {
-    "optim": "Optimizers, and what acts on parameters.",
-    "teachers": "Teachers: weights that follow other weights.",
-    "layers": "Layers whose activations carry momentum.",
-    "particles": "Weighted particles: smoothing, resampling, flow networks.",
-    "generate": "Generation: processes, solvers, guidance and steering.",
-    "pde": "Fields: physics-informed networks and neural operators.",
-    "physics": "Simulators and solvers of physical systems.",
-    "forecast": "Forecasts of markets, air and traffic, and the scores that judge them.",
-    "dynamics": "Analyses of training, and of networks as dynamical systems.",
-}
 
 
 def new(
@@ -84,7 +74,7 @@ def _files(slug: str, room: str, name: str) -> dict[str, str]:
     words = {"slug": slug, "room": room, "name": name}
     files = {path: _filled(source, words) for path, source in made.items()}
     if room not in {claim.room for claim in claims.catalogue().values()}:
-        files[f"src/polyak/{room}/__init__.py"] = f'"""{ROOMS[room]}"""\n\n__all__ = []\n'
+        files[f"src/polyak/{room}/__init__.py"] = f'"""{ROOMS[room].capitalize()}."""\n\n__all__ = []\n'
         files[f"src/polyak/claims/{room}/__init__.py"] = f'"""Claims of the systems in `polyak.{room}`."""\n'
     return files
 

@@ -1,4 +1,4 @@
-"""`polyak serve`: the store in the browser."""
+"""``polyak serve``: the stored results as pages in the browser."""
 
 import signal
 import threading
@@ -18,7 +18,7 @@ def serve(
     ] = None,
     show_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
-    """Show the store's claims, runs and live progress in the browser.
+    """Show what is stored and what is running, live in the browser.
 
     At 127.0.0.1, for this machine alone and for reading only, until Ctrl-C.
     """

@@ -1,4 +1,4 @@
-"""What the commands share: options, checks of them, and how a command ends."""
+"""Options that several commands share, how they are checked, and how a command ends with an error."""
 
 import json
 import re

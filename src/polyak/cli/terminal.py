@@ -1,4 +1,4 @@
-"""What the terminal shows of claims and results: tables, sheets, progress."""
+"""Terminal output: the list of systems, a system's sheet, results and progress."""
 
 from __future__ import annotations
 

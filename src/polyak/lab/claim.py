@@ -1,4 +1,4 @@
-"""What a claim is, in data: the words of the lab, and nothing that runs.
+"""The dataclasses that a claim is declared with: arms, tasks, scales, metrics, criteria. Nothing here runs anything.
 
 A claim's file declares one :class:`Claim` named ``CLAIM``. Importing it must stay light (no torch, numpy, scipy or
 matplotlib at module level): listings and help read claims, too. What is heavy is imported inside the trial function.
@@ -23,6 +23,10 @@ Role = Literal["baseline", "method", "ablation", "control"]
 Value = float | int | str | bool | None
 KINDS: tuple[Kind, ...] = ("mechanism", "effect")
 EMPTY: Mapping[str, Any] = {}
+
+
+class UnknownName(KeyError, ValueError):
+    """A claim has no task, arm, scale or metric of this name."""
 
 
 class Diverged(ArithmeticError):
@@ -297,7 +301,7 @@ class Claim:
 def _named(items: Iterable[Any], name: str, what: str) -> Any:
     found = {item.name: item for item in items}
     if name not in found:
-        raise KeyError(f"{what} {name!r} is unknown; it has {', '.join(found)}")
+        raise UnknownName(f"{what} {name!r} is unknown; it has {', '.join(found)}")
     return found[name]
 
 

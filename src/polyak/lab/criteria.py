@@ -1,4 +1,4 @@
-"""How a claim declares its criteria: in one to three lines each, by what they ask.
+"""Short constructors for a claim's criteria (``at_most``, ``beats``, ``order``, ...), one to three lines each.
 
 A claim says once, for each kind, what most of its criteria have in common::
 

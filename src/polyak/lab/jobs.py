@@ -1,4 +1,4 @@
-"""What is asked of whoever runs trials, and what comes of it; and how a trial is run.
+"""The interface between the lab and whatever runs trials: jobs, what is heard of them, and the function that runs one.
 
 A :class:`Job` is a trial function and what it is given, all of it picklable; what comes back are :class:`Heard` measurements, where
 the job asks for that, and one :class:`Ended`. An :class:`Executor` knows nothing of stores, plans or statistics.

@@ -1,4 +1,4 @@
-"""What `polyak serve` says: the store's claims, comparisons, runs and live progress, as pages made at each request."""
+"""The pages of ``polyak serve``: a store's claims, comparisons, runs and live progress, made at each request."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyak.core import checks
 from polyak.lab import plots, ticks
 from polyak.lab import versions as facts
 from polyak.lab.claim import Claim
@@ -38,6 +39,13 @@ WIDTH, HEIGHT = 520, 280  # CSS pixels; on a phone it is scaled down to two thir
 _DESCRIPTION = "polyak_description"
 
 
+_AXES = checks.Like("axes of matplotlib", "annotate", "plot")
+
+
+@checks.arguments(
+    count=checks.Integer(1, 16), rows=checks.Integer(1, 16), titles=checks.Each(checks.Text(empty=True)),
+    height=checks.positive, frame=checks.flag, square=checks.flag, share=checks.flag,
+)  # fmt: skip
 def panels(
     count: int = 1,
     *,
@@ -86,6 +94,14 @@ def panels(
     return figure, axes[:count]
 
 
+@checks.arguments(
+    axes=_AXES,
+    x=checks.real,
+    y=checks.real,
+    text=checks.text,
+    color=checks.text,
+    shift=checks.Each(checks.real, count=2),
+)
 def name(axes: Axes, x: float, y: float, text: str, color: str = INK, *, shift: tuple[float, float] = (6, 0)) -> None:
     """A label beside a point of the drawing, moved by so many pixels."""
     how: dict[str, Any] = {"xytext": shift, "textcoords": "offset points", "color": color, "fontsize": plots.FONT}
@@ -105,12 +121,14 @@ def log(axes: Axes, *, x: bool = False, y: bool = False) -> None:
             axis.set_major_formatter(ticks.formatter())
 
 
+@checks.arguments(figure=checks.Like("a figure of matplotlib", "savefig"), text=checks.text)
 def described(figure: Figure, text: str) -> Figure:
     """The figure, with what it shows in words, for those who cannot see it."""
     setattr(figure, _DESCRIPTION, text)
     return figure
 
 
+@checks.arguments(claim=checks.Instance(Claim, words="a Claim"))
 def drawn(claim: Claim) -> str:
     """A claim's picture as SVG in the page's colours; "" where it has none.
 

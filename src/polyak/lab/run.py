@@ -1,4 +1,4 @@
-"""Carrying trials out: an executor that runs them, one store, and a plan for each claim.
+"""Running claims: an executor that runs trials, a store that keeps them, and a plan for each claim.
 
 Every trial runs in a worker (:mod:`polyak.lab.workers`). The process that was called hands out trials, takes in results and
 stores them; it alone writes. A worker that dies takes one trial with it, which is tried once more. Where another process has a
@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from polyak.core import checks
+from polyak.lab import limits
 from polyak.lab import versions as facts
 from polyak.lab.claim import Claim, Trial
 from polyak.lab.result import ClaimResult, TrialResult
 from polyak.lab.store import Planned, Store, Stored, StoreError
-from polyak.lab.trackers import Mirror, Tracker
+from polyak.lab.trackers import TRACK, Mirror, Tracker
 from polyak.lab.tuning import Plan
 from polyak.lab.workers import Began, Died, Ended, Executor, Heard, Job, Processes, Trouble
 
@@ -34,6 +35,10 @@ _PATIENCE_S = 300.0
 Listener = Callable[[Planned, Mapping[str, float], Mapping[str, float]], None]  # trial, at, values
 
 
+@checks.arguments(
+    claim=checks.text, done=checks.Integer(0), total=checks.Integer(0), cached=checks.Integer(0), running=checks.Each(checks.text),
+    elapsed=checks.measured, eta_seconds=checks.measured | None,
+)  # fmt: skip
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """How far one claim's run has come."""
@@ -61,6 +66,19 @@ class TrialError(RuntimeError):
         super().__init__(f"{trial.claim}: could not run {trial.label}{more}\n{trace.rstrip()}")
 
 
+_CLAIM = checks.Instance(Claim, words="a Claim")
+_STORED: dict[str, checks.Kind] = dict(
+    scale=checks.text, seeds=checks.Integer(1, limits.MOST["seeds"]) | None, device=checks.text,
+    processes=checks.Integer(1, limits.MOST["processes"]), store=checks.Instance(Store, words="a Store"),
+)  # fmt: skip
+_RUN: dict[str, checks.Kind] = dict(
+    **_STORED, jobs=checks.Integer(1, limits.MOST["jobs"]) | None,
+    on_progress=checks.Function("a function of the Progress", 1) | None,
+    executor=checks.Like("an executor", "slots", "open", "start") | None, track=TRACK,
+)  # fmt: skip
+
+
+@checks.arguments(claim=_CLAIM, **_RUN)
 def run(
     claim: Claim,
     *,
@@ -90,6 +108,11 @@ def run(
     return results[claim.slug]
 
 
+@checks.arguments(
+    claims=checks.Each(_CLAIM, words="a sequence of claims"),
+    on_result=checks.Function("a function of the result", 1) | None,
+    **_RUN,
+)
 def run_many(
     claims: Sequence[Claim],
     *,
@@ -211,6 +234,7 @@ def device_kind(device: str, processes: int = 1, executor: Executor | None = Non
     return facts.times(processes, executor.call(facts.device_kind, device, timeout=_PATIENCE_S))
 
 
+@checks.arguments(claim=_CLAIM, **_STORED)
 def collect(
     claim: Claim,
     *,

@@ -6,13 +6,38 @@ from collections.abc import Iterator
 from typing import Any
 
 from polyak.claims._pictures import lcsc as pictures
-from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Scale, Task, Trial, measure
+from polyak.lab.claim import (
+    Arm,
+    Claim,
+    Criterion,
+    Measurement,
+    Metric,
+    Paper,
+    Plot,
+    Role,
+    Scale,
+    Task,
+    Trial,
+    Value,
+    measure,
+)
 from polyak.lab.criteria import Ask
 
 POINTS = 20  # of the search's curve
 
 
 def trial(t: Trial) -> Iterator[Measurement]:
+    """Search one arm's coefficients: on a quadratic whose best combination is known, or on digits."""
+    yield from _quadratic(t) if t.task == "quadratic" else _generators(t)
+
+
+def _quadratic(t: Trial) -> Iterator[Measurement]:
+    from polyak.claims.teachers._lcsc_exact import measured
+
+    yield Measurement(measured(t.seed, _optimizer(t["search"])))
+
+
+def _generators(t: Trial) -> Iterator[Measurement]:
     """Train (all arms of a seed alike), search one arm's coefficients on validation digits, judge the winner on test digits."""
     from polyak.claims.teachers import _digits
     from polyak.teachers import CheckpointBank, sample_metric
@@ -71,6 +96,8 @@ def _optimizer(name: str) -> Any:
     """A search of the part's, or one of the claim's: what is fixed, and evolution that is kept convex."""
     import torch
 
+    from polyak.claims.teachers._lcsc_exact import RATE
+    from polyak.teachers import ema_coefficients
     from polyak.teachers.lcsc.optimizers import evolution, full
 
     def last(k: int, evals: int, population: int, generator: torch.Generator) -> Any:
@@ -90,41 +117,65 @@ def _optimizer(name: str) -> Any:
             a = full(free).clamp(min=0)
             free = search.send((yield (a / a.sum())[1:]))
 
-    own = {"last": last, "uniform": uniform, "single": single, "convex": convex}
+    def average(k: int, evals: int, population: int, generator: torch.Generator) -> Any:
+        yield ema_coefficients(k, RATE)[1:]
+
+    own = {"average": average, "last": last, "uniform": uniform, "single": single, "convex": convex}
     return own.get(name, name)
 
 
+TRAINED = ("diffusion", "consistency")
+RUN = {"of": "run"}
+
+
+def _arm(
+    name: str, label: str, role: Role, options: dict[str, Value], says: str = "", tasks: tuple[str, ...] = TRAINED
+) -> Arm:
+    return Arm(name, label, role, options, says=says, tasks=tasks)
+
+
+def _exact(name: str, label: str, role: Role, search: str, says: str = "") -> Arm:
+    return Arm(f"{name}_exact", label, role, {"search": search}, says=says, tasks=("quadratic",))
+
+
 ARMS = (
-    Arm(
-        "ema", "Best EMA", "baseline", {"search": "grid", "of": "run"},
-        says="the best of 400 averages of the saved checkpoints: 20 starts, 20 rates each",
+    _arm(
+        "ema", "Best EMA", "baseline", {"search": "grid", **RUN},
+        "the best of 400 averages of the saved checkpoints: 20 starts, 20 rates each",
     ),
-    Arm("last", "Last checkpoint", "baseline", {"search": "last", "of": "run"}),
-    Arm("single", "Best single checkpoint", "baseline", {"search": "single", "of": "run"}),
-    Arm(
+    _arm("last", "Last checkpoint", "baseline", {"search": "last", **RUN}),
+    _arm("single", "Best single checkpoint", "baseline", {"search": "single", **RUN}),
+    _arm(
         "ema_online", "Best EMA kept in training", "baseline", {"search": "single", "of": "online"},
-        says="averages over all steps, kept from the first on, at rates 0.98 to 0.9995 per step; the best of six",
+        "averages over all steps, kept from the first on, at rates 0.98 to 0.9995 per step; the best of six",
     ),
-    Arm(
-        "ema_9", "Best EMA, 9 evaluations", "baseline", {"search": "grid", "of": "run", "nfe": 9}, tasks=("diffusion",),
-    ),
-    Arm("lcsc", "LCSC", "method", {"search": "evolution", "of": "run"}, says="evolution, 400 evaluations"),
-    Arm(
+    _arm("ema_9", "Best EMA, 9 evaluations", "baseline", {"search": "grid", **RUN, "nfe": 9}, tasks=("diffusion",)),
+    _arm("lcsc", "LCSC", "method", {"search": "evolution", **RUN}, "evolution, 400 evaluations"),
+    _arm(
         "lcsc_half", "LCSC, half the training", "method", {"search": "evolution", "of": "half"},
-        says="of the first half of the same training: as many checkpoints, at half the interval",
+        "of the first half of the same training: as many checkpoints, at half the interval",
     ),
-    Arm(
-        "convex", "LCSC without negative coefficients", "ablation", {"search": "convex", "of": "run"},
-        says="negative coefficients are set to zero, the others scaled to sum 1",
+    _arm(
+        "convex", "LCSC without negative coefficients", "ablation", {"search": "convex", **RUN},
+        "negative coefficients are set to zero, the others scaled to sum 1",
     ),
-    Arm(
-        "uniform", "Uniform average", "control", {"search": "uniform", "of": "run"},
-        says="the average of all saved checkpoints: a combination that nobody searched",
+    _arm(
+        "uniform", "Uniform average", "control", {"search": "uniform", **RUN},
+        "the average of all saved checkpoints: a combination that nobody searched",
     ),
+    _exact("evolution", "LCSC, exact, evolution", "method", "evolution", "2000 evaluations"),
+    _exact("model", "LCSC, exact, quadratic model", "method", "quadratic", "2000 evaluations"),
+    _exact("average", "An average, exact", "ablation", "average", "the combination that is the average at rate 0.8"),
+    _exact("convex", "LCSC, exact, without negative coefficients", "control", "convex", "2000 evaluations"),
+    _exact("uniform", "Uniform average, exact", "control", "uniform"),
 )  # fmt: skip
 
 PLOTS = (Plot("evaluations", "search", "Best value so far in the search"),)
 TASKS = (
+    Task(
+        "quadratic", "Checkpoints on a quadratic",
+        "20 checkpoints of a noisy gradient descent in 60 dimensions, curvatures from 0.1 to 10; three such for each seed",
+    ),
     Task(
         "diffusion", "Diffusion model of digits, 6 evaluations",
         "8 x 8 digits; EDM-preconditioned MLP of width 128, batch 64, 3000 steps; DPM-Solver++ 2M with 6 evaluations",
@@ -137,6 +188,9 @@ TASKS = (
 )  # fmt: skip
 
 METRICS = (
+    Metric("closed", "Part of the gap from the best EMA to the minimum that is closed", better="higher", exact=True),
+    Metric("combined", "Relative distance to the sum of coefficients times checkpoints", exact=True),
+    Metric("from_ema", "Relative distance to an EMA kept on the way", exact=True),
     Metric("test", "Energy distance to test digits"),
     Metric("search", "Energy distance to validation digits, as searched"),
     Metric("negative", "Sum of the negative coefficients' sizes"),
@@ -164,7 +218,28 @@ def _criteria(task: str, label: str) -> Iterator[Criterion]:
         yield ask.at_most("diffusion_nfe", 0.0, more, minus="ema_9", gating=False)
 
 
-CRITERIA = (*_criteria("diffusion", "Diffusion"), *_criteria("consistency", "Consistency"))
+PROVED = Ask(METRICS, kind="mechanism", task="quadratic", metric="closed", rule="every")
+
+CRITERIA = (
+    PROVED.at_least(
+        "minimum", 0.999, "On a quadratic, a fitted model finds the best combination: 0.999 of the gap from the best EMA is closed",
+        arm="model_exact", control="convex_exact",
+    ),
+    PROVED.at_least(
+        "near_minimum", 0.8, "On a quadratic, evolution closes 0.8 of the gap, and without negative coefficients it does not",
+        arm="evolution_exact", control="convex_exact", rule="mean",
+    ),
+    PROVED.at_most(
+        "averages_inside", 1e-12, "Averages are among the combinations: one is, to 1e-12, the EMA that was kept on the way",
+        metric="from_ema", arm="average_exact", control="uniform_exact",
+    ),
+    PROVED.at_most(
+        "combined", 1e-12, "What a search returns is the sum of coefficients times checkpoints, and has the value that it says",
+        metric="combined", arm="evolution_exact",
+    ),
+    *_criteria("diffusion", "Diffusion"),
+    *_criteria("consistency", "Consistency"),
+)  # fmt: skip
 
 CLAIM = Claim(
     slug="lcsc", room="teachers", name="LCSC",
@@ -181,7 +256,7 @@ CLAIM = Claim(
     part="polyak.teachers.lcsc:LCSC", budget="evaluations of the objective",
     scales=(
         Scale(
-            "small", "digits, a few minutes on two cores", 5,
+            "small", "a quadratic, and digits: a few minutes on two cores", 5,
             first_seed=100,
             options={
                 "steps": 3000, "checkpoints": 30, "width": 128, "batch": 64, "lr": 2e-3, "scales": 18,

@@ -77,6 +77,16 @@ class NoTaskError(TaskError):
     """There is no such file."""
 
 
+_MEASURES = checks.Function("a function (model) -> number", 1)
+_BETTER = checks.Choice("lower", "higher") | checks.Map(checks.Choice("lower", "higher")) | None
+
+
+@checks.arguments(
+    model=checks.module, batches=checks.Stream("an iterable of batches"),
+    loss=checks.Function("a function (model, batch) -> loss", 2), evaluate=_MEASURES, validate=_MEASURES | None,
+    better=_BETTER, params=checks.Function("a function (model) -> param groups", 1) | None,
+    schedule=checks.text | checks.Function("a function of the part of the budget", 1),
+)  # fmt: skip
 @dataclass(kw_only=True)
 class TrainingTask:
     """A model to be trained: what ``task(seed, device)`` returns where optimizers are compared.
@@ -111,6 +121,12 @@ class TrainingTask:
         return float(self.schedule(used))
 
 
+@checks.arguments(
+    metric=checks.Function("a function (samples) -> number", 1),
+    denoiser=checks.Function("a function (x, t) -> prediction", 2) | None,
+    shape=checks.Each(checks.Integer(0)), process=checks.anything, dtype=checks.dtype | None,
+    pipeline=checks.Function("a pipeline") | None, call=checks.Map(), better=_BETTER,
+)  # fmt: skip
 @dataclass(kw_only=True)
 class SamplingTask:
     """A model to draw samples from: what ``task(seed, device)`` returns where samplers are compared.
