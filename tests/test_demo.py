@@ -29,7 +29,7 @@ class Shown(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def shown(tmp_path_factory: pytest.TempPathFactory, in_process: None) -> Any:
     """A demo of little work, as `make demo` asks for it."""
     folder, out = tmp_path_factory.mktemp("demo"), io.StringIO()
     catalogue = {slug: claims.load(slug) for slug in SHOWN}

@@ -343,7 +343,7 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("page", [*written(), *made()])
-def test_every_block_runs(page, shell):
+def test_every_block_runs(page, shell, in_process):
     namespace = run_page(page, shell)
     assert sum(bool(b.not_run) for b in blocks(text_of(page))) == NOT_RUN.get(page, 0)
     if page == "CONTRIBUTING.md":
