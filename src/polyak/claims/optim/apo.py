@@ -240,6 +240,14 @@ CLAIM = Claim(
             "small", "tables with known optima, and a character model with a reward that can be counted: minutes on two cores", 5,
             first_seed=100,
         ),
+        Scale(
+            "gpu", "300 problems, and a character model of width 128: minutes on one accelerator", 10,
+            first_seed=100, tasks=("sampled", "vowels"),
+            task_options={
+                "sampled": {"problems": 300},
+                "vowels": {"dim": 128, "pretraining": 1500, "pretraining_lr": 1.5e-3, "prompts": 512, "judged": 2048},
+            },
+        ),
     ),
     tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial, picture=pictures.picture,
     departures=(

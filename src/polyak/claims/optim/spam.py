@@ -47,7 +47,9 @@ def _small(t: Trial) -> Iterator[Measurement]:
 
     from polyak.claims import _problems
 
-    problem = _problems.char_lm(t.seed, t.device, dim=t["dim"], expansion=4, context=t["context"], batch=t["batch"])
+    problem = _problems.char_lm(
+        t.seed, t.device, dim=t["dim"], depth=t["depth"], expansion=4, context=t["context"], batch=t["batch"]
+    )
     weights, steps = list(problem.model.parameters()), t["steps"]
     optimizer = _optimizer(t, problem.model)
     if t["spikes"]:
@@ -86,11 +88,12 @@ def _optimizer(t: Trial, model: Any) -> Any:
 
     from polyak.optim.spam import SPAM, spam_param_groups
 
+    lr = t["lr"] * t.options.get("rate", 1.0)
     if t["optimizer"] == "adam":
-        return torch.optim.Adam(model.parameters(), lr=t["lr"], fused=True)
+        return torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     return SPAM(
         spam_param_groups(model, t["density"], LINEAR) if t["density"] < 1 else model.parameters(),
-        lr=t["lr"],
+        lr=lr,
         reset_interval=t["reset_interval"],
         warmup_steps=t["warmup_steps"],
         threshold=t["threshold"],
@@ -127,11 +130,16 @@ def _llama(t: Trial) -> Iterator[Measurement]:
 
 
 NEVER = 10**9
+SPIKES: dict[str, Value] = {
+    "batch": 16, "warmup": 1 / 16, "probability": 0.02, "size": 1000.0, "reset_interval": 100, "warmup_steps": 20, "grace": 20,
+    "threshold": 5000.0,
+}  # fmt: skip
 ADAM = {"optimizer": "adam", "spikes": True, "clip_norm": 0.0, "clip_value": 0.0}
 SPAM = {**ADAM, "optimizer": "spam", "density": 1.0}
 # Every grid has its arm's best rate of a pilot, on a seed that is not reported, in its middle.
-HIGH = {"lr": (6e-3, 1.2e-2, 2.4e-2)}
-LOW = {"lr": (3e-3, 6e-3, 1.2e-2)}
+RATES = {"lr": (6e-3, 1.2e-2, 2.4e-2)}
+CLIPPED = {"lr": (1.2e-2, 2.4e-2, 4.8e-2)}
+SPARSE = {"lr": (2.4e-2, 4.8e-2, 9.6e-2)}
 
 ONE = ("entries",)
 
@@ -144,33 +152,33 @@ def _exact(
 
 
 ARMS = (
-    Arm("adam", "Adam", "baseline", ADAM, HIGH, tasks=SMALL),
+    Arm("adam", "Adam", "baseline", ADAM, RATES, tasks=SMALL),
     Arm(
-        "adam_norm", "Adam, norm clipped", "baseline", {**ADAM, "clip_norm": 1.0}, HIGH, tasks=SMALL,
+        "adam_norm", "Adam, norm clipped", "baseline", {**ADAM, "clip_norm": 1.0}, CLIPPED, tasks=SMALL,
         says="the gradient's norm is at most 1",
     ),
     Arm(
-        "adam_value", "Adam, values clipped", "baseline", {**ADAM, "clip_value": 0.01}, HIGH, tasks=ONE,
+        "adam_value", "Adam, values clipped", "baseline", {**ADAM, "clip_value": 0.01}, CLIPPED, tasks=ONE,
         says="every entry of the gradient is at most 0.01 in size",
     ),
     Arm(
-        "spam", "SPAM", "method", SPAM, LOW, tasks=SMALL,
+        "spam", "SPAM", "method", SPAM, RATES, tasks=SMALL,
         says="resets every 100 steps, then 20 of warmup and of grace; threshold 5000",
     ),
     Arm(
-        "spam_no_reset", "SPAM without resets", "ablation", {**SPAM, "reset_interval": NEVER}, HIGH, tasks=SMALL,
+        "spam_no_reset", "SPAM without resets", "ablation", {**SPAM, "reset_interval": NEVER}, RATES, tasks=SMALL,
         says="clipping alone",
     ),
     Arm(
-        "spam_no_clip", "SPAM without clipping", "ablation", {**SPAM, "threshold": 0.0}, LOW, tasks=SMALL,
+        "spam_no_clip", "SPAM without clipping", "ablation", {**SPAM, "threshold": 0.0}, RATES, tasks=SMALL,
         says="resets alone; the control: it does not look at spikes",
     ),
     Arm(
-        "spam_sparse", "SPAM, a quarter of the moments", "method", {**SPAM, "density": 0.25}, HIGH, tasks=ONE,
+        "spam_sparse", "SPAM, a quarter of the moments", "method", {**SPAM, "density": 0.25}, SPARSE, tasks=ONE,
         says="density 0.25 in the linear layers of attention and feed-forward",
     ),
-    Arm("adam_clean", "Adam, no spikes", "baseline", {**ADAM, "spikes": False}, HIGH, tasks=ONE),
-    Arm("spam_clean", "SPAM, no spikes", "method", {**SPAM, "spikes": False}, LOW, tasks=ONE),
+    Arm("adam_clean", "Adam, no spikes", "baseline", {**ADAM, "spikes": False}, RATES, tasks=ONE),
+    Arm("spam_clean", "SPAM, no spikes", "method", {**SPAM, "spikes": False}, RATES, tasks=ONE),
     _exact("spam", "SPAM, exact", "method"),
     _exact("spam_no_clip", "SPAM, exact, without clipping", "control", clips=False),
     _exact("spam_no_reset", "SPAM, exact, without resets", "control", resets=False),
@@ -183,7 +191,7 @@ ARMS = (
     ),
 )  # fmt: skip
 
-MODEL = "Tiny Shakespeare, characters; GPT of width 32, depth 2, 4 heads, context 32; batch 16, 800 steps, cosine"
+MODEL = "Tiny Shakespeare, characters; GPT of width 32, depth 2, 4 heads, context 32; batch 16, 300 steps, cosine"
 PLOTS = (Plot("step", "train_loss", "Training loss, nats per character (mean since the last point)"),)
 TASKS = (
     Task(
@@ -315,11 +323,13 @@ CLAIM = Claim(
     scales=(
         Scale(
             "small", "its equations, and a small language model with spikes injected into its gradients: minutes on two cores", 5,
-            first_seed=100, tasks=("equations", *SMALL),
-            options={
-                "dim": 32, "context": 32, "batch": 16, "steps": 800, "warmup": 1 / 16, "probability": 0.02, "size": 1000.0,
-                "reset_interval": 100, "warmup_steps": 20, "grace": 20, "threshold": 5000.0,
-            },
+            first_seed=100, tasks=("equations", "entries"), options={**SPIKES, "dim": 32, "depth": 2, "context": 32, "steps": 300},
+        ),
+        Scale(
+            "gpu",
+            "a language model of width 128, depth 4, spikes in its gradients; 2000 steps: minutes on one accelerator", 10,
+            first_seed=100, tasks=SMALL,
+            options={**SPIKES, "dim": 128, "depth": 4, "context": 128, "batch": 32, "steps": 2000, "rate": 0.25},
         ),
         Scale(
             "paper", "LLaMA of four sizes on C4, days on one accelerator; needs transformers, datasets, and C4 from the hub", 3,
@@ -332,13 +342,15 @@ CLAIM = Claim(
     ),
     tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial, picture=pictures.picture,
     departures=(
-        "Small scale: spikes are injected, the same steps, tensors and entries for every arm of a seed, since a model of this size "
-        "has none of its own. Width and context are 32, which keeps all trials within eight minutes of processor time.",
+        "Small scale: spikes are injected, the same steps, tensors and entries for every arm of a seed, since a model of this "
+        "size has none of its own. Width and context are 32, and there are 300 steps. Scale gpu: widths, contexts and batches "
+        "are larger, with 2000 steps, and rates are a quarter, as the width is four times as large.",
         "Spikes in 1% of one tensor's entries hardly harm Adam here (its step is bounded, and few entries are ever hit); the "
         "criterion entries_harm says whether they do. Spikes in whole tensors do harm; they were added after a pilot on a seed "
-        "that is not reported, and decide nothing.",
-        "Resets every 100 steps, 20 of warmup and of grace, for 800 steps in place of 10,000 and more. Rates are tuned by final "
-        "training loss over three for each arm, around its best in a pilot; there, twice the highest rate of each was worse.",
+        "that is not reported, and decide nothing. They are run at the scale gpu.",
+        "Resets every 100 steps, 20 of warmup and of grace, for 300 or 2000 steps in place of 10,000 and more. Rates are tuned "
+        "by final training loss over three for each arm, around its best in a pilot; there, twice the highest rate of each was "
+        "worse.",
         "Beside its equations eps is 0, since Adam and SPAM add it in different places.",
         "The control of the comparisons under spikes is SPAM without clipping: resets alone also gain or lose without any spike.",
         "The text is Tiny Shakespeare if POLYAK_DATA has it, else the standard library's source, which differs between versions "
