@@ -265,7 +265,7 @@ CLAIM = Claim(
     scales=(
         Scale(
             "small", "an exactly solvable toy, and a small network on digits: about three minutes on two cores", 5,
-            first_seed=100, tasks=("toy", "convnet"),
+            first_seed=200, tasks=("toy", "convnet"),
         ),
         Scale(
             "paper",
@@ -292,7 +292,7 @@ CLAIM = Claim(
         "decay 1e-4. These settings and the figures above are as quoted elsewhere, and not compared again with the paper's "
         "appendix.",
         "Until 2026-11-30 criteria on what training reaches asked every seed, so that more seeds made passing harder. Before this "
-        "run they were reset to ask the mean, with the same bounds; the small scale's seeds, from 100 on, had not been run.",
+        "run they were reset to ask the mean, with the same bounds; the small scale's seeds, from 200 on, had not been run.",
     ),
     errata=(
         Erratum(
