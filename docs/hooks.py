@@ -6,6 +6,7 @@ Nothing here knows a system by name. A system's page comes from its claim, its p
 
 from __future__ import annotations
 
+import ast
 import html
 import posixpath
 import re
@@ -25,6 +26,7 @@ SOURCES = ROOT / "src"
 INCLUDED = {"CONTRIBUTING.md": "adding.md", "bench/README.md": "benchmarks.md", "SCOREBOARD.md": "scoreboard.md"}
 # Their tables need the room of the list of contents, which the first of them is.
 WIDE = ("SCOREBOARD.md",)
+MADE = ("gallery.md", "errata.md")  # from the catalogue
 SECTIONS = ("Method", "Cost", "Limits")
 TOOLS = ("claims", "cli")  # packages of polyak that are no rooms to import from
 
@@ -34,7 +36,9 @@ TOOLS = ("claims", "cli")  # packages of polyak that are no rooms to import from
 
 def on_config(config: Any) -> Any:
     """The navigation's entries "systems/" and "api/" become lists; an entry whose page is not written is left out."""
-    written = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")} | set(INCLUDED.values())
+    written = (
+        {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")} | set(INCLUDED.values()) | set(MADE)
+    )
     lists = {"systems/": _systems_nav, "api/": _api_nav}
     nav = []
     for entry in config["nav"]:
@@ -53,14 +57,17 @@ def on_files(files: Any, config: Any) -> Any:
 
     for file in [f for f in files if f.src_uri.startswith("systems/") and f.src_uri.endswith(".md")]:
         files.remove(file)
-    for uri, content in [*pages(), ("assets/report.css", style())]:
+    for uri, content in [*pages(), ("assets/report.css", style()), ("assets/find.js", report.source("find.js"))]:
         files.append(File.generated(config, uri, content=content))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """A mark for a strip becomes an example of one."""
-    return markdown.replace("<!-- strip -->", example_strip())
+    """A mark for a strip becomes an example of one, a mark for tiles the pictures of some systems."""
+    for mark, made in MARKS.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, made())
+    return markdown
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
@@ -78,6 +85,8 @@ def pages() -> Iterator[tuple[str, str]]:
     catalogue = claims.catalogue()
     for source, page in INCLUDED.items():
         yield page, included(source)
+    yield "gallery.md", gallery()
+    yield "errata.md", errata(catalogue)
     yield "systems/index.md", systems_index(catalogue)
     for slug, claim in catalogue.items():
         yield f"systems/{slug}.md", system_page(claim)
@@ -103,12 +112,57 @@ def included(source: str) -> str:
 
 def systems_index(catalogue: dict[str, Claim]) -> str:
     """All systems by room, with their verdicts."""
-    entries = [report.Entry(claim, claims.published(slug)) for slug, claim in catalogue.items()]
-    by_room: dict[str, list[report.Entry]] = {}
-    for entry in entries:
-        by_room.setdefault(entry.claim.room, []).append(entry)
-    shown = _template("systems.html").render(rooms=by_room)
+    shown = _template("systems.html").render(rooms=report.by_room(map(_entry, catalogue.values())))
     return f"# Systems\n\n{shown}\n"
+
+
+def _entry(claim: Claim) -> report.Entry:
+    return report.entry(claim, (), claims.published_at(claim.slug))
+
+
+def gallery() -> str:
+    """The pictures of all systems that have one, by room."""
+    parts = ["# Gallery", "What each method does, drawn by the method itself."]
+    for room, entries in report.by_room(map(_entry, claims.catalogue().values())).items():
+        if drawn := [e for e in entries if e.claim.picture]:
+            parts += [f"## {room}", _template("tiles.html").render(entries=drawn, large=True)]
+    return "\n\n".join(parts) + "\n"
+
+
+def tiles() -> str:
+    """The pictures that open the start page."""
+    return _template("tiles.html").render(
+        entries=report.some_tiles(map(_entry, claims.catalogue().values())), large=False
+    )
+
+
+def errata(catalogue: dict[str, Claim]) -> str:
+    """What official code gets wrong, by system, each with the test that shows it."""
+    parts = [
+        "# What official code gets wrong",
+        "Where the code of a paper's authors departs from the paper, or a widespread implementation is wrong: what it does, "
+        "what that does to results, and a test of this library that shows it.",
+    ]
+    for slug, claim in catalogue.items():
+        if claim.errata:
+            parts.append(f"## [{claim.name}](systems/{slug}.md)")
+        for erratum in claim.errata:
+            parts += [
+                f"**{_plain(erratum.what)}** {_plain(erratum.effect)}",
+                f"*{_plain(erratum.where)}*",
+                _shown_by(erratum.test),
+            ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _shown_by(test: str) -> str:
+    """A test's name, which opens its source."""
+    path, _, name = test.partition("::")
+    text = (ROOT / path).read_text(encoding="utf-8")
+    found = next(n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef) and n.name == name)
+    lines = text.splitlines()[min(n.lineno for n in (found, *found.decorator_list)) - 1 : found.end_lineno]
+    code = "\n".join(f"    {line}".rstrip() for line in ("```python", *lines, "```"))
+    return f'??? quote "{test}"\n{code}'
 
 
 def example_strip() -> str:
@@ -125,8 +179,7 @@ def example_strip() -> str:
 
 def system_page(claim: Claim) -> str:
     """The page of one system: method, use, verdict, cost, limits, reference."""
-    entry = report.Entry(claim, claims.published(claim.slug), published=True)
-    view = report.view(entry)
+    view = report.view(_entry(claim))
     written = fragment(claim.slug)
     module = claim.part.partition(":")[0]
     parts = [
@@ -148,7 +201,8 @@ def system_page(claim: Claim) -> str:
     name = claim.part.replace(":", ".")
     parts += [
         "## Reference",
-        f"::: {name}\n    options:\n      heading_level: 3\n      skip_local_inventory: true",
+        f'??? abstract "{name.rpartition(".")[2]}: its arguments, state and errors"\n'
+        f"    ::: {name}\n        options:\n          heading_level: 3\n          skip_local_inventory: true",
         f"All of `{module}` is in the [reference of `polyak.{claim.room}`](../api/{claim.room}.md).",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -236,7 +290,12 @@ def _final(item: Any) -> Any:
 
 
 def _documented(item: Any) -> bool:
-    return item is not None and _final(item).has_docstring
+    import griffe
+
+    try:
+        return item is not None and _final(item).has_docstring
+    except griffe.AliasResolutionError:  # of what is assigned in a tuple griffe knows nothing
+        return False
 
 
 def commands_page() -> str:
@@ -284,6 +343,9 @@ def _api_nav() -> list[Any]:
 
 
 # -------------------------------------------------------------------------------------------------------------------- looks
+
+
+MARKS = {"<!-- strip -->": example_strip, "<!-- tiles -->": tiles}
 
 
 def _template(name: str) -> Any:

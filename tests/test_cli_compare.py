@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from importlib import import_module
 from pathlib import Path
 
@@ -14,8 +10,11 @@ import pytest
 
 from polyak.cli import main
 from polyak.cli.compare import _page
+from polyak.lab import Store
 
 from .lab.tasks_for_tests import REGRESSION, write
+
+pytestmark = pytest.mark.usefixtures("in_process")
 
 QUICK = ("--budget", "20steps", "--trials", "2", "--points", "4", "--jobs", "1")
 
@@ -184,42 +183,23 @@ def test_a_task_that_cannot_be_used(call, tmp_path) -> None:
     assert "did you mean 'optim'?" in err
 
 
-def test_what_a_task_prints_does_not_get_into_the_data(tmp_path) -> None:
-    write(tmp_path, REGRESSION, replaced={"import torch\n": "import torch\nprint('hello')\n"})
-    command = [
-        "import sys; from polyak.cli import main; main(sys.argv[1:])",
-        "compare",
-        "line.py",
-        "--arms",
-        "adamw,sgd",
-    ]
-    options = ["--json", "--seeds", "1", "--home", "home", *QUICK]
-    done = subprocess.run([sys.executable, "-c", *command, *options], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["table"]) == 2
-    assert "hello" in done.stderr
-
-
-def test_ctrl_c_keeps_what_is_finished(tmp_path) -> None:
-    slow = {'{"distance": (': '{"distance": time.sleep(0.2) or (', "import torch\n": "import time\nimport torch\n"}
-    write(tmp_path, REGRESSION, replaced=slow)
-    code = """
-        import os, signal, sys, threading, time
-        from polyak.cli import main
-        from polyak.lab.store import Store
-
-        def interrupt():
-            while not any(r.done for r in Store("home").runs()):
-                time.sleep(0.1)
-            os.kill(os.getpid(), signal.SIGINT)
-
-        if __name__ == "__main__":
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            threading.Thread(target=interrupt, daemon=True).start()
-            main(["compare", "line.py", "--arms", "adamw,sgd", "--budget", "20steps", "--home", "home", "--jobs", "1"])
-        """
-    (tmp_path / "run.py").write_text(textwrap.dedent(code))
-    done = subprocess.run([sys.executable, "run.py"], capture_output=True, text=True, cwd=tmp_path, env=os.environ)
-    assert done.returncode == 130, done.stderr
-    assert "Finished trials are kept" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_ctrl_c_keeps_what_is_finished(call, tmp_path) -> None:
+    """The task sends it once a trial has ended: trials run in this process."""
+    stop = (
+        "def stop():\n    with Store.reader(Path('home')) or nullcontext() as store:\n"
+        "        if store and any(r.done for r in store.runs()):\n            os.kill(os.getpid(), signal.SIGINT)\n\n\n"
+    )
+    lines = "import os, signal\nfrom contextlib import nullcontext\nfrom pathlib import Path\nfrom polyak.lab import Store\n"
+    changes = {
+        '{"distance": (': '{"distance": stop() or (',
+        "def task(": f"{stop}def task(",
+        "import torch\n": f"{lines}import torch\n",
+    }
+    write(tmp_path, REGRESSION, "interrupting.py", replaced=changes)
+    code, out, err = call("compare", "interrupting.py", "--arms", "adamw,sgd", "--home", "home", *QUICK)
+    assert (code, out) == (130, "")
+    assert "Finished trials are kept" in err
+    assert "Traceback" not in err
+    with Store("home") as store:
+        assert 1 <= sum(r.done for r in store.runs()) < 2 * 5 * 3
+        assert store.in_flight() == []

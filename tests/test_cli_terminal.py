@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from polyak.cli import terminal
+from polyak.lab.report import Entry
 from polyak.lab.run import Progress
 
+from .lab.results_for_tests import optimizer_claim, optimizer_result
 from .lab.tasks_for_tests import made_up, together
 
 FINALS = {
@@ -145,3 +148,21 @@ def test_the_answer_of_many_arms_has_a_line_for_each() -> None:
     terminal.comparison(Console(file=out, width=120, highlight=False), found)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     assert lines[:5] == [f"{found.said.head}.", *(f"  {clause}" for clause in found.said.rest)]
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_a_system_shows_the_verdicts_of_all_its_scales(width: int) -> None:
+    claim = optimizer_claim()
+    claim = replace(claim, scales=(*claim.scales, replace(claim.scales[0], name="gpu")))
+    small = optimizer_result(claim)
+    entry = Entry(claim, small, more=(replace(optimizer_result(claim, "fails"), scale="gpu"),))
+    out = io.StringIO()
+    console = Console(file=out, width=width, highlight=False)
+    console.print(terminal.listing([entry], width))
+    terminal.sheet(console, entry)
+    text = out.getvalue()
+    assert "✓ holds, 2 of 2 (small)" in text
+    assert "✗ not seen, 1 of 2 (gpu)" in text
+    assert "at scale small, on 5 seeds" in text
+    assert "at scale gpu, on 5 seeds" in text
+    assert max(map(len, text.splitlines())) <= width

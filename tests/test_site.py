@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from polyak import claims
-from polyak.lab import words
+from polyak.lab import report, words
 from polyak.lab.claim import KINDS
 
 from .looks_for_tests import faults, scrolling
@@ -47,7 +47,7 @@ def site(tmp_path_factory) -> Path:
     pytest.importorskip("mkdocs")
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
@@ -86,7 +86,17 @@ def test_every_system_has_a_page_with_its_verdict(site):
 @pages
 @pytest.mark.slow
 def test_the_pages_are_all_there(site):
-    for page in ("index", "quickstart", "fairness", "adding", "benchmarks", "scoreboard", "api/cli"):
+    for page in (
+        "index",
+        "gallery",
+        "errata",
+        "quickstart",
+        "fairness",
+        "adding",
+        "benchmarks",
+        "scoreboard",
+        "api/cli",
+    ):
         assert len(Page(site / f"{page}.html").text) > 500, page
     for room in hooks.rooms():
         assert f"polyak.{room}" in Page(site / "api" / f"{room}.html").text
@@ -96,6 +106,39 @@ def test_the_pages_are_all_there(site):
     for name in ("reproduce", "record", "scoreboard"):
         assert f"polyak {name}" in Page(site / "api" / "cli.html").text
     assert (site / "search" / "search_index.js").exists()
+
+
+@pages
+@pytest.mark.slow
+def test_pictures_open_the_start_page_the_gallery_and_every_systems_page(site):
+    catalogue = claims.catalogue()
+    entries = [report.Entry(claim, None) for claim in catalogue.values()]
+    start, gallery = ((site / f"{name}.html").read_text(encoding="utf-8") for name in ("index", "gallery"))
+    tiles = re.findall(r'<a class="tile" href="systems/(\w+)\.html">\s*<svg class="curves"', start)
+    assert tiles == [e.claim.slug for e in report.some_tiles(entries)]
+    shown = re.findall(r'<a class="tile" href="systems/(\w+)\.html">\s*<svg class="curves"', gallery)
+    assert shown == [slug for slug, claim in catalogue.items() if claim.picture]
+    for slug, claim in catalogue.items():
+        page = (site / "systems" / f"{slug}.html").read_text(encoding="utf-8")
+        assert (page.count('<figure class="picture">') == 1) == bool(claim.picture)
+        assert page.index('class="lead"') < page.index('<figure class="picture">') < page.index('aria-label="Verdict"')
+
+
+@pages
+@pytest.mark.slow
+def test_errata_are_on_their_page_with_their_tests_and_on_the_systems(site):
+    page = Page(site / "errata.html").text
+    raw = (site / "errata.html").read_text(encoding="utf-8")
+    for slug, claim in claims.catalogue().items():
+        system = Page(site / "systems" / f"{slug}.html").text
+        assert ("What official code gets wrong" in system.partition("The experiment ¶")[2]) == bool(claim.errata)
+        assert (f'href="systems/{slug}.html">{claim.name}' in raw) == bool(claim.errata)
+        for erratum in claim.errata:
+            name = erratum.test.rpartition("::")[2]
+            assert re.search(rf"{re.escape(erratum.test)}.*?def {name} ?\(", page)
+            for said in (erratum.what, erratum.where, erratum.effect):
+                assert words_of(said) in page
+                assert words_of(said) in system
 
 
 @pages
@@ -241,7 +284,7 @@ def test_the_site_in_a_browser(chromium, site, width, scheme):
         assert light < 0.2 if scheme == "dark" else light > 0.9
     if width > 1000:
         page.locator(".md-search__input").fill("bootstrap")  # from disk, where browsers start no worker
-        page.locator(".md-search-result__item", has_text="Fair").first.wait_for(timeout=15_000)
+        page.locator(".md-search-result__item", has_text="Fair").first.wait_for()
     assert troubles == []
     assert {url.partition(":")[0] for url in requests} <= {"file", "data", "blob"}
     context.close()
@@ -260,6 +303,36 @@ def test_nothing_on_any_page_is_cut_off_or_squeezed(chromium, site, width):
         assert faults(page) == [], path.name
         # A desk has room for every table; a phone lists the rows of one that reads as text, and scrolls numbers.
         assert (width < 1000 and path.stem == "benchmarks") or scrolling(page) == [], path.name
+    page.close()
+
+
+@pytest.mark.browser
+@pages
+@pytest.mark.slow
+def test_no_systems_page_is_long_on_a_phone(chromium, site):
+    page = chromium.new_page(viewport={"width": 390, "height": 844})
+    for path in [*sorted((site / "systems").glob("*.html")), site / "index.html", site / "errata.html"]:
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.scrollHeight") < 8000, path.name
+    page.close()
+
+
+@pytest.mark.browser
+@pages
+@pytest.mark.slow
+def test_the_list_of_systems_can_be_searched(chromium, site):
+    page = chromium.new_page()
+    page.goto((site / "systems" / "index.html").as_uri())
+    names, rooms = page.locator(".systems > li b"), page.locator("[data-room] .room")
+
+    def visible(these) -> list[str]:
+        return [one.inner_text() for one in these.all() if one.is_visible()]
+
+    assert len(visible(names)) == len(claims.slugs())
+    page.locator(".find input").fill("teachers")
+    assert (visible(names), visible(rooms)) == (["LCSC"], ["polyak.teachers"])
+    page.locator(".find input").fill("constraint optim")
+    assert (visible(names), visible(rooms)) == (["Lion-K"], ["polyak.optim"])
     page.close()
 
 

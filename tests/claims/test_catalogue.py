@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import subprocess
 import sys
+import time
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +16,7 @@ import pytest
 
 import polyak
 from polyak import claims
+from polyak.lab import pictures
 from polyak.lab.claim import Claim
 
 ROOT = Path(polyak.__file__).parent
@@ -22,6 +27,7 @@ FILES = sorted(
     if not p.name.startswith("__init__") or p.parent.parent != ROOT / "claims"
 )
 SYSTEMS = [p for p in FILES if not p.name.startswith("_") and not p.parent.name.startswith("_")]
+TESTS = Path(__file__).parents[1]
 HEAVY = ("torch", "numpy", "scipy", "matplotlib", "sklearn", "pandas", "optuna")
 
 
@@ -72,6 +78,48 @@ def test_a_published_verdict_is_small_and_of_this_claim(path):
     assert [c.kind for c in result.criteria] == [c.kind for c in claim.criteria]
     assert [(c.op, c.bound) for c in result.criteria] == [(c.op, c.bound) for c in claim.criteria]
     assert "trials" not in json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("slug", claims.slugs())
+def test_a_picture_is_drawn_in_seconds_and_says_what_it_shows(slug):
+    claim = claims.load(slug)
+    assert claim.picture is not None, f"{slug} has no picture"
+    import_module("matplotlib.figure")
+    import_module(claim.part.partition(":")[0])  # what importing takes is not the picture's
+    start = time.thread_time()
+    svg = pictures.draw(claim)
+    assert time.thread_time() - start < 3, (
+        "a picture takes two seconds of processor time; the third is for a busy machine"
+    )
+    assert len(svg.encode()) <= 60_000
+    assert len(pictures.description(svg)) >= 60
+    paths = re.findall(r' d="([^"]*)"', svg)
+    assert paths
+    assert not any(re.search(r"nan|inf", path, flags=re.IGNORECASE) for path in paths)
+    assert re.search(r"var\(--series-\d\)", svg), "drawn in the reports' colours"
+
+
+@pytest.mark.parametrize("slug", claims.slugs())
+def test_what_official_code_gets_wrong_is_shown_by_a_test(slug):
+    for erratum in claims.load(slug).errata:
+        assert min(len(erratum.what), len(erratum.where), len(erratum.effect)) >= 12
+        assert "\n" not in erratum.what + erratum.where + erratum.effect
+        path, _, name = erratum.test.partition("::")
+        assert (TESTS.parent / path).is_relative_to(TESTS)
+        defined = {
+            n.name
+            for n in ast.walk(ast.parse((TESTS.parent / path).read_text("utf-8")))
+            if isinstance(n, ast.FunctionDef)
+        }
+        assert name in defined
+        assert name.startswith("test_")
+
+
+def test_every_test_of_errata_is_named_by_an_erratum():
+    named = {e.test for claim in claims.catalogue().values() for e in claim.errata}
+    for path in TESTS.glob("*/test_errata.py"):
+        tests = re.findall(r"^def (test_\w+)", path.read_text("utf-8"), flags=re.MULTILINE)
+        assert {f"tests/{path.parent.name}/{path.name}::{test}" for test in tests} <= named
 
 
 def test_reading_all_claims_is_light():

@@ -35,11 +35,11 @@ GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 
 @pytest.fixture(autouse=True)
 def noise_for_mnist(monkeypatch):
-    """One thread, and few images of noise where MNIST is."""
+    """One thread, and images of noise where MNIST is."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (500, 28, 28), dtype=np.uint8), rng.integers(0, 10, 500)
+    images, labels = rng.integers(0, 256, (10_000, 28, 28), dtype=np.uint8), rng.integers(0, 10, 10_000)
     monkeypatch.setattr(data, "mnist", lambda split: (images, labels))
     yield
     torch.set_num_threads(before)

@@ -225,15 +225,14 @@ def test_a_given_process_is_saved(process: Process, tmp_path: Any) -> None:
     ("given", "message"),
     [
         ({"part": "process:VP"}, "no Solver is called 'process:VP'"),
-        ({"part": "os:system"}, "No module named|no Solver is called"),
+        ({"part": "os:system"}, "no Solver is called"),
         ({"part": "ddim.x:DDIM"}, "no Solver is called"),
-        ("DDIM", "solver must be a Solver, got 'DDIM'"),
         (DPMSolver(method="adaptive"), "needs the timesteps beforehand"),
         (None, r"solver is needed: PolyakScheduler.from_config\(config, solver=DPMSolver"),
     ],
 )
 def test_solvers_that_are_none(given: Any, message: str) -> None:
-    with pytest.raises((ValueError, ModuleNotFoundError), match=message):
+    with pytest.raises(ValueError, match=message):
         PolyakScheduler(solver=given)
 
 

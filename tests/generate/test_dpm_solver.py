@@ -373,6 +373,12 @@ def smooth() -> tuple[Tensor, Tensor]:
     return x, reference(exact(), x, nfe=6000)
 
 
+@pytest.fixture(scope="module")
+def plain() -> tuple[Tensor, Tensor]:
+    x = noise()
+    return x, reference(exact(), x, nfe=3000)
+
+
 def test_gaussian_data_against_the_closed_form() -> None:
     law = Gaussian([0.5, -0.3], torch.tensor([[0.5, 0.2], [0.2, 0.3]]))
     denoiser, x = ExactDenoiser(law, VP()), noise(16, 2)
@@ -489,9 +495,8 @@ def test_inversion_returns_to_the_noise() -> None:
 
 
 @pytest.mark.parametrize("order", [2, 3])
-def test_adaptive_tightens(order: int) -> None:
-    x = noise()
-    ref = reference(exact(), x, nfe=3000)
+def test_adaptive_tightens(order: int, plain: tuple[Tensor, Tensor]) -> None:
+    x, ref = plain
     errors, spent = [], []
     for factor in (1.0, 0.1, 0.01):
         solver = DPMSolver(order=order, method="adaptive", atol=0.0078 * factor, rtol=0.05 * factor)
@@ -536,13 +541,12 @@ def test_infinite_lam_is_refused_where_it_cannot_be_stepped(solver: DPMSolver) -
 
 
 def test_flow_from_pure_noise_to_clean_data() -> None:
-    process = Flow()
+    # alpha = 0 and sigma = 0 at the ends: the reference stops short of both
+    near = Flow(t_min=1e-9, t_max=1 - 1e-9)
+    ref = sample(exact(near), noise(), solver=DPMSolver(method="singlestep"), nfe=3000)
     for order in (1, 2, 3):
         solver = DPMSolver(order=order, form="data", method="multistep", lower_order_final=False)
-        x = sample(exact(process), noise(), solver=solver, nfe=400, grid="time")
-        # alpha = 0 and sigma = 0 at the ends: the reference stops short of both
-        near = Flow(t_min=1e-9, t_max=1 - 1e-9)
-        ref = sample(exact(near), noise(), solver=DPMSolver(method="singlestep"), nfe=3000)
+        x = sample(exact(Flow()), noise(), solver=solver, nfe=400, grid="time")
         assert path_rmse(x, ref) < (0.02 if order == 1 else 1e-3)
 
 

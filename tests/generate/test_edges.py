@@ -249,7 +249,7 @@ def test_views_have_names() -> None:
         ({"steering": 4}, "steering must be a Steering"),
         ({"corrector": 1}, "corrector must be a function"),
         ({"generator": 0}, "generator must be a torch.Generator"),
-        ({"generator": [0, 1, 2]}, "generator must be a torch.Generator"),
+        ({"generator": [0, 1, 2]}, r"generator\[0\] must be a torch.Generator"),
     ],
 )
 def test_parts_that_are_none(options: dict[str, Any], message: str) -> None:

@@ -189,7 +189,7 @@ def test_perturb_refuses_what_does_not_fit() -> None:
     ("make", "message"),
     [
         (lambda: VP(beta0=-1.0), "beta0 must be > 0, got -1.0"),
-        (lambda: VP(beta0=5.0, beta1=1.0), "beta1 must be in"),
+        (lambda: VP(beta0=5.0, beta1=1.0), "beta1 must be above beta0=5, got 1.0"),
         (lambda: VP(t_min=2.0), "t_max must be in"),
         (lambda: EDM(sigma_min=0.0), "sigma_min must be > 0"),
         (lambda: VE(sigma_min=2.0, sigma_max=1.0), "sigma_max must be above sigma_min=2, got 1.0"),

@@ -32,7 +32,9 @@ class Part:
 
 def descend(trial: Trial) -> Iterator[Measurement]:
     """Gradient descent on a noisy parabola, whose start and noise follow from the seed."""
-    journal(trial)
+    if journal(trial) > int(os.environ.get("POLYAK_TEST_HANGS_AFTER", "1000")):
+        while not Path(os.environ["POLYAK_TEST_JOURNAL"]).with_name("go").exists():
+            time.sleep(0.02)
     # The environment's, so that one process may be stuck in a trial that is quick in another.
     time.sleep(float(os.environ.get("POLYAK_TEST_SLEEP", trial.options.get("sleep", 0.0))))
     random_numbers = random.Random(trial.seed)
@@ -45,13 +47,17 @@ def descend(trial: Trial) -> Iterator[Measurement]:
     yield measure(loss=x * x + 1e-9, global_draw=random.random())
 
 
-def journal(trial: Trial) -> None:
-    """One line for each trial that begins, for tests that count them."""
-    if path := os.environ.get("POLYAK_TEST_JOURNAL"):
-        line = f"{trial.claim} {trial.task} {trial.arm} {trial.seed} {trial.options.get('lr')}\n"
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(descriptor, line.encode())
-        os.close(descriptor)
+def journal(trial: Trial) -> int:
+    """One line for each trial that begins, for tests that count them; how many there are with this one."""
+    path = os.environ.get("POLYAK_TEST_JOURNAL")
+    if not path:
+        return 0
+    line = f"{trial.claim} {trial.task} {trial.arm} {trial.seed} {trial.options.get('lr')}\n"
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(descriptor, line.encode())
+    os.close(descriptor)
+    text = Path(path).read_text()
+    return text[: text.rindex(line)].count("\n") + 1
 
 
 def misbehave(trial: Trial) -> Iterator[Measurement]:
@@ -66,6 +72,9 @@ def misbehave(trial: Trial) -> Iterator[Measurement]:
             raise Diverged("too big")
         case "nan":
             yield measure(loss=math.nan, global_draw=0.5)
+        case "print":
+            print("hello")
+            yield measure(loss=1.0)
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
         case "die once":

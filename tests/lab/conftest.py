@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,40 @@ from polyak.lab.serve import Server
 from .results_for_tests import optimizer_claim, optimizer_result, solver_claim, solver_result
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_workers(in_process: None) -> None:
+    """Tests that are about processes ask for the fixture ``processes``."""
+
+
+class Clock:
+    """Stands in for the module ``time`` where trials are timed, so that a budget in time is the same steps on any machine.
+
+    A second passes with each reading, and otherwise as something sleeps.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def perf_counter(self) -> float:
+        self.now += 1.0
+        return self.now
+
+    def process_time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    for module in ("examine", "sampling", "trial"):
+        monkeypatch.setattr(import_module(f"polyak.lab.compare.{module}"), "time", made)
+    monkeypatch.setattr(time, "sleep", made.sleep)
+    return made
 
 
 @pytest.fixture(scope="session")

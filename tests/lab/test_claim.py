@@ -41,7 +41,6 @@ TASK = Task(name="parabola", label="", tune="loss")
             r"scale 'small': unknown tasks \['far'\]",
         ),
         ({"criteria": (replace(CRITERION, task="far"),)}, "criterion 'better': unknown task 'far'"),
-        ({"criteria": (replace(CRITERION, kind="affect"),)}, "kind must be one of mechanism, effect, got 'affect'"),
         ({"criteria": (replace(CRITERION, arm="far"),)}, "criterion 'better': no arm 'far'"),
         ({"criteria": (replace(CRITERION, control="far"),)}, "criterion 'better': no arm 'far'"),
         ({"criteria": (replace(CRITERION, metric="far"),)}, "criterion 'better': unknown metric 'far'"),

@@ -6,9 +6,11 @@ import json
 import math
 import sqlite3
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +24,11 @@ from polyak.lab.compare.search import Search
 from polyak.lab.compare.task import Facts
 from polyak.lab.compare.trial import Train
 from polyak.lab.database import FILE, SCHEMA
+from polyak.lab.inprocess import InProcess
 from polyak.lab.tuning import FIRST_TUNING_SEED
-from polyak.lab.workers import Ended, Heard, Job, Processes, carry_out
+from polyak.lab.workers import Job, Processes, carry_out
 
+from .conftest import Clock
 from .tasks_for_tests import PIPELINE, REGRESSION, SAMPLING, write
 
 ARMS = "adamw,adan,sgd:weight_decay=0"
@@ -47,12 +51,6 @@ def small(home: Path, task: Path) -> Comparison:
 
 
 shared = pytest.mark.xdist_group("small")  # one worker runs it, once
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tasks are examined in this process, which is faster than to start one."""
-    monkeypatch.setattr(sys.modules["polyak.lab.compare.main"], "call_apart", lambda f, *given, timeout: f(*given))
 
 
 def trials(comparison: Comparison, purpose: str) -> list[Any]:
@@ -159,15 +157,15 @@ def test_a_trial_is_training_as_one_writes_it(task: Path) -> None:
     )
 
 
-def test_a_time_budget_counts_training_and_not_evaluation(tmp_path: Path) -> None:
-    slow = {'{"distance": (': '{"distance": time.sleep(0.05) or (', "import torch\n": "import time\nimport torch\n"}
-    curve, outcome = trial(
-        write(tmp_path, REGRESSION, "slow.py", replaced=slow), "torch.optim:SGD", budget={"seconds": 0.2}
-    )
-    assert 0.2 <= outcome.values["seconds"] < 0.26
-    assert outcome.seconds > 0.2 + 4 * 0.05
+def test_a_time_budget_counts_training_and_not_evaluation(tmp_path: Path, clock: Clock) -> None:
+    """Each step reads the clock four times, which then has two seconds more of training."""
+    slow = {'{"distance": (': '{"distance": time.sleep(7) or (', "import torch\n": "import time\nimport torch\n"}
+    path = write(tmp_path, REGRESSION, "slow.py", replaced=slow)
+    curve, outcome = trial(path, "torch.optim:SGD", budget={"seconds": 40})
+    assert (outcome.values["seconds"], outcome.values["steps"]) == (40, 20)
+    assert clock.now >= 40 + 5 * 7
     assert [at["used"] for at, _ in curve] == [0, 0.25, 0.5, 0.75, 1]
-    assert curve[2][0]["seconds"] == pytest.approx(0.1, abs=0.03)
+    assert (curve[2][0]["seconds"], curve[2][0]["step"]) == (20, 10)
 
 
 def test_an_optimizer_that_needs_a_closure_gets_one(task: Path) -> None:
@@ -213,7 +211,6 @@ def test_divergence_is_a_measurement(tmp_path: Path, what: str) -> None:
 
 
 @shared
-@pytest.mark.usefixtures("here")
 def test_what_is_stored_is_not_run_again(small: Comparison, home: Path, task: Path) -> None:
     begun: list[Any] = []
     again = compare(task, ARMS, store=home, on_measurement=lambda *heard: begun.append(heard), **SMALL)
@@ -222,7 +219,6 @@ def test_what_is_stored_is_not_run_again(small: Comparison, home: Path, task: Pa
 
 
 @shared
-@pytest.mark.usefixtures("here")
 def test_another_arm_or_seed_leaves_the_others_as_they_are(small: Comparison, home: Path, task: Path) -> None:
     ran: set[str] = set()
     more = compare(
@@ -246,7 +242,6 @@ def test_another_arm_or_seed_leaves_the_others_as_they_are(small: Comparison, ho
 
 
 @shared
-@pytest.mark.usefixtures("here")
 def test_a_change_of_the_task_counts_and_one_of_its_comments_does_not(
     small: Comparison, home: Path, task: Path, tmp_path: Path
 ) -> None:
@@ -260,7 +255,6 @@ def test_a_change_of_the_task_counts_and_one_of_its_comments_does_not(
 
 
 @shared
-@pytest.mark.usefixtures("here")
 def test_an_interrupted_comparison_asks_the_same_again(small: Comparison, task: Path, tmp_path: Path) -> None:
     class EnoughError(Exception):
         pass
@@ -292,7 +286,6 @@ def test_an_interrupted_comparison_asks_the_same_again(small: Comparison, task: 
     assert points(resumed) == points(small), "with one worker or two, at once or in two parts"
 
 
-@pytest.mark.usefixtures("here")
 def test_trials_stop_early_and_are_counted(tmp_path: Path, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hear = Search.heard
 
@@ -317,38 +310,43 @@ def test_trials_stop_early_and_are_counted(tmp_path: Path, task: Path, monkeypat
 # ------------------------------------------------------------------------------------------------------------ what goes wrong
 
 
-@pytest.mark.usefixtures("here")
-def test_a_trial_that_does_not_end_is_stopped_at_its_deadline(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("forked")
+def test_a_trial_that_does_not_end_is_stopped_at_its_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it hangs the clock goes faster, so that no trial which is only slow comes to its deadline."""
+    mark = tmp_path / "mark"
     hang = {
-        '{"distance": (': '{"distance": seed == 2 and time.sleep(600) or (',
+        '{"distance": (': f'{{"distance": seed == 2 and hang({str(mark)!r}) or (',
+        "def task(": "def hang(mark):\n    open(mark, 'w').close()\n    time.sleep(6000)\n\n\ndef task(",
         "import torch\n": "import time\nimport torch\n",
     }
     path = write(tmp_path, REGRESSION, "hang.py", replaced=hang)
-    with pytest.raises(TrialError, match=r"seed 2\n.*did not end, and was stopped at its deadline after 20 s"):
-        compare(
-            path,
-            "adamw:lr=0.01:weight_decay=0,sgd:lr=0.01:weight_decay=0",
-            store=tmp_path,
-            deadline=20,
-            **{**SMALL, "jobs": 1},
-        )
+    real = time.monotonic
+    clock = SimpleNamespace(monotonic=lambda: real() + 1e6 * mark.exists(), sleep=time.sleep)
+    monkeypatch.setattr(sys.modules["polyak.lab.run"], "time", clock)
+    monkeypatch.setattr(sys.modules["polyak.lab.run"], "Processes", Processes)
+    arms = "adamw:lr=0.01:weight_decay=0,sgd:lr=0.01:weight_decay=0"
+    with pytest.raises(TrialError, match=r"seed 2\n.*did not end, and was stopped at its deadline after 300 s"):
+        compare(path, arms, store=tmp_path, deadline=300, **SMALL)
     with Store(tmp_path) as store:
         assert sum(r.done for r in store.runs()) >= 2, "finished trials are kept"
 
 
-def test_a_task_that_does_not_end_is_stopped(tmp_path: Path) -> None:
-    hang = {"    g = ": "    import time; time.sleep(600)\n    g = "}
-    with pytest.raises(TaskError, match=r"hang.py: not ready after 8 s"):
-        compare(write(tmp_path, REGRESSION, "hang.py", replaced=hang), ARMS, store=tmp_path, deadline=8, **SMALL)
+@pytest.mark.usefixtures("processes", "forked")
+@pytest.mark.parametrize(
+    ("instead", "deadline", "says"),
+    [
+        ("time.sleep(6000)", 1, r"odd_task.py: not ready after 1 s"),
+        ("os._exit(5)", 300, r"odd_task.py: its process died with exit status 5"),
+    ],
+)
+def test_a_task_that_does_not_end_or_kills_its_process_is_told(
+    tmp_path: Path, instead: str, deadline: float, says: str
+) -> None:
+    path = write(tmp_path, REGRESSION, "odd_task.py", {"    g = ": f"    import os, time; {instead}\n    g = "})
+    with pytest.raises(TaskError, match=says):
+        compare(path, ARMS, store=tmp_path, deadline=deadline, **SMALL)
 
 
-def test_a_task_that_kills_its_process_is_told(tmp_path: Path) -> None:
-    die = {"    g = ": "    import os; os._exit(5)\n    g = "}
-    with pytest.raises(TaskError, match=r"die.py: its process died with exit status 5"):
-        compare(write(tmp_path, REGRESSION, "die.py", replaced=die), ARMS, store=tmp_path, **SMALL)
-
-
-@pytest.mark.usefixtures("here")
 def test_arguments_are_checked(tmp_path: Path, task: Path) -> None:
     def refused(
         says: str, error: type[Exception] = ValueError, arms: str = ARMS, tasks: Any = task, **changes: Any
@@ -373,7 +371,6 @@ def test_arguments_are_checked(tmp_path: Path, task: Path) -> None:
     refused("no arm is called 'adamw'", ArmError, tasks=sampling)
 
 
-@pytest.mark.usefixtures("here")
 def test_an_optimizer_that_cannot_train_the_task(tmp_path: Path) -> None:
     """It is told before the first trial has run."""
     (tmp_path / "odd.py").write_text(ODD)
@@ -394,20 +391,27 @@ def test_an_optimizer_that_cannot_train_the_task(tmp_path: Path) -> None:
         assert store.runs() == []
 
 
-@pytest.mark.usefixtures("here")
 def test_samplers_are_tried_before_the_first_trial(tmp_path: Path) -> None:
     path = write(tmp_path, SAMPLING)
     with pytest.raises(ArmError, match=r"DPMSolver cannot draw on this task: ValueError: .*adaptive"):
         compare(path, "ddim,dpmsolver:method=adaptive", store=tmp_path, **{**SMALL, "budget": "10nfe"})
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("clock")
 def test_samplers_with_a_budget_in_time(tmp_path: Path) -> None:
-    path = write(tmp_path, SAMPLING)
-    found = compare(path, "ddim,heun", store=tmp_path, **{**SMALL, "budget": "0.05s/trial"})
+    """Of evaluations that take three seconds each."""
+    slow = {
+        "ExactDenoiser(law, VP())": "Slow(law, VP())",
+        "def task(": "class Slow(ExactDenoiser):\n    def __call__(self, *given, **options):\n        time.sleep(3)\n"
+        "        return super().__call__(*given, **options)\n\n\ndef task(",
+        "import torch\n": "import time\nimport torch\n",
+    }
+    path = write(tmp_path, SAMPLING, "slow_sampling.py", slow)
+    found = compare(path, "ddim,heun", store=tmp_path, **{**SMALL, "budget": "50s/trial", "seeds": 3})
     assert "at equal time" in found.answer
     assert found.save(tmp_path / "page.html").exists()
-    assert all(row.spent is not None and row.spent > 8 for row in found.task().rows)
+    # Eight evaluations and a reading of the clock: 25 seconds.
+    assert [(row.spent, row.seconds) for row in found.task().rows] == [(16, 49), (16, 49)]
 
 
 ODD = """
@@ -487,14 +491,12 @@ def test_an_optimizer_around_another(task: Path) -> None:
     assert outcome.values["distance"] == pytest.approx(made["evaluate"](made["model"])["distance"].item(), abs=1e-12)
 
 
-@pytest.mark.usefixtures("here")
 def test_an_arm_that_changes_nothing_is_doubted(tmp_path: Path) -> None:
     (tmp_path / "odd_three.py").write_text(ODD)
     found = compare(write(tmp_path, REGRESSION), "sgd:lr=0.1,odd_three:Frozen:lr=0.1", store=tmp_path, **SMALL)
     assert "Frozen (lr 0.1) never changes the distance: does its step() move the parameters?" in found.warnings
 
 
-@pytest.mark.usefixtures("here")
 def test_what_a_task_stands_on_makes_trials_anew(tmp_path: Path) -> None:
     """A module beside it, data that it reads; and what nothing shows, on demand."""
     ran: Counter[bool] = Counter()
@@ -523,7 +525,6 @@ def test_what_a_task_stands_on_makes_trials_anew(tmp_path: Path) -> None:
     assert (run(fresh=True), run()) == (2, 0)
 
 
-@pytest.mark.usefixtures("here")
 def test_fresh_leaves_nothing_that_a_later_command_would_take_for_new(tmp_path: Path, task: Path) -> None:
     ran: Counter[tuple[str, int]] = Counter()
 
@@ -543,7 +544,6 @@ def test_fresh_leaves_nothing_that_a_later_command_would_take_for_new(tmp_path: 
     assert run([*arms, third], 3) == [(arm, seed) for arm in sorted(arms) for seed in (1, 2)]
 
 
-@pytest.mark.usefixtures("here")
 def test_one_at_a_time_arms_take_turns(tmp_path: Path, task: Path) -> None:
     """A machine that slows down must not do so for the arm that comes last."""
     ended: list[Any] = []
@@ -557,10 +557,10 @@ def test_one_at_a_time_arms_take_turns(tmp_path: Path, task: Path) -> None:
     assert ended == [0, 0, 1, 1, 2, 2]
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("clock")
 def test_times_of_trials_beside_each_other_are_not_taken_for_those_of_trials_alone(tmp_path: Path, task: Path) -> None:
     ended: list[Any] = []
-    keywords = {**SMALL, "budget": "0.02s/trial", "seeds": 1, "points": 2}
+    keywords = {**SMALL, "budget": "20s/trial", "seeds": 1, "points": 2}
     for jobs, ran in ((2, 2), (2, 0), (None, 2), (1, 0)):
         ended.clear()
         found = compare(
@@ -584,7 +584,6 @@ def test_a_deadline_leaves_time_for_what_the_task_takes() -> None:
     assert limit("100000steps", seconds=0.1) > 3 * 100_000 * 0.1
 
 
-@pytest.mark.usefixtures("here")
 def test_what_is_no_file_is_told(tmp_path: Path, task: Path) -> None:
     with pytest.raises(TaskError, match=r"a task is a file, got a function: .* %%writefile task.py"):
         compare(lambda seed, device: {}, ARMS, store=tmp_path, **SMALL)  # pyright: ignore[reportArgumentType]
@@ -596,22 +595,21 @@ def test_what_is_no_file_is_told(tmp_path: Path, task: Path) -> None:
         compare(task, ["adamw", 3], store=tmp_path, **SMALL)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("clock")
 def test_a_changed_share_of_the_budget_is_told(tmp_path: Path, task: Path, caplog: pytest.LogCaptureFixture) -> None:
     short = {**SMALL, "seeds": 1, "points": 2}
     arms = ["sgd:lr=0.1:weight_decay=0", "adamw:lr=0.1:weight_decay=0"]
-    compare(task, arms, store=tmp_path, **{**short, "budget": "0.2s"})
+    compare(task, arms, store=tmp_path, **{**short, "budget": "60s"})
     assert not caplog.records
-    compare(task, [*arms, "adan:lr=0.1:weight_decay=0"], store=tmp_path, **{**short, "budget": "0.2s"})
+    compare(task, [*arms, "adan:lr=0.1:weight_decay=0"], store=tmp_path, **{**short, "budget": "60s"})
     [said] = [r.getMessage() for r in caplog.records]
     assert said == (
-        "each trial now gets 0.067 s; stored ones got 0.1 s, and are not used (they are with a budget of 0.1s/trial)"
+        "each trial now gets 20 s; stored ones got 30 s, and are not used (they are with a budget of 30s/trial)"
     )
-    compare(task, [*arms, "lion:lr=0.1:weight_decay=0"], store=tmp_path, **{**short, "budget": "0.1s/trial"})
+    compare(task, [*arms, "lion:lr=0.1:weight_decay=0"], store=tmp_path, **{**short, "budget": "30s/trial"})
     assert len(caplog.records) == 1
 
 
-@pytest.mark.usefixtures("here")
 def test_arms_may_be_beside_the_task_whatever_it_is_called(tmp_path: Path) -> None:
     path = write(tmp_path, REGRESSION, "random.py")
     (tmp_path / "own_optimizer.py").write_text("import torch\n\n\nclass Mine(torch.optim.SGD):\n    pass\n")
@@ -622,7 +620,6 @@ def test_arms_may_be_beside_the_task_whatever_it_is_called(tmp_path: Path) -> No
     assert mine.label == "Mine (lr 0.1, weight_decay 0)"
 
 
-@pytest.mark.usefixtures("here")
 def test_a_store_of_a_newer_polyak(tmp_path: Path, task: Path) -> None:
     Store(tmp_path).close()
     with sqlite3.connect(tmp_path / FILE) as db:
@@ -631,7 +628,6 @@ def test_a_store_of_a_newer_polyak(tmp_path: Path, task: Path) -> None:
         compare(task, ARMS, store=tmp_path, **SMALL)
 
 
-@pytest.mark.usefixtures("here")
 def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, task: Path) -> None:
     with Store(tmp_path) as store:
         store._db.execute("PRAGMA max_page_count = 12")
@@ -647,26 +643,22 @@ def test_a_full_disk_keeps_what_is_finished(tmp_path: Path, task: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------------- seams
 
 
-class Recorder(Processes):
+class Recorder(InProcess):
     """Another place where trials run: what a cluster's executor has to be."""
 
     def __init__(self) -> None:
-        super().__init__(1)
+        super().__init__()
         self.started, self.closed = 0, False
 
-    def start(self, ticket: int, job: Job) -> None:
+    def start(self, ticket: int, job: Job) -> bool:
         self.started += 1
-        super().start(ticket, job)
-
-    def events(self, timeout: float) -> list[Heard | Ended]:
-        return super().events(timeout)
+        return super().start(ticket, job)
 
     def close(self) -> None:
         self.closed = True
         super().close()
 
 
-@pytest.mark.usefixtures("here")
 def test_trials_run_where_an_executor_runs_them(tmp_path: Path, task: Path) -> None:
     elsewhere = Recorder()
     found = compare(task, "adamw,sgd", store=tmp_path, executor=elsewhere, **{**SMALL, "seeds": 1, "trials": 2})
@@ -674,7 +666,6 @@ def test_trials_run_where_an_executor_runs_them(tmp_path: Path, task: Path) -> N
     assert elsewhere.started == 2 * (2 + 1) == len(found.task().result.trials)
 
 
-@pytest.mark.usefixtures("here")
 def test_measurements_can_be_listened_to(tmp_path: Path, task: Path) -> None:
     heard: list[tuple[Any, Any, Any]] = []
     found = compare(
@@ -690,7 +681,6 @@ def test_measurements_can_be_listened_to(tmp_path: Path, task: Path) -> None:
         assert told == [*t.curve, ({}, t.values)]
 
 
-@pytest.mark.usefixtures("here")
 def test_samplers(tmp_path: Path) -> None:
     path = write(tmp_path, SAMPLING, "sampling.py")
     found = compare(path, "ddim,heun,dpmsolver:order=1..3", store=tmp_path, **{**SMALL, "budget": "16nfe", "seeds": 5})
@@ -702,11 +692,8 @@ def test_samplers(tmp_path: Path) -> None:
     assert [at["evaluations"] for at, _ in one.curve] == [2, 4, 8, 16]
     starts = {t.seed: t.values["off"] for t in trials(found, "report") if t.arm == "ddim"}
     assert len(set(starts.values())) == 5
-    timed = compare(path, "ddim,heun", store=tmp_path, **{**SMALL, "budget": "0.05s/trial", "seeds": 1})
-    assert all(0.01 < r.seconds < 0.25 for r in timed.task().rows if r.seconds)
 
 
-@pytest.mark.usefixtures("here")
 def test_schedulers_of_a_pipeline(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
     # Both read the configuration as its own scheduler does: with DDIM's they would stop at different timesteps.

@@ -33,7 +33,9 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Any]]:
     for cell in notebook.cells[4:]:
         cell.metadata.tags = ["raises-exception"]
     folder = tmp_path_factory.mktemp("notebook")
-    client = nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}})
+    client = nbclient.NotebookClient(
+        notebook, timeout=None, startup_timeout=3000, resources={"metadata": {"path": str(folder)}}
+    )
     client.execute()
     return notebook, [cell.outputs for cell in notebook.cells]
 

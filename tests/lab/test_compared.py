@@ -140,6 +140,7 @@ def test_the_command_names_device_and_processes(whole, device, said):
         ({"target": 0.25}, "--target 0.25"),
     ],
 )
+@pytest.mark.usefixtures("clock")
 def test_what_is_asked_for_otherwise_is_another_comparison(home, task, monkeypatch, changes, said):
     """Only what was asked for is looked at: the trials are not run."""
 

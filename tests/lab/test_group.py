@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,18 +17,41 @@ import pytest
 import torch
 
 from polyak.cli import main
-from polyak.lab import Store, collect, compare, run
+from polyak.lab import Store, collect, compare, run, spawning
 from polyak.lab.claim import Trial
 from polyak.lab.cluster import Cluster
 from polyak.lab.compare import task as tasks
 from polyak.lab.compare.examine import examine
 from polyak.lab.compare.task import Facts
 from polyak.lab.group import carry_out, environment, of_one
-from polyak.lab.workers import STOPPED, Died, Job, Outcome, Trouble, call_apart
+from polyak.lab.inprocess import InProcess
+from polyak.lab.workers import STOPPED, Died, Ended, Job, Outcome, Processes, Trouble, call_apart
 
 from .tasks_for_tests import REGRESSION, write
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked")]
+
+
+class Here(InProcess):
+    """Trials of several processes, whose ranks are started by this one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended: list[Ended] = []
+
+    def start(self, ticket: int, job: Job) -> bool:
+        if job.processes == 1:
+            return super().start(ticket, job)
+        self.ended = [Ended(ticket, carry_out(job, lambda *_: None, lambda *_: True))]
+        return True
+
+    def events(self, timeout: float) -> Any:
+        ended, self.ended = self.ended, []
+        return ended or super().events(timeout)
+
+    def call(self, function: Any, *arguments: Any, timeout: float) -> Any:
+        """Tasks leave a process group in the process that they are looked at in."""
+        return call_apart(function, *arguments, timeout=timeout)
 
 
 def by_hand(seed: int, steps: int = 6) -> list[float]:
@@ -42,20 +66,26 @@ def by_hand(seed: int, steps: int = 6) -> list[float]:
     return losses
 
 
-def test_two_processes_are_one_trial(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("processes")
+def test_two_processes_are_one_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them started afresh, as for users."""
+    monkeypatch.setattr(spawning, "multiprocessing", multiprocessing)
+    claim = examples.make(seeds=1)
     with Store(tmp_path) as store:
-        result = run(examples.make(), store=store, processes=2, jobs=1)
+        result = run(claim, store=store, processes=2, jobs=1)
         assert result.device == "2 × cpu"
         for trial in result.trials:
             losses = by_hand(trial.seed)
             assert [values["loss"] for _, values in trial.curve] == losses
             assert dict(trial.values) == {"loss": losses[-1], "rank": 0.0, "size": 2.0, "threads": 1.0}
-        assert collect(examples.make(), store=store) is None, "what one process does is another experiment"
-        assert collect(examples.make(), processes=2, store=store) == result
+        assert collect(claim, store=store) is None, "what one process does is another experiment"
+        assert collect(claim, processes=2, store=store) == result
 
 
 def ranks() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    """All descendants but the server that they are forked from, and what looks after shared memory."""
+    children = psutil.Process().children()
+    return [p for child in children for p in child.children() if "resource_tracker" not in " ".join(p.cmdline())]
 
 
 def job(how: str, stream: Any = "") -> Job:
@@ -141,8 +171,8 @@ def test_a_comparison_under_accelerate(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     task = write(tmp_path, REGRESSION, replaced=DATA_PARALLEL)
     small: dict[str, Any] = {"budget": "10steps", "seeds": 1, "trials": 1, "points": 5, "jobs": 1, "progress": False}
-    two = compare(task, ARMS, store=tmp_path, processes=2, **small).task()
-    one = compare(task, ARMS, store=tmp_path, **small).task()
+    two = compare(task, ARMS, store=tmp_path, processes=2, executor=Here(), **small).task()
+    one = compare(task, ARMS, store=tmp_path, executor=Processes(1), **small).task()
     assert [t.values["ranks"] for t in two.trials(ARMS[0])] == [2]
     assert [t.values["ranks"] for t in one.trials(ARMS[0])] == [0]
     # Both ranks have the same batches here, and the mean of two equal gradients is exact.
@@ -195,7 +225,7 @@ def test_accelerate_shares_a_loader_out(tmp_path: Path) -> None:
         '"batches": batches()': '"batches": accelerator.prepare(torch.utils.data.DataLoader(list(zip(x, y)), batch_size=4))',
         "    def batches": "    from accelerate import Accelerator\n    accelerator = Accelerator(cpu=True)\n\n    def unused",
     }
-    found = call_apart(examine, str(write(tmp_path, REGRESSION, replaced=shared)), "cpu", 2, timeout=60)
+    found = call_apart(examine, str(write(tmp_path, REGRESSION, replaced=shared)), "cpu", 2, timeout=3000)
     assert isinstance(found, Facts), found
     assert found.warnings == ()
 
@@ -216,7 +246,8 @@ TORCHRUNS = {
 def test_a_task_that_is_written_for_torchrun(tmp_path: Path) -> None:
     """It is examined as the one rank of a group. Two that share each batch do what one process does with all of it."""
     small: dict[str, Any] = {"budget": "10steps", "seeds": 1, "trials": 1, "points": 5, "jobs": 1, "progress": False}
-    two = compare(write(tmp_path, REGRESSION, replaced=TORCHRUNS), ARMS, store=tmp_path, processes=2, **small).task()
+    task = write(tmp_path, REGRESSION, replaced=TORCHRUNS)
+    two = compare(task, ARMS, store=tmp_path, processes=2, executor=Here(), **small).task()
     assert not any("processes" in w for w in two.warnings)
     assert [t.values["loss"] for t in two.trials(ARMS[0])] == [2]
     tasks._module.cache_clear()
@@ -237,8 +268,7 @@ def test_the_environment_of_one_rank_is_left_behind(monkeypatch: pytest.MonkeyPa
     assert dict(os.environ) == before
 
 
-def test_budgets_in_time_are_for_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["polyak.lab.compare.main"], "call_apart", lambda f, *given, timeout: f(*given))
+def test_budgets_in_time_are_for_one_process(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a count like 500steps, got '1s/trial'"):
         compare(
             write(tmp_path, REGRESSION), "adamw,sgd", budget="1s/trial", processes=2, store=tmp_path, progress=False

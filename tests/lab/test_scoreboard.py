@@ -97,9 +97,23 @@ def test_nothing_yet():
     assert "No systems yet." in board.scoreboard([])
 
 
+def test_the_readme_has_a_table_for_each_room(entries):
+    elsewhere = replace(entries[0].claim, slug="toy", room="toys")
+    parts = board.systems_table([entries[0], Entry(elsewhere, None), *entries[1:]]).split("### ")
+    assert parts[0] == ""
+    assert [part.partition("\n\n")[0] for part in parts[1:]] == [
+        "optim: optimizers",
+        "toys",
+        "generate: samplers of diffusion and flow models",
+    ]
+    assert [part.count("\n| `") for part in parts[1:]] == [2, 1, 2]
+    assert all(part.partition("\n\n")[2].startswith("| slug |") for part in parts[1:])
+    assert "| `toy` |" in parts[2]
+
+
 def test_the_table_goes_between_its_markers(entries):
     table = board.systems_table(entries)
-    assert "| `swift` | optim | Swift | Adam-style" in table
+    assert "| `swift` | Swift | Adam-style" in table
     assert "&lt;of the past>" in table
     readme = f"before\n{board.OPEN}\nold\n{board.CLOSE}\nafter\n"
     assert board.with_table(readme, table) == f"before\n{board.OPEN}\n{table}\n{board.CLOSE}\nafter\n"

@@ -354,13 +354,40 @@ def test_infinities_are_the_limit_of_large_numbers(values: list[float], low: flo
         assert float(intervals.mean(finite).p) == pytest.approx(p, rel=1e-6)
 
 
-def test_the_95_percent_interval_holds_the_mean_in_95_percent_of_cases() -> None:
-    """20,000 cases: their share is known to 0.15 points."""
-    rng = np.random.default_rng(0)
-    for n in (3, 5, 10):
-        found = intervals.mean(rng.standard_normal((20_000, n)))
-        assert ((found.low <= 0) & (found.high >= 0)).mean() == pytest.approx(0.95, abs=0.0062)
-        assert (found.p <= 0.05).mean() == pytest.approx(0.05, abs=0.0062)
+def level(rate: float, cases: int = 20_000) -> Any:
+    """What a share of so many cases is, if the true one is ``rate``: within four standard errors."""
+    return pytest.approx(rate, abs=4 * math.sqrt(rate * (1 - rate) / cases))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10])
+def test_intervals_and_p_values_have_their_level(n: int) -> None:
+    """The interval holds the mean in 95 % of cases, and misses it on either side alike; a p-value below a is as rare as a."""
+    found = intervals.mean(np.random.default_rng(n).standard_normal((20_000, n)))
+    assert ((found.low <= 0) & (found.high >= 0)).mean() == level(0.95)
+    assert ((found.low > 0).mean(), (found.high < 0).mean()) == (level(0.025), level(0.025))
+    for rate in (0.01, 0.05, 0.3, 0.9):
+        assert (found.p <= rate).mean() == level(rate)
+    assert ((found.p <= intervals.LEVEL) == ((found.low > 0) | (found.high < 0))).all(), "they say the same"
+
+
+@pytest.mark.parametrize("true", [6, 3])
+def test_of_many_comparisons_any_wrong_one_is_as_rare_as_a_single_one(true: int) -> None:
+    """Of six, all or half of them between equals, on seeds that they share; and corrected for no more than it takes."""
+    rng = np.random.default_rng(true)
+    finals = rng.standard_normal((20_000, 6, 5)) + 0.5 * rng.standard_normal((20_000, 1, 5))
+    finals[:, true:] += 20.0
+    p = intervals.holm(intervals.mean(finals).p)
+    wrong = (p[:, :true] <= 0.05).any(-1).mean()
+    assert 0.035 < wrong <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / 20_000)
+    assert (p[:, true:] <= 0.05).all()
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_intervals_of_shares_hold_every_probability(n: int) -> None:
+    ends = np.array([intervals.share(count, n) for count in range(n + 1)])
+    for probability in np.linspace(0.01, 0.99, 197):
+        seen = scipy.stats.binom.pmf(np.arange(n + 1), n, probability)
+        assert seen[(ends[:, 0] <= probability) & (probability <= ends[:, 1])].sum() >= 0.95
 
 
 def test_no_spread_is_no_more_certain_than_it_can_be() -> None:

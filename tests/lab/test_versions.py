@@ -217,6 +217,16 @@ def install(folder: Path, package: str, version: str, module: str) -> None:
     (folder / f"{module}.py").write_text("x = 1\n")
 
 
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of packages, which with PyTorch and NumPy are all that are installed: to look through hundreds takes seconds."""
+    (folder := tmp_path / "site").mkdir()
+    monkeypatch.syspath_prepend(folder)
+    look, known = metadata.distributions, [metadata.distribution(name) for name in ("torch", "numpy")]
+    monkeypatch.setattr(metadata, "distributions", lambda: [*look(path=[str(folder)]), *known])
+    return folder
+
+
 USERS = {
     "task.py": "import torch, json, numpy as np\nimport beside\ndef task(seed, device):\n    from lens_m.glass import x\n",
     "beside.py": "try:\n    import prism_m\nexcept ImportError:\n    pass\nfrom polyak.core import checks\n",
@@ -229,17 +239,15 @@ USERS = {
     [("lens", True, True), ("prism", True, False), ("mirror", False, True), ("idle", False, False)],
 )
 def test_the_versions_of_what_a_task_and_an_arm_import_count(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, of_task: bool, of_arm: bool
+    tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch, package: str, of_task: bool, of_arm: bool
 ) -> None:
-    site, folder = tmp_path / "site", tmp_path / "mine"
-    folder.mkdir()
+    (folder := tmp_path / "mine").mkdir()
     for name, text in USERS.items():
         (folder / name).write_text(text)
         monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
     for name in ("lens", "prism", "mirror", "idle"):
         install(site, name, "1.0", f"{name}_m")
-    for path in (folder, site):
-        monkeypatch.syspath_prepend(path)
+    monkeypatch.syspath_prepend(folder)
 
     def codes() -> tuple[str, str]:
         return versions.code_of_file(folder / "task.py"), versions.code_of("own:Opt")
@@ -264,12 +272,10 @@ def test_what_polyak_imports_is_no_version_of_the_tasks(tmp_path: Path) -> None:
         assert ", " not in versions.code_of_file(Path(versions.__file__).parent / "compare" / f"{name}.py")
 
 
-def test_packages_are_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_looked_through_once(tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That takes half a second; but what is installed in the meantime, in a notebook, is seen."""
     looked, look = [], metadata.packages_distributions
     monkeypatch.setattr(metadata, "packages_distributions", lambda: looked.append(0) or look())
-    (site := tmp_path / "site").mkdir()
-    monkeypatch.syspath_prepend(site)
     path = tmp_path / "uses.py"
     path.write_text("import later_m\n")
     assert ", " not in versions.code_of_file(path)
@@ -284,19 +290,18 @@ def test_packages_are_looked_through_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("edited", [True, False])
 def test_a_package_that_is_installed_to_be_edited_has_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, edited: bool
+    tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch, edited: bool
 ) -> None:
     """Its version stays the same while one works on it."""
     name = f"own_lab_{edited}".lower()
-    facts = tmp_path / f"{name}-1.0.dist-info"
-    for folder in (facts, tmp_path / name):
+    facts = site / f"{name}-1.0.dist-info"
+    for folder in (facts, site / name):
         folder.mkdir()
     (facts / "METADATA").write_text(f"Name: {name}\nVersion: 1.0\n")
     (facts / "top_level.txt").write_text(f"{name}\n")
     (facts / "direct_url.json").write_text(json.dumps({"url": "file:///own", "dir_info": {"editable": edited}}))
-    source = tmp_path / name / "__init__.py"
+    source = site / name / "__init__.py"
     source.write_text("class Opt:\n    x = 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
     before = versions.code_of(f"{name}:Opt")
     source.write_text("class Opt:\n    x = 2\n")
     assert (versions.code_of(f"{name}:Opt") != before) == edited

@@ -20,6 +20,21 @@ def interpreter():
         pytest.skip("needs Triton's interpreter")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What the engine does is tried through Triton's interpreter with one system of each kind of launch, and not with all."""
+    from systems_for_tests import LAUNCHED, SYSTEMS
+
+    def left_out(item: pytest.Item) -> bool:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        name, backend = (str(given.get(what, "")) for what in ("name", "backend"))
+        engine = item.path.name in ("test_engine.py", "test_edges.py")
+        return engine and backend == "kernel" and name in SYSTEMS and name not in LAUNCHED
+
+    out = [item for item in items if left_out(item)]
+    config.hook.pytest_deselected(items=out)
+    items[:] = [item for item in items if item not in set(out)]
+
+
 BACKENDS = {
     "eager": dict(foreach=False),
     "compiled": dict(),

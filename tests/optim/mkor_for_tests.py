@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from contextlib import nullcontext
 
 import numpy as np
@@ -165,13 +164,12 @@ def images(count):
     return [data(8, 2, 5, 5, seed=t) for t in range(count)]
 
 
-def ranks(rank, port, queue):
+def ranks(rank, folder, queue):
     import torch.distributed as dist
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
         results, words = {}, []
         reduce = dist.all_reduce
         dist.all_reduce = lambda t, *a, **k: (words.append(t.numel()), reduce(t, *a, **k))[1]

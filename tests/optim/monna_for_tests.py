@@ -20,7 +20,7 @@ from polyak.optim.monna.peers import _message
 from polyak.optim.monna.transport import Group, Patience
 
 
-def connected(store, size, timeout=20.0, ranks=None):
+def connected(store, size, timeout=3000.0, ranks=None):
     """The Peers of these ranks (None: all), made in one process, in threads."""
     made = {}
 
@@ -61,7 +61,7 @@ def worker(rank, size, folder, kind, *, f, steps, timeout, pause, middle, reache
     """One worker of a mesh of Peers; an honest one writes what it saw to ``folder``."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", size)
-    with Peers.connect(store, rank, size, host="127.0.0.1", timeout=30.0) as peers:
+    with Peers.connect(store, rank, size, host="127.0.0.1", timeout=3000.0) as peers:
         if kind == "honest":
             honest(peers, folder, f=f, steps=steps, timeout=timeout, pause=pause, middle=middle, reached=reached)
         else:
@@ -161,14 +161,14 @@ def group_worker(rank, folder, rule, attacked, server, device="cpu"):
     torch.set_num_threads(1)
     backend = "gloo" if device == "cpu" else "nccl"
     dist.init_process_group(
-        backend, init_method=f"file://{folder}/init", rank=rank, world_size=4, timeout=timedelta(seconds=60)
+        backend, init_method=f"file://{folder}/init", rank=rank, world_size=4, timeout=timedelta(seconds=3000)
     )
     if attacked and rank == 3:
         simulator, group = simulated(rule, ALIE()), Group()
         MoNNA(Point().parameters(), f=1, mixer=rule, server=server, **OPTIONS)  # it starts as the others do
         for _ in range(STEPS):
             simulator.step()
-            group.exchange(simulator.sent.contiguous(), Patience(need=3, everyone=True, timeout=60.0))
+            group.exchange(simulator.sent.contiguous(), Patience(need=3, everyone=True, timeout=3000.0))
     else:
         model = Point()
         optimizer = MoNNA(model.parameters(), f=1, mixer=rule, server=server, **OPTIONS)
@@ -225,7 +225,7 @@ def _mistaken(what):
 def group_mistake(rank, folder, reports):
     """Ranks that start otherwise than the others: all must say so, and none may hang."""
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=3, timeout=timedelta(seconds=30)
+        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=3, timeout=timedelta(seconds=3000)
     )
     for what in MISTAKES:
         groups, options, _ = _mistaken(what if rank == 1 else None)

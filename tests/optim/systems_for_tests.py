@@ -39,6 +39,11 @@ SYSTEMS = {
     "spam-sparse": sparse_spam,
 }
 
+# One of each way through the engine: the others are rules that go the same ways.
+THOROUGH = ("adan-clip", "lion", "lion-l2-group", "lion-l2-tensor", "adamp", "sgdp", "spam", "spam-sparse")
+# One of each kind of launch on a GPU, whose interpreter takes ten times as long as the other backends.
+LAUNCHED = ("adan-clip", "lion", "lion-l2-group", "adamp", "spam")
+
 # The classes with nothing but what they must be given.
 CLASSES = {
     "Adan": Adan,

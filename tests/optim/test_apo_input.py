@@ -1,8 +1,6 @@
 """What APO's users may do wrong: a clear error, and everything as it was."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -86,7 +84,7 @@ def test_what_is_no_model():
         extrapolate_([1.0], [1.0], 0.3)
     with pytest.raises(TypeError, match="previous must be a torch"):
         extrapolate_(Small(), [1.0], 0.3)
-    with pytest.raises(TypeError, match="'a' must be a tensor, got float"):
+    with pytest.raises(TypeError, match=r"model\['a'\] must be a tensor, got 1.0"):
         extrapolate_({"a": 1.0}, {"a": 1.0}, 0.3)
     with pytest.raises(ValueError, match="nothing to extrapolate"):
         extrapolate_(Small().requires_grad_(False), Small(), 0.3)
@@ -190,16 +188,6 @@ def test_tables_that_are_none(change, words):
         tabular(**{**given, **change})
 
 
-def test_the_room_is_light_and_a_missing_library_says_what_to_install():
-    code = (
-        "import sys, polyak.optim.apo; print([m for m in ('transformers', 'peft', 'trl') if m in sys.modules]);"
-        "sys.modules['transformers'] = None\n"
-        "try:\n    polyak.optim.apo.iterate_dpo\nexcept ImportError as e:\n    print(e)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [
-        "[]",
-        "polyak.optim.apo.trainers needs transformers: pip install 'polyak[preference]'",
-    ]
+def test_a_name_that_there_is_not():
     with pytest.raises(AttributeError, match="nothing"):
         _ = apo.nothing

@@ -244,7 +244,7 @@ def test_prompts_that_are_padded_on_the_left(kind):
 
 def test_alpha_zero_asks_the_previous_model_nothing_and_what_is_excluded_stays_so():
     scores = torch.tensor([[0.0, -math.inf, 1.0]])
-    assert ExtrapolatedLogits(None, 0.0)(IDS, scores) is scores
+    assert ExtrapolatedLogits(torch.nn.Module(), 0.0)(IDS, scores) is scores
     new, old = causal(), trained(causal(), 1)
     given = new(IDS).logits[:, -1].detach().index_fill(1, torch.tensor([4]), -math.inf)
     got = ExtrapolatedLogits(old, 0.3)(IDS, given)

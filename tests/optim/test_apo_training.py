@@ -259,7 +259,7 @@ def test_a_log_probability_that_is_not_finite_is_told_with_its_place():
         (dict(loss="dop"), ValueError, "did you mean 'dpo'"),
         (dict(max_grad_norm=-1.0), ValueError, "max_grad_norm must be > 0"),
         (dict(optimizer=3), TypeError, "optimizer must be a function"),
-        (dict(batches=[]), RuntimeError, "holds no batch"),
+        (dict(batches=[]), ValueError, "holds no batch"),
         (dict(batches=[[]]), ValueError, "at least one example"),
         (dict(batches=[[{"prompt_ids": [1], "chosen_ids": [1]}]]), ValueError, "example 0 has no 'rejected_ids'"),
         (dict(batches=[[{**PAIRS[0], "prompt_ids": []}]]), ValueError, "prompt_ids must hold at least one token"),

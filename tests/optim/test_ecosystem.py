@@ -1,7 +1,6 @@
 """The optimizers inside what people train with: schedulers, GradScaler, FSDP, Trainer, accelerate; and beside their peers."""
 
 import copy
-import os
 import warnings
 
 import pytest
@@ -253,18 +252,17 @@ def _train(model, optimizer, steps, start=0):
         optimizer.step()
 
 
-def _worker(rank, port, folder, queue):
+def _worker(rank, folder, queue):
     import torch.distributed as dist
     import torch.distributed.checkpoint as checkpoint
     import torch.distributed.checkpoint.state_dict as dcp
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
         mesh = init_device_mesh("cpu", (2,))
         results = {}
         for name, make in SHARDED.items():
@@ -309,27 +307,17 @@ def _worker(rank, port, folder, queue):
 
 
 @pytest.mark.slow
-def test_shards_of_two_processes(tmp_path):
+def test_shards_of_two_processes(tmp_path, forks):
     """FSDP2 on gloo: the parameters of the run on one process, the clipping norm over all shards, checkpoints included."""
-    import queue as queues
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=_worker, args=(rank, port, str(tmp_path), queue)) for rank in range(2)]
+    queue = forks.Queue()
+    processes = [forks.Process(target=_worker, args=(rank, str(tmp_path), queue)) for rank in range(2)]
     for process in processes:
         process.start()
-    try:
-        results = queue.get(timeout=150)
-    except queues.Empty:
-        results = "no answer"
-    finally:
-        for process in processes:
-            process.join(20)
+    results = queue.get()
+    for process in processes:
+        if not isinstance(results, dict):
             process.kill()
+        process.join()
     assert isinstance(results, dict), results
     for name, make in SHARDED.items():
         model = _network()

@@ -157,18 +157,17 @@ def _child(optimizer, queue):
 
 
 @pytest.mark.slow
-def test_optimizers_are_sent_to_other_processes():
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
+def test_optimizers_are_sent_to_other_processes(forks):
+    queue = forks.Queue()
     for name in ("adan", "mkor"):
         module = model()
         optimizer = make(name, module)
         step(module, optimizer, 2)
         expected, reference = copy.deepcopy((module, optimizer))
-        process = context.Process(target=_child, args=(optimizer, queue))
+        process = forks.Process(target=_child, args=(optimizer, queue))
         process.start()
-        found = queue.get(timeout=60)
-        process.join(20)
+        found = queue.get()
+        process.join()
         for p in expected.parameters():
             p.grad = torch.ones_like(p)
         reference.step()

@@ -8,7 +8,9 @@ import torch
 from mkor_for_tests import OTHERS, backward, batches, conv_net, data, images, mkor, mlp, sgd, train
 from references_for_tests import assert_same
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import make_boxed_func
 
 from polyak.optim import MKOR, MKORH
 
@@ -44,7 +46,6 @@ def assert_alike(first, second, atol=1e-14):
     [
         (lambda: mlp(3, 4, 2), batches(5), "aot_eager"),
         (conv_net, images(5), "eager"),
-        (conv_net, images(3), "aot_eager"),
     ],
 )
 def test_two_graphs_serve_all_steps(make, inputs, backend):
@@ -56,16 +57,24 @@ def test_two_graphs_serve_all_steps(make, inputs, backend):
     assert graphs() == 2  # one where the factors are due and one where they are not; no hook breaks either
 
 
-@pytest.mark.slow
-def test_patches_are_seen_as_they_lie_in_memory(monkeypatch):
-    """Inductor lays tensors out anew: what is padded has other strides than it was traced with."""
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+class Anew(torch.fx.Interpreter):
+    """Runs a graph with gaps between the elements of every image, which none had when it was traced."""
+
+    def run_node(self, n):
+        made = super().run_node(n)
+        image = isinstance(made, torch.Tensor) and made.dim() == 4 and n.op == "call_function"
+        return torch.stack([made, made], -1)[..., 0] if image else made
+
+
+def test_patches_are_seen_as_they_lie_in_memory():
+    """Inductor lays tensors out anew; its own compilation takes ten seconds."""
 
     def convolution():
         torch.manual_seed(0)
         return nn.Sequential(nn.Conv2d(2, 3, 3, stride=2, padding=1)).double()
 
-    compiled, plain = both(convolution, "inductor", inv_freq=1)
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(Anew(graph).run))
+    compiled, plain = both(convolution, backend, inv_freq=1)
     for _, net, optimizer in (compiled, plain):
         train(net, optimizer, images(3))
     assert_alike(compiled, plain)
@@ -80,10 +89,9 @@ def test_a_deep_model_of_many_shapes_stays_compiled():
     assert graphs() == 2
 
 
-@pytest.mark.parametrize("make", [lambda: mlp(3, 4, 2), conv_net])
-def test_batches_of_other_sizes(make):
-    compiled, plain = both(make, "aot_eager", inv_freq=1)
-    inputs = [data(n, *((3,) if make is not conv_net else (2, 5, 5)), seed=n) for n in (4, 6, 9, 5)]
+def test_batches_of_other_sizes():
+    compiled, plain = both(conv_net, "aot_eager", inv_freq=1)
+    inputs = [data(n, 2, 5, 5, seed=n) for n in (4, 6, 9)]
     for _, net, optimizer in (compiled, plain):
         train(net, optimizer, inputs)
     assert_alike(compiled, plain)

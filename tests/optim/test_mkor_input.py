@@ -173,10 +173,10 @@ def test_bad_options_of_the_hybrid(window, tau):
 def test_bad_models_and_bases():
     model = mlp(3, 2)
     for nothing in ([], nn.ReLU(), nn.Sequential(), nn.Embedding(3, 2)):
-        with pytest.raises(ValueError, match=r"MKOR needs a model|MKOR found no Linear or Conv2d"):
+        with pytest.raises(ValueError, match=r"model must be a module|MKOR found no Linear or Conv2d"):
             MKOR(nothing, sgd(model))
     for wrong in (3, [3], [("a", 3)], [("a", model, 1)]):
-        with pytest.raises(TypeError, match="MKOR needs"):
+        with pytest.raises(TypeError, match="model must"):
             MKOR(wrong, sgd(model))
     with pytest.raises(TypeError, match=r"base must be a torch\.optim\.Optimizer, got 'sgd'"):
         MKOR(model, "sgd")

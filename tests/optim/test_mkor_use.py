@@ -163,26 +163,18 @@ def test_compiled_models():
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_the_joined_batch():
-    import queue as queues
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=ranks, args=(rank, port, queue)) for rank in range(2)]
+def test_two_processes_are_one_with_the_joined_batch(tmp_path, forks):
+    queue = forks.Queue()
+    processes = [forks.Process(target=ranks, args=(rank, str(tmp_path), queue)) for rank in range(2)]
     for process in processes:
         process.start()
-    try:
-        answers = dict(queue.get(timeout=120) for _ in processes)
-    except queues.Empty:
-        answers = {0: "no answer"}
-    finally:
-        for process in processes:
-            process.join(20)
+    answers = {}
+    while len(answers) < 2 and all(isinstance(a, dict) for a in answers.values()):
+        answers.update([queue.get()])
+    for process in processes:
+        if not all(isinstance(a, dict) for a in answers.values()):
             process.kill()
+        process.join()
     assert all(isinstance(a, dict) for a in answers.values()), answers
     for low in (False, True):
         model = conv_net()

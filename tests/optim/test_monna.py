@@ -313,7 +313,7 @@ def test_bad_vectors():
         median(x[0])
     with pytest.raises(ValueError, match="at least one vector"):
         median([])
-    with pytest.raises(TypeError, match="containers of tensors, got list"):
+    with pytest.raises(TypeError, match="containers of tensors, got"):
         median([[1.0], [2.0]])
 
 
@@ -332,7 +332,7 @@ def test_bad_options():
         geometric_median(x, iters=0)
     with pytest.raises(ValueError, match=f"all {math.comb(24, 8)} subsets of 16 of 24 vectors"):
         mva(normal((24, 2), 0), 8)
-    with pytest.raises(ValueError, match=r"mixer must be one of .*; did you mean 'trimmed_mean'"):
+    with pytest.raises(ValueError, match=r"rule must be one of .*; did you mean 'trimmed_mean'"):
         mixer("trimmed_means")
     with pytest.raises(ValueError, match="'self_centered_clip' has no option 'taw'; did you mean 'tau'"):
         mixer("self_centered_clip", taw=1.0)

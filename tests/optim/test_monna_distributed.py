@@ -1,6 +1,5 @@
 """MoNNA in processes of their own: faulty workers of every kind, one killed in the middle, and process groups."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -16,19 +15,17 @@ from polyak.optim.monna.simulator import diameter
 
 
 @pytest.fixture(scope="module")
-def processes():
-    """Starts processes from a server that has imported torch already, and ends those that are left."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["polyak.optim.monna"])
+def processes(forks):
+    """Starts processes, and ends those that are left."""
     started = []
 
     def start(target, *args, **kwargs):
-        process = context.Process(target=target, args=args, kwargs=kwargs, daemon=True)
+        process = forks.Process(target=target, args=args, kwargs=kwargs, daemon=True)
         process.start()
         started.append(process)
         return process
 
-    start.context = context
+    start.context = forks
     yield start
     for process in started:
         if process.is_alive():
@@ -38,25 +35,29 @@ def processes():
 
 N, F = 8, 3
 HONEST, KILLED = range(5), 7
-STEPS, MIDDLE, TIMEOUT = 60, 20, 4.0
+STEPS, MIDDLE = 60, 20
 
 
-@pytest.mark.parametrize("kinds", [("sign flip", "wrong shape"), ("nan", "silent"), ("near", "garbage")])
-def test_training_goes_on_with_two_faulty_workers_and_one_killed(processes, tmp_path, kinds):
+@pytest.mark.parametrize(
+    ("kinds", "timeout"),
+    # Only who is silent is waited for.
+    [(("sign flip", "wrong shape"), 3000.0), (("nan", "silent"), 10.0), (("near", "garbage"), 3000.0)],
+)
+def test_training_goes_on_with_two_faulty_workers_and_one_killed(processes, tmp_path, kinds, timeout):
     """n = 8 and f = 3: the two attackers and the worker that is killed. Ranks 0 to 4 stay honest, 7 is until it dies."""
     reached = processes.context.Event()  # for rank 0 alone: who is killed inside set() leaves its lock held for ever
-    options = dict(f=F, steps=STEPS, timeout=TIMEOUT, pause=0.02, middle=MIDDLE)
+    options = dict(f=F, steps=STEPS, timeout=timeout, pause=0.02, middle=MIDDLE)
     roles = {**dict.fromkeys([*HONEST, KILLED], "honest"), 5: kinds[0], 6: kinds[1]}
     running = {
         r: processes(helpers.worker, r, N, str(tmp_path), kind, reached=None if r else reached, **options)
         for r, kind in roles.items()
     }
-    assert reached.wait(60)
+    reached.wait()
     os.kill(running[KILLED].pid, signal.SIGKILL)
-    running[KILLED].join(10)
+    running[KILLED].join()
     assert running[KILLED].exitcode == -signal.SIGKILL
     for r in HONEST:
-        running[r].join(150)  # eight processes on a machine that is busy with other tests, too
+        running[r].join()
         assert running[r].exitcode == 0
     runs = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in HONEST]
 
@@ -70,11 +71,12 @@ def test_training_goes_on_with_two_faulty_workers_and_one_killed(processes, tmp_
         assert counts[MIDDLE - 1] == 7 + answers
         assert set(counts[died + 2 :]) == {6 + answers}
         assert [f for _, _, f in run["seen"]] == [F - (N - count) for count in counts]
-        waited = sum(t for t in run["times"] if t > TIMEOUT / 2)
-        assert waited <= 2 * TIMEOUT + 1.0
+        waits = [t for t in run["times"] if t > timeout / 2]
         if kinds[1] == "silent":
-            assert waited >= TIMEOUT * 0.9
-            assert sum(t > TIMEOUT / 2 for t in run["times"]) <= 2
+            assert sum(waits) >= timeout * 0.9
+            assert len(waits) <= 2
+        else:
+            assert not waits
 
     # Honest workers agree within the bound, at every step.
     checked = 0
@@ -104,7 +106,7 @@ def test_training_goes_on_with_two_faulty_workers_and_one_killed(processes, tmp_
 def test_a_gloo_group_equals_the_simulator_to_the_bit(processes, tmp_path, rule, attacked):
     running = [processes(helpers.group_worker, r, str(tmp_path), rule, attacked, None) for r in range(4)]
     for process in running:
-        process.join(60)
+        process.join()
         assert process.exitcode == 0
     simulator = helpers.simulated(rule, ALIE() if attacked else None)
     for _ in range(helpers.STEPS):
@@ -118,7 +120,7 @@ def test_a_gloo_group_equals_the_simulator_to_the_bit(processes, tmp_path, rule,
 def test_a_gloo_group_with_a_server(processes, tmp_path):
     running = [processes(helpers.group_worker, r, str(tmp_path), "nna", False, 1) for r in range(4)]
     for process in running:
-        process.join(60)
+        process.join()
         assert process.exitcode == 0
     found = [torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(4)]
     # All go on from the server's own mixture.
@@ -136,10 +138,10 @@ def test_ranks_of_a_group_that_differ_all_say_so(processes, tmp_path):
     running = [processes(helpers.group_mistake, r, str(tmp_path), reports) for r in range(3)]
     said = {}
     while sum(what == "end" for _, what in said) < 3:
-        rank, what, text = reports.get(timeout=60)
+        rank, what, text = reports.get()
         said[rank, what] = text
     for process in running:
-        process.join(60)
+        process.join()
         assert process.exitcode == 0
     for rank in range(3):
         for what, expected in helpers.MISTAKES.items():

@@ -165,7 +165,7 @@ def refused(call, error, message, optimizer, params):
     (dict(f=2, group=Fixed([None] * 3)), ValueError, "half or more faulty: f=2 of 4"),
     (dict(f=2, group=Fixed([None] * 5), wait="n-f"), ValueError, "half or more faulty: f=2 of 4"),
     (dict(mixer="nan"), ValueError, "mixer must be one of .* got 'nan'; did you mean 'nna'"),
-    (dict(mixer=3), ValueError, "mixer must be one of"),
+    (dict(mixer=3), TypeError, "mixer must be one of"),
     (dict(wait="some"), ValueError, "wait must be one of 'all', 'n-f', got 'some'"),
     (dict(server=1), ValueError, "server must be at most 0, got 1"),
     (dict(group="gloo"), ValueError, "group must be None, a torch.distributed process group or Peers, got str"),

@@ -5,6 +5,7 @@ import socket
 import struct
 import threading
 import time
+from dataclasses import replace
 
 import monna_for_tests as helpers
 import pytest
@@ -18,6 +19,8 @@ from polyak.optim.monna.peers import HEADER, HELLO, MAGIC, TYPES, _message
 from polyak.optim.monna.transport import Patience
 
 CLOSE = 1e-12
+# Whoever waits for this without need does not end: no test asks how long something took.
+LONG = 3000.0
 
 
 def at_once(*calls):
@@ -34,8 +37,7 @@ def at_once(*calls):
     for t in threads:
         t.start()
     for t in threads:
-        t.join(30)
-    assert not any(t.is_alive() for t in threads)
+        t.join()
     if errors:
         raise errors[0]
     return results
@@ -85,7 +87,7 @@ def firsts(received):
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_everyone_gets_everything(mesh, dtype):
-    peers, patience = mesh(4), Patience(need=3, everyone=True, timeout=5.0)
+    peers, patience = mesh(4), Patience(need=3, everyone=True, timeout=LONG)
     for step in range(20):
         for received in exchange(peers, 4 * step, patience, dtype):
             assert firsts(received) == [4 * step + r for r in range(4)]
@@ -93,7 +95,7 @@ def test_everyone_gets_everything(mesh, dtype):
 
 
 def test_large_vectors_and_empty_ones(mesh):
-    patience = Patience(need=3, everyone=True, timeout=20.0)
+    patience = Patience(need=3, everyone=True, timeout=LONG)
     for count in (3_000_000, 0):
         peers = mesh(3)
         vectors = [normal((count,), r, torch.float32) for r in range(3)]
@@ -122,15 +124,13 @@ MALFORMED = {
 @pytest.mark.parametrize("what", MALFORMED)
 def test_a_malformed_message_ends_its_connection_and_nothing_else(mesh, what):
     peers, (bad,) = mesh(5, raw=[4])
-    patience = Patience(need=4, everyone=True, timeout=10.0)
+    patience = Patience(need=4, everyone=True, timeout=LONG)
     for connection in bad.values():
         connection.sendall(MALFORMED[what])
-    start = time.monotonic()
     for step in range(3):
         for received in exchange(peers, step, patience):
             assert firsts(received)[:4] == [step + r for r in range(4)]
             assert received[4] is None or what == "the same step again"
-    assert time.monotonic() - start < 5.0  # nobody waited for the timeout
     assert all(p.alive == [0, 1, 2, 3] and p.late == [4] for p in peers)
 
 
@@ -139,26 +139,23 @@ def test_a_peer_that_dies_within_a_message_is_not_heard(mesh):
     for connection in bad.values():
         connection.sendall(good(0)[:-3])
         connection.close()
-    start = time.monotonic()
-    for received in exchange(peers, 0, Patience(need=4, everyone=True, timeout=10.0)):
+    for received in exchange(peers, 0, Patience(need=4, everyone=True, timeout=LONG)):
         assert firsts(received) == [0, 1, 2, 3, None]
-    assert time.monotonic() - start < 5.0
 
 
 def test_silence_costs_one_timeout_and_is_forgiven_when_it_ends(mesh):
     peers, (quiet,) = mesh(5, raw=[4])
-    patience, waits = Patience(need=4, everyone=True, timeout=1.0), []
+    timeout, patience = 3.0, Patience(need=4, everyone=True, timeout=LONG)
+    start = time.monotonic()
     for step in range(4):
-        start = time.monotonic()
-        for received in exchange(peers, step, patience):
+        for received in exchange(peers, step, patience if step else replace(patience, timeout=timeout)):
             assert firsts(received)[4] is None
-        waits.append(time.monotonic() - start)
-    assert 0.95 < waits[0] < 3.0
-    assert max(waits[1:]) < 0.5
+        assert time.monotonic() - start >= 0.95 * timeout
     assert all(p.late == [4] and p.alive == [0, 1, 2, 3, 4] for p in peers)
     for connection in quiet.values():
         connection.sendall(good(4))
-    time.sleep(0.3)
+    while not all(p._peers[4].held for p in peers):
+        time.sleep(0.01)
     for received in exchange(peers, 4, patience):
         assert firsts(received) == [4, 5, 6, 7, 0]
 
@@ -166,7 +163,7 @@ def test_silence_costs_one_timeout_and_is_forgiven_when_it_ends(mesh):
 def test_silence_to_one_worker_does_not_make_it_late_for_the_others(mesh):
     """n = 7, f = 2: rank 6 answers all but rank 0, which waits for a quarter of the timeout only once the others go on."""
     peers, (sly,) = mesh(7, raw=[6])
-    patience = Patience(need=5, everyone=True, timeout=4.0)
+    patience = Patience(need=5, everyone=True, timeout=24.0)
     for rank, connection in sly.items():
         if rank != 0:
             for step in range(4):
@@ -180,33 +177,38 @@ def test_silence_to_one_worker_does_not_make_it_late_for_the_others(mesh):
 
     start = time.monotonic()
     at_once(*(lambda p=p: steps(p) for p in peers))
-    assert time.monotonic() - start < 3.0
+    assert time.monotonic() - start < patience.timeout
     assert peers[0].late == [6]
     assert all(p.late == [] for p in peers[1:])
 
 
 def test_not_waiting_for_the_slowest(mesh):
-    peers = mesh(4)
-    patience = Patience(need=3, everyone=False, timeout=10.0)
+    """Three of four go on while the fourth does nothing; it hears the others of its own step, or where they are."""
+    *fast, slow = mesh(4)
+    patience = Patience(need=3, everyone=False, timeout=LONG)
 
-    def steps(p):
-        heard = []
-        for step in range(6):
-            time.sleep(0.5 if p.rank == 3 else 0.0)
-            heard.append(firsts(p.exchange(torch.full((7,), float(step), dtype=torch.float64), patience)))
-        return time.monotonic() - start, heard
+    def step(p):
+        return firsts(p.exchange(torch.full((7,), float(p.step), dtype=torch.float64), patience))
 
-    start = time.monotonic()
-    *fast, slow = at_once(*(lambda p=p: steps(p) for p in peers))
-    assert all(duration < 1.5 for duration, _ in fast)
-    assert all(sum(v is not None for v in row) >= 3 for _, rows in (*fast, slow) for row in rows)
-    # The slow one hears the others of its own step or, where that was not kept for it, of a later one.
-    assert all(v is None or v >= row[3] for row in slow[1] for v in row)
+    def three(p):
+        return [step(p) for _ in range(3)]
+
+    rows = [
+        *at_once(*(lambda p=p: three(p) for p in fast)),
+        [step(slow)],
+        *at_once(*(lambda p=p: three(p) for p in fast)),
+    ]
+    assert [p.step for p in fast] == [6, 6, 6]
+    rows.append([])
+    while slow.step < 6:
+        rows[-1].append(step(slow))
+    assert all(sum(v is not None for v in row) >= 3 for part in rows for row in part)
+    assert all(v is None or v >= row[3] for part in (rows[3], rows[-1]) for row in part for v in row)
 
 
 def test_who_lags_skips_to_where_the_others_are(mesh):
     peers = mesh(4)
-    patience = Patience(need=3, everyone=False, timeout=10.0)
+    patience = Patience(need=3, everyone=False, timeout=LONG)
     large = torch.zeros(2_000_000)  # more than the sockets' buffers: the oldest of what waits is discarded
 
     def steps(p, count):
@@ -226,7 +228,7 @@ def test_who_lags_skips_to_where_the_others_are(mesh):
 
 def test_a_flood_is_not_taken_in(mesh):
     peers, (bad,) = mesh(4, raw=[3])
-    exchange(peers, 0, Patience(need=3, everyone=False, timeout=5.0))
+    exchange(peers, 0, Patience(need=3, everyone=False, timeout=LONG))
     sent = 0
     for connection in bad.values():
         connection.settimeout(0.3)
@@ -236,7 +238,7 @@ def test_a_flood_is_not_taken_in(mesh):
                 sent += 1
     assert all(len(p._peers[3].held) <= 2 for p in peers)
     for step in range(1, 4):
-        for received in exchange(peers, step, Patience(need=3, everyone=True, timeout=5.0)):
+        for received in exchange(peers, step, Patience(need=3, everyone=True, timeout=20.0)):
             assert firsts(received)[:3] == [step, step + 1, step + 2]
 
 
@@ -244,24 +246,20 @@ def test_too_few_workers_are_an_error_and_not_a_hang(mesh):
     peers, (one, two) = mesh(5, raw=[3, 4])
     for connection in (*one.values(), *two.values()):
         connection.close()
-    start = time.monotonic()
     with pytest.raises(
         RuntimeError, match=r"only 3 of 5 workers answer at step 0, and 4 are needed: more than 1 are faulty"
     ):
-        exchange(peers, 0, Patience(need=4, everyone=True, timeout=20.0))
-    assert time.monotonic() - start < 5.0
+        exchange(peers, 0, Patience(need=4, everyone=True, timeout=LONG))
     silent, _ = mesh(4, raw=[2, 3])
     with pytest.raises(RuntimeError, match="only 2 of 4 workers answer"):
-        exchange(silent, 0, Patience(need=3, everyone=True, timeout=0.2))
+        exchange(silent, 0, Patience(need=3, everyone=True, timeout=1.0))
 
 
 def test_dead_from_the_start():
     store = dist.HashStore()
-    start = time.monotonic()
-    peers = helpers.connected(store, 5, timeout=1.5, ranks=[0, 1, 3])
-    assert time.monotonic() - start < 4.0
+    peers = helpers.connected(store, 5, timeout=5.0, ranks=[0, 1, 3])
     assert all(p.alive == [0, 1, 3] and p.late == [2, 4] for p in peers)
-    patience = Patience(need=3, everyone=True, timeout=10.0)
+    patience = Patience(need=3, everyone=True, timeout=LONG)
     for received in exchange(peers, 0, patience):
         assert firsts(received) == [0, 1, None, 3, None]
     at_once(*(p.close for p in peers))
@@ -269,7 +267,7 @@ def test_dead_from_the_start():
 
 def test_strangers_are_not_let_in():
     store, size = dist.HashStore(), 3
-    listening = []
+    listening, came = [], threading.Event()
 
     def intrude():
         store.wait(["polyak/monna/0"])
@@ -284,15 +282,16 @@ def test_strangers_are_not_let_in():
             connection = socket.create_connection((host, int(port)))
             connection.sendall(hello)
             listening.append(connection)
+        came.set()
 
     peers = []
 
     def honest():
-        time.sleep(0.3)
+        came.wait()
         peers.extend(helpers.connected(store, size, ranks=[1, 2]))
 
     first, *_ = at_once(lambda: helpers.connected(store, size, ranks=[0])[0], intrude, honest)
-    for received in exchange([first, *peers], 0, Patience(need=3, everyone=True, timeout=5.0)):
+    for received in exchange([first, *peers], 0, Patience(need=3, everyone=True, timeout=LONG)):
         assert firsts(received) == [0, 1, 2]
     at_once(*(p.close for p in (first, *peers)))
 
@@ -300,7 +299,7 @@ def test_strangers_are_not_let_in():
 def test_closing_delivers_what_was_sent(mesh):
     peers = mesh(3)
     large = [normal((1_000_000,), r) for r in range(3)]
-    patience = Patience(need=3, everyone=True, timeout=20.0)
+    patience = Patience(need=3, everyone=True, timeout=LONG)
 
     def last(p):
         received = [v.clone() for v in p.exchange(large[p.rank], patience)]
@@ -314,7 +313,7 @@ def test_closing_delivers_what_was_sent(mesh):
 
 
 def test_a_server_mixes_for_all(mesh):
-    peers, patience = mesh(4), Patience(need=3, everyone=True, timeout=5.0)
+    peers, patience = mesh(4), Patience(need=3, everyone=True, timeout=LONG)
 
     def mix(received):
         return torch.stack([v for v in received if v is not None]).sum(0)
@@ -335,7 +334,7 @@ def test_bad_connections(mesh):
         Peers.connect(dist.HashStore(), 3, 3, host="127.0.0.1")
     with pytest.raises(ValueError, match="timeout must be > 0"):
         Peers.connect(dist.HashStore(), 0, 1, host="127.0.0.1", timeout=0.0)
-    peers, patience = mesh(2), Patience(need=2, everyone=True, timeout=5.0)
+    peers, patience = mesh(2), Patience(need=2, everyone=True, timeout=LONG)
     exchange(peers, 0, patience)
     with pytest.raises(ValueError, match="all vectors must be alike"):
         peers[0].exchange(torch.zeros(8, dtype=torch.float64), patience)
@@ -352,7 +351,7 @@ def test_optimizers_over_peers_are_the_loop_written_out(mesh, rule, server):
 
     def train(p):
         x = params[p.rank]
-        optimizer = MoNNA([x], lr=0.25, momentum=0.5, f=1, mixer=rule, group=p, server=server, timeout=10.0)
+        optimizer = MoNNA([x], lr=0.25, momentum=0.5, f=1, mixer=rule, group=p, server=server, timeout=LONG)
         for _ in range(8):
             x.grad = x.detach() - c[p.rank]
             optimizer.step()

@@ -291,6 +291,6 @@ def test_states_are_saved_without_one_another(tmp_path):
 def test_kernels_are_compiled_for_a_gpu_that_is_not_there():
     pytest.importorskip("triton")
     script = Path(__file__).with_name("kernels_for_tests.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout.split()[-1]) > 60

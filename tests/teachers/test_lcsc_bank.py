@@ -301,7 +301,7 @@ def test_paths_that_cannot_be_read_say_why(tmp_path):
         CheckpointBank([one, tmp_path / "none.pt"])
     with pytest.raises(FileNotFoundError, match="a folder that holds several"):
         CheckpointBank(tmp_path / "none")
-    with pytest.raises(TypeError, match="checkpoint 1 must be a state dict, a path or a Source, got int"):
+    with pytest.raises(TypeError, match=r"checkpoints\[1\] must be a state dict, a path or a Source, got 3"):
         CheckpointBank([one, 3])
     (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="not a safetensors file"):
@@ -360,5 +360,5 @@ def test_without_safetensors_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def test_the_kept_type_must_be_floating():
-    with pytest.raises(ValueError, match=r"dtype must be a floating-point type, got torch\.int8"):
+    with pytest.raises(ValueError, match=r"dtype must be a floating-point torch\.dtype, got torch\.int8"):
         CheckpointBank(states(), dtype=torch.int8)

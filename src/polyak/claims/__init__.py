@@ -1,4 +1,4 @@
-"""The catalogue: every system's claim, found by walking this package. Nothing is registered by hand.
+"""The catalogue of claims: one module for each system, found by walking this package. Nothing is registered by hand.
 
 A room is a folder here, a system a module in it (or a folder, if it needs more than one file); modules whose name starts with
 ``_`` are what systems of a room share. Claims are light, so that listing them imports neither torch nor matplotlib.

@@ -1,4 +1,4 @@
-"""Convex problems on real data, and their optima under a penalty or constraint."""
+"""Convex problems on real data, with their exact minima under a penalty or a constraint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small convolutional networks with batch normalization, and what their weights do: for claims about scale-invariant weights."""
+"""Small convolutional networks with batch normalization, and measures of their weights: for claims about scale invariance."""
 
 from __future__ import annotations
 

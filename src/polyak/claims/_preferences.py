@@ -1,4 +1,4 @@
-"""Preferences whose reward is known: tables of responses, and a character model that is to write vowels.
+"""Preference problems with a known reward: tables of responses, and a character model that should write vowels.
 
 This module imports torch: a claim imports it inside its trial function.
 """

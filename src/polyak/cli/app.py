@@ -1,6 +1,7 @@
-"""The commands. Each parses, calls the lab, and prints; listing and help import neither torch nor matplotlib."""
+"""The command line's commands. Listing and help import neither torch nor matplotlib."""
 
 import json
+import math
 import sys
 import webbrowser
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import typer
 
 import polyak
 from polyak import claims
-from polyak.cli import compare, serving, terminal
+from polyak.cli import compare, demo, new, serving, shared, terminal
 from polyak.cli.shared import (
     INTERRUPTED,
     ClusterAt,
@@ -32,18 +33,18 @@ from polyak.cli.shared import (
     trial_error,
     wrong,
 )
+from polyak.lab import pictures, words
 from polyak.lab import scoreboard as board
-from polyak.lab import words
 from polyak.lab.claim import Claim
 from polyak.lab.report import Entry, entry, write_report
 from polyak.lab.result import ClaimResult
 
-CHECKOUT = Path(polyak.__file__).resolve().parents[2]  # the repository's root, if it is one that polyak runs from
 STATUSES = ("holds", "fails", "undecided", "not-run")
 
 app = typer.Typer(
     name="polyak",
-    help="Parts for learning and physical systems that carry momentum, each with its paper's claim as an experiment.",
+    help="Published methods as parts of PyTorch, each with its paper's claim as an experiment that you can run.\n\n"
+    "A system is one paper's method, and its slug is its short name, such as adan. Begin with `polyak demo` or `polyak list`.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -85,6 +86,12 @@ def _choose(slugs: Sequence[str], everything: bool) -> list[Claim]:
     if bool(slugs) == everything:
         raise typer.BadParameter("name systems or say --all, one of the two", param_hint="SLUG")
     return list(claims.catalogue().values()) if everything else [_load(slug) for slug in dict.fromkeys(slugs)]
+
+
+def _cheapest_first(chosen: Sequence[Claim], scale: str) -> list[Claim]:
+    """By the time that the published runs took; those of which it is not known come last, in their order."""
+    took = {c.slug: r.seconds if (r := claims.published(c.slug, scale)) else math.inf for c in chosen}
+    return sorted(chosen, key=lambda c: took[c.slug])
 
 
 def _check_scale(chosen: Sequence[Claim], scale: str | None) -> None:
@@ -165,15 +172,18 @@ def _common(
 
 @app.command("list")
 def list_systems(
-    room: Annotated[str, typer.Option(help="Only this room's.", show_default=False)] = "",
+    room: Annotated[
+        str, typer.Option(help="Only the systems of this room: optim, generate, ...", show_default=False)
+    ] = "",
     status: Annotated[
         str, typer.Option(help=f"Only with this verdict over both kinds: {', '.join(STATUSES)}.", show_default=False)
     ] = "",
     home: Home = None,
     as_json: Json = False,
 ) -> None:
-    """List all systems with their latest verdicts, one for the mechanism and one for the effect.
+    """List all systems, and what was found of them.
 
+    Each has a verdict for its mechanism (what must be true by its mathematics) and one for its effect (what it does for you).
     They are your own where the store holds a complete run of the current code, else those published with polyak.
     """
     chosen = list(claims.catalogue().values())
@@ -194,7 +204,7 @@ def list_systems(
 
 @app.command()
 def show(slug: Slug, home: Home = None, as_json: Json = False) -> None:
-    """Show one system: its claim, verdicts, and use."""
+    """Show one system: its paper's claim, how that is tested, what was found, and how to use it."""
     [found] = _entries([_load(slug)], home)
     if not as_json:
         terminal.sheet(terminal.console(), found)
@@ -233,7 +243,7 @@ def reproduce(
     ] = None,
     device: Device = "cpu",
     jobs: Annotated[
-        int | None, typer.Option(help="Trials at once (default: one per core).", show_default=False)
+        int | None, typer.Option(help="Trials (single runs) at once (default: one per core).", show_default=False)
     ] = None,
     cluster: ClusterAt = None,
     gpus: Gpus = None,
@@ -244,9 +254,10 @@ def reproduce(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run claims and judge them.
+    """Run papers' claims as experiments, and judge them.
 
-    The method and its baselines run at an equal budget, on several seeds. What is stored already is not run again.
+    The method and its baselines run at an equal budget, on several seeds. Each verdict is printed as its claim ends, the cheapest
+    first. What is stored already is not run again.
 
     Exit status: 0 if all claims hold or are undecided, 1 if one fails (with --strict: or is undecided), 2 if the command
     is wrong, 3 if something could not run, 130 if interrupted.
@@ -254,11 +265,18 @@ def reproduce(
     from polyak.lab.run import TrialError, run_many
     from polyak.lab.store import Store
 
-    chosen = _choose(slugs or [], everything)
+    chosen = _cheapest_first(_choose(slugs or [], everything), scale)
     check_count("--seeds", seeds)
     check_count("--jobs", jobs)
     _check_scale(chosen, scale)
     mirrors = trackers(track)
+    out = terminal.console()
+    by_slug = {c.slug: c for c in chosen}
+
+    def tell_result(result: ClaimResult) -> None:
+        if not as_json:
+            terminal.outcome(out, by_slug[result.slug], result)
+
     try:
         with (
             place(cluster, gpus=gpus, processes=processes, jobs=jobs, device=device) as executor,
@@ -276,6 +294,7 @@ def reproduce(
                 executor=executor,
                 processes=processes,
                 track=mirrors,
+                on_result=tell_result,
             )
     except TrialError as error:
         stop(trial_error(error, verbose))
@@ -284,9 +303,6 @@ def reproduce(
     if as_json:
         print_json({slug: board.published_record(result) for slug, result in found.items()})
     else:
-        out = terminal.console()
-        for claim in chosen:
-            terminal.outcome(out, claim, found[claim.slug])
         options = "".join(
             f" {option} {value}"
             for option, value, default in (
@@ -313,7 +329,9 @@ def report(
     show_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     scale: Annotated[
         str | None,
-        typer.Option(help="Whose numbers stand first (default: the smallest that was run).", show_default=False),
+        typer.Option(
+            help="The scale whose numbers stand first (default: the smallest that was run).", show_default=False
+        ),
     ] = None,
     device: MadeOn = None,
     processes: Processes = 1,
@@ -329,6 +347,8 @@ def report(
     _check_made_on(device)
     entries = _entries(list(claims.catalogue().values()), home, scale, device, processes)
     pages = {c.slug for c in named} or None
+    if missing := [e.claim.name for e in entries if e.claim.picture and not pictures.is_kept(e.claim)]:
+        print(f"drawing {words.count(len(missing), 'picture')}, once", file=sys.stderr, flush=True)
     index = write_report(entries, out, pages=pages)
     for e in entries:
         if pages and e.claim.slug in pages and e.result is None:
@@ -339,6 +359,7 @@ def report(
         webbrowser.open(first.resolve().as_uri())
 
 
+app.command()(demo.demo)
 app.command("compare")(compare.compare)
 app.command("init-task")(compare.init_task)
 app.command()(serving.serve)
@@ -356,7 +377,7 @@ def export_store(
     ] = None,
     home: Home = None,
 ) -> None:
-    """Write the store's finished trials to one file, to go on with a run on another machine.
+    """Write what is stored to one file, for another machine.
 
     There, `polyak import FILE` adds them to the store, and `polyak reproduce` runs what is missing.
     """
@@ -395,23 +416,20 @@ def import_store(
     print(f"{words.count(total, 'trial')} in {file}, {new:,} of them new here")
 
 
-# --------------------------------------------------------------------------------------------------------------- publishing
+# --------------------------------------------------------------------------------------------------------------- in a checkout
 
-
-def _need_checkout() -> None:
-    if not (CHECKOUT / "pyproject.toml").exists() or not (CHECKOUT / "README.md").exists():
-        stop("verdicts are published in a checkout of polyak, and this is an installed package")
+app.command("new")(new.new)
 
 
 def _generated() -> dict[Path, str]:
     """What SCOREBOARD.md and README.md should say."""
     entries = [entry(claim, (), claims.published_at(slug)) for slug, claim in claims.catalogue().items()]
-    readme = CHECKOUT / "README.md"
+    readme = shared.CHECKOUT / "README.md"
     try:
         text = board.with_table(readme.read_text(encoding="utf-8"), board.systems_table(entries))
     except ValueError as error:
         stop(str(error))
-    return {CHECKOUT / "SCOREBOARD.md": board.scoreboard(entries), readme: text}
+    return {shared.CHECKOUT / "SCOREBOARD.md": board.scoreboard(entries), readme: text}
 
 
 def _write_generated() -> None:
@@ -423,10 +441,10 @@ def _write_generated() -> None:
 def record(slugs: Slugs = None, scale: Scale = "small", device: MadeOn = None, home: Home = None) -> None:
     """Publish verdicts from the store.
 
-    They are written next to the claims, in SCOREBOARD.md and in the README's table. For those who work in a checkout.
+    They are written next to the claims, in SCOREBOARD.md and in the README's tables. For those who work in a checkout.
     Refused where the store has no complete run of the current code.
     """
-    _need_checkout()
+    shared.need_checkout()
     chosen = _choose(slugs or [], False)
     _check_scale(chosen, scale)
     _check_made_on(device)
@@ -449,11 +467,11 @@ def write_scoreboard(
         bool, typer.Option("--check", help="Write nothing; exit with 1 if something is out of date.")
     ] = False,
 ) -> None:
-    """Write SCOREBOARD.md and README's table.
+    """Write SCOREBOARD.md and README's tables.
 
-    They are made anew from the published verdicts.
+    They are made anew from the published verdicts. For those who work in a checkout.
     """
-    _need_checkout()
+    shared.need_checkout()
     if not check:
         _write_generated()
         return

@@ -1,4 +1,4 @@
-"""``polyak compare`` and ``polyak init-task``: the user's own problem."""
+"""``polyak compare`` and ``polyak init-task``: comparing optimizers or samplers on a user's own problem."""
 
 import logging
 import os
@@ -48,24 +48,26 @@ def compare(
     arms: Annotated[
         str,
         typer.Option(
-            help="What is compared, e.g. adamw,adan:weight_decay=0.02,pytorch_optimizer:Muon; name=low..high is tuned.",
+            help="The arms to compare, e.g. adamw,adan:weight_decay=0.02,pytorch_optimizer:Muon; name=low..high is tuned.",
             show_default=False,
         ),
     ],
     budget: Annotated[
         str,
         typer.Option(
-            help="A time for all trials together (5m), for each (20s/trial), or a count for each (500steps, 20nfe)."
+            help="A time for all trials together (5m), for each (20s/trial), or a count for each (500steps, 2000grads, 20nfe)."
         ),
     ] = "5m",
-    seeds: Annotated[int, typer.Option(help="How many are reported; 3 or more can decide something.")] = 5,
-    trials: Annotated[int, typer.Option(help="Tuning trials of every arm, for each seed anew.")] = 6,
+    seeds: Annotated[int, typer.Option(help="How many seeds are reported; 3 or more can decide something.")] = 5,
+    trials: Annotated[int, typer.Option(help="Tuning trials (single runs) of every arm, for each seed anew.")] = 6,
     baseline: Annotated[
         str | None, typer.Option(help="The arm to compare with (default: the first).", show_default=False)
     ] = None,
     target: Annotated[
         float | None,
-        typer.Option(help="Say what it costs to reach this (default: where the baseline ends).", show_default=False),
+        typer.Option(
+            help="Say what it costs to reach this value (default: where the baseline ends).", show_default=False
+        ),
     ] = None,
     points: Annotated[int, typer.Option(help="How often a reported trial is measured on the way.")] = 20,
     device: Device = "cpu",

@@ -1,6 +1,7 @@
-"""`polyak serve`: the store in the browser."""
+"""``polyak serve``: the stored results as pages in the browser."""
 
 import signal
+import threading
 import webbrowser
 from typing import Annotated
 
@@ -17,7 +18,7 @@ def serve(
     ] = None,
     show_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
 ) -> None:
-    """Show the store's claims, runs and live progress in the browser.
+    """Show what is stored and what is running, live in the browser.
 
     At 127.0.0.1, for this machine alone and for reading only, until Ctrl-C.
     """
@@ -30,8 +31,10 @@ def serve(
             webbrowser.open(url)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    pages = Pages(home, claims.catalogue(), claims.published_at)
+    threading.Thread(target=pages.draw_pictures, daemon=True).start()
     try:
-        serve_pages(Pages(home, claims.catalogue(), claims.published_at), port=port or 0, ready=ready)
+        serve_pages(pages, port=port or 0, ready=ready)
     except OSError as error:
         if port is None:
             raise

@@ -1,4 +1,4 @@
-"""What the commands share: options, checks of them, and how a command ends."""
+"""Options that several commands share, how they are checked, and how a command ends with an error."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+import polyak
 from polyak.core import checks
 from polyak.lab import limits
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from polyak.lab.workers import Executor
 
 INTERRUPTED = "interrupted. Finished trials are kept: the same command goes on from there."
+
+CHECKOUT = Path(polyak.__file__).resolve().parents[2]  # the repository's root, if it is one that polyak runs from
 
 _LINE = 1000  # characters of a message about an option
 
@@ -63,6 +66,13 @@ def stop(message: str, status: int = 3) -> NoReturn:
     """End with one message on stderr."""
     print(f"polyak: {message}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def need_checkout() -> Path:
+    """The repository's root, or the end: for commands that write in it."""
+    if not (CHECKOUT / "pyproject.toml").exists() or not (CHECKOUT / "README.md").exists():
+        stop("this is for a checkout of polyak, and this is an installed package")
+    return CHECKOUT
 
 
 def print_json(data: Any) -> None:

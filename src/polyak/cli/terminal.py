@@ -1,4 +1,4 @@
-"""What the terminal shows of claims and results: tables, sheets, progress."""
+"""Terminal output: the list of systems, a system's sheet, results and progress."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def listing(entries: Sequence[Entry], width: int) -> Table:
         table.add_column(head, no_wrap=True)
     table.add_column("what it is")
     for e in entries:
-        found = [_kind(e.result, kind) for kind in KINDS]
+        found = [_at_scales(e, kind) for kind in KINDS]
         if wide:
             name = Text.assemble(e.claim.slug, ("\n(published)" if e.published else "", "dim"))
             table.add_row(name, e.claim.room, *found, Text(e.claim.summary))
@@ -61,6 +61,13 @@ def listing(entries: Sequence[Entry], width: int) -> Table:
             more = f"{e.claim.room} (published)" if e.published else e.claim.room
             table.add_row(Text("\n").join([Text(e.claim.slug), Text(more, "dim"), *told]), Text(e.claim.summary))
     return table
+
+
+def _at_scales(e: Entry, kind: Kind) -> Text:
+    """A kind's verdict; a line for each scale where there are several."""
+    if len(e.results) < 2:
+        return _kind(e.result, kind)
+    return Text("\n").join(_kind(r, kind).append(f" ({r.scale})", "dim") for r in e.results)
 
 
 def _kind(result: ClaimResult | None, kind: Kind, here: str = "") -> Text:
@@ -248,11 +255,15 @@ def sheet(out: Console, entry: Entry) -> None:
     _part(out, "Tasks", [f"{t.label}{': ' + t.says if t.says else ''}" for t in claim.tasks])
     _part(out, "Scales", [_scale(s) for s in claim.scales])
     _part(out, "Departures", claim.departures)
+    _part(out, "What official code gets wrong", [f"{e.what} {e.where}. {e.effect}" for e in claim.errata])
     out.print()
     if entry.result is None:
         out.print(Text.assemble(verdict("not run"), f": polyak reproduce {claim.slug}"))
     else:
         outcome(out, claim, entry.result, published=entry.published)
+        for result in entry.more:
+            out.print()
+            outcome(out, claim, result, published=not result.trials)
 
 
 def _asked(claim: Claim, c: Criterion) -> Group:
@@ -316,7 +327,9 @@ def progress() -> Iterator[Callable[[Progress], None]]:
     from rich.progress import Progress as Bar
 
     left = TextColumn("{task.fields[left]}", markup=False)
-    with Bar(BarColumn(30), TextColumn("{task.completed:.0f} of {task.total:.0f} trials"), left, console=out) as bar:
+    count = TextColumn("{task.completed:.0f} of {task.total:.0f} trials")
+    # What is printed meanwhile stands above the bar; what goes to a file must not be taken for it.
+    with Bar(BarColumn(30), count, left, console=out, redirect_stdout=sys.stdout.isatty()) as bar:
         row = bar.add_task("", total=1, left="")
 
         def tell(p: Progress) -> None:

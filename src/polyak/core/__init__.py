@@ -1,1 +1,1 @@
-"""What every room shares: argument checks, recurrences of momentum and averaging, one-step integrators, schedules."""
+"""What all rooms build on: argument checks, recurrences of momentum and averaging, one-step integrators, schedules."""

@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 
+from polyak.core import checks
+
 Operand = Any  # a number, a tensor or a traced value
 
 
 def _dispatch(name: str, on_tensors: Callable[..., Any], on_numbers: Callable[..., Any], *args: Operand) -> Any:
+    tensors = False
     for a in args:
-        if hasattr(a, "elementwise"):
+        if isinstance(a, torch.Tensor):
+            tensors = True
+        elif hasattr(a, "elementwise"):
             return a.elementwise(name, *args)
-    if any(isinstance(a, torch.Tensor) for a in args):
-        return on_tensors(*args)
-    return on_numbers(*args)
+    return on_tensors(*args) if tensors else on_numbers(*args)
 
 
 def _sign(x: float) -> float:
@@ -45,37 +48,45 @@ def _axpy_tensor(a: Any, x: Any, y: Any) -> Any:
     return torch.add(y, x, alpha=a)
 
 
+@checks.operands(a=checks.operand, x=checks.operand, y=checks.operand)
 def axpy(a: Operand, x: Operand, y: Operand) -> Any:
     """``y + a x`` with a scalar ``a``."""
     return _dispatch("axpy", _axpy_tensor, lambda a, x, y: y + a * x, a, x, y)
 
 
+@checks.operands(x=checks.operand)
 def sqrt(x: Operand) -> Any:
     return _dispatch("sqrt", torch.sqrt, math.sqrt, x)
 
 
+@checks.operands(x=checks.operand)
 def absolute(x: Operand) -> Any:
     return _dispatch("abs", torch.abs, abs, x)
 
 
+@checks.operands(x=checks.operand)
 def sign(x: Operand) -> Any:
     """-1, 0 or 1; NaN stays NaN."""
     return _dispatch("sign", _sign_tensor, _sign, x)
 
 
+@checks.operands(x=checks.operand)
 def exp(x: Operand) -> Any:
     return _dispatch("exp", torch.exp, math.exp, x)
 
 
+@checks.operands(x=checks.operand)
 def tanh(x: Operand) -> Any:
     return _dispatch("tanh", torch.tanh, math.tanh, x)
 
 
+@checks.operands(x=checks.operand, y=checks.operand)
 def minimum(x: Operand, y: Operand) -> Any:
     """The smaller; NaN if either is."""
     return _dispatch("min", _extremum(torch.minimum, torch.clamp_max), _of_numbers(min), x, y)
 
 
+@checks.operands(x=checks.operand, y=checks.operand)
 def maximum(x: Operand, y: Operand) -> Any:
     """The larger; NaN if either is."""
     return _dispatch("max", _extremum(torch.maximum, torch.clamp_min), _of_numbers(max), x, y)
@@ -94,6 +105,7 @@ def _extremum(of_tensors: Callable[..., Any], with_number: Callable[..., Any]) -
     return run
 
 
+@checks.operands(condition=checks.condition, a=checks.operand, b=checks.operand)
 def where(condition: Operand, a: Operand, b: Operand) -> Any:
     """``a`` where the condition holds, else ``b``."""
     return _dispatch("where", _where_tensor, lambda c, a, b: a if c else b, condition, a, b)

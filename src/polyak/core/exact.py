@@ -1,4 +1,4 @@
-"""Exactly solvable models: Gaussian mixtures under linear noising, in closed form.
+"""Exactly solvable models: Gaussian mixtures with Gaussian noise added, whose density, score and denoiser have closed forms.
 
 If ``x_0 ~ sum_k w_k N(m_k, C_k)`` and ``x = alpha x_0 + sigma eps`` then ``x ~ sum_k w_k N(alpha m_k, S_k)`` with
 ``S_k = alpha^2 C_k + sigma^2 I``, and with the responsibilities ``r_k(x) ∝ w_k N(x; alpha m_k, S_k)``
@@ -53,6 +53,12 @@ class Mixture:
         torch.Size([1, 1])
     """
 
+    @checks.arguments(
+        means=checks.array,
+        covariances=checks.array,
+        weights=checks.array | None,
+        labels=checks.Array(whole=True) | None,
+    )
     def __init__(
         self,
         means: Tensor | Sequence[Sequence[float]],
@@ -153,11 +159,13 @@ class Mixture:
         new.labels = None if self.labels is None else change(self.labels)
         return new
 
+    @checks.arguments(
+        n=checks.Integer(0), alpha=checks.non_negative, sigma=checks.non_negative, generator=checks.generator | None
+    )
     def sample(
         self, n: int, *, alpha: float = 1.0, sigma: float = 0.0, generator: torch.Generator | None = None
     ) -> Tensor:
         """n draws of ``alpha x_0 + sigma eps``, float64, shape (n, d)."""
-        checks.integer("n", n, least=0)
         device = self.means.device
         levels = torch.rand(n, dtype=torch.float64, device=device, generator=generator)
         which = torch.searchsorted(self.weights.cumsum(0), levels, right=True).clamp(max=len(self) - 1)
@@ -265,10 +273,18 @@ class Gaussian(Mixture):
         covariance: a number, (d,) or (d, d).
     """
 
+    @checks.arguments(mean=checks.array, covariance=checks.array)
     def __init__(self, mean: Tensor | Sequence[float], covariance: float | Tensor | Sequence[float] = 1.0) -> None:
         mean = torch.as_tensor(mean, dtype=torch.float64)
         given = torch.as_tensor(covariance, dtype=torch.float64)
-        super().__init__(mean[None], given if given.ndim == 0 else given[None])
+        if mean.ndim != 1 or (given.ndim and given.shape not in ((len(mean),), (len(mean),) * 2)):
+            raise ValueError(
+                f"mean must have shape (d,), and covariance none, (d,) or (d, d), got {tuple(mean.shape)} and {tuple(given.shape)}"
+            )
+        try:
+            super().__init__(mean[None], given if given.ndim == 0 else given[None])
+        except ValueError as error:
+            raise ValueError(f"mean and covariance: {error}") from None
 
     def flow(self, x: Tensor, start: tuple[float, float], end: tuple[float, float]) -> Tensor:
         """The exact probability-flow map from noise level ``(alpha_s, sigma_s)`` to ``(alpha_t, sigma_t)``, x's shape.

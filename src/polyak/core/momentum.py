@@ -17,26 +17,49 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from polyak.core import checks
 from polyak.core.elementwise import Operand, axpy
 
 Tree = Any  # a tensor, or dicts, lists and tuples of such, nested
 
 
+class _Tree(checks.Kind):
+    words = "a tensor, or dicts, lists and tuples of tensors"
+
+    def like(self, value: Any) -> bool:
+        return all(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+
+    def __call__(self, name: str, value: Any) -> Tree:
+        for leaf in pytree.tree_leaves(value):
+            if not isinstance(leaf, torch.Tensor):
+                raise TypeError(f"{name} must hold tensors only, got {type(leaf).__name__}")
+        return value
+
+
+_TREE, _RATE, _FACTOR = _Tree(), checks.Operand(checks.fraction), checks.Operand(checks.real)
+_BALL = dict(velocity=checks.operand, gradient=checks.operand, beta=_FACTOR, weight=_FACTOR)
+_BALLS = dict(velocity=_TREE, gradient=_TREE, beta=checks.real, weight=checks.real)
+
+
+@checks.operands(**_BALL)
 def heavy_ball(velocity: Operand, gradient: Operand, beta: float, weight: float = 1.0) -> Any:
     """Polyak's heavy ball: ``beta v + weight g``. ``weight=1-beta`` makes it the exponential average."""
     return axpy(weight, gradient, beta * velocity)
 
 
+@checks.operands(average=checks.operand, value=checks.operand, beta=_RATE)
 def ema(average: Operand, value: Operand, beta: float) -> Any:
     """Exponential moving average with retention ``beta``: ``beta a + (1 - beta) x``."""
     return axpy(1 - beta, value, beta * average)
 
 
+@checks.operands(**_BALL)
 def nesterov(velocity: Operand, gradient: Operand, beta: float, weight: float = 1.0) -> Any:
     """Nesterov's look-ahead on an already updated velocity: ``beta v + weight g``, the step to take."""
-    return heavy_ball(velocity, gradient, beta, weight)
+    return axpy(weight, gradient, beta * velocity)
 
 
+@checks.operands(momentum=checks.operand, gradient=checks.operand, previous=checks.operand, beta=_FACTOR)
 def nesterov_estimate(momentum: Operand, gradient: Operand, previous: Operand, beta: float) -> Any:
     """Nesterov momentum from successive gradients, no look-ahead point: ``beta m + g + beta (g - g_prev)``.
 
@@ -45,38 +68,35 @@ def nesterov_estimate(momentum: Operand, gradient: Operand, previous: Operand, b
     return axpy(beta, gradient - previous, axpy(beta, momentum, gradient))
 
 
+@checks.operands(beta=_RATE, step=checks.operand)
 def bias_correction(beta: float, step: Operand) -> Any:
     """``1 - beta^step``: what an average started at zero has to be divided by after ``step`` updates."""
     return 1 - beta**step
 
 
-def _leaves(*trees: Tree) -> tuple[list[list[torch.Tensor]], pytree.TreeSpec]:
-    flat, spec = pytree.tree_flatten(trees[0])
-    lists = [flat]
-    for tree in trees[1:]:
-        more, other = pytree.tree_flatten(tree)
-        if other != spec:
-            raise ValueError(f"containers differ in structure: {spec} and {other}")
-        lists.append(more)
-    for leaves in zip(*lists, strict=True):
-        for leaf in leaves:
-            if not isinstance(leaf, torch.Tensor):
-                raise TypeError(f"containers must hold tensors only, got {type(leaf).__name__}")
-        if len({leaf.shape for leaf in leaves}) > 1:
-            raise ValueError(f"tensors differ in shape: {[tuple(leaf.shape) for leaf in leaves]}")
-    return lists, spec
+def _leaves(**two: Tree) -> tuple[list[list[torch.Tensor]], pytree.TreeSpec]:
+    names = " and ".join(two)
+    (first, spec), (second, other) = (pytree.tree_flatten(tree) for tree in two.values())
+    if other != spec:
+        raise ValueError(f"{names} differ in structure: {spec} and {other}")
+    for a, b in zip(first, second, strict=True):
+        if a.shape != b.shape:
+            raise ValueError(f"{names} differ in shape: {[tuple(a.shape), tuple(b.shape)]}")
+    return [first, second], spec
 
 
+@checks.operands(average=_TREE, value=_TREE, beta=checks.fraction)
 def ema_tree(average: Tree, value: Tree, beta: float) -> Tree:
     """:func:`ema` on tensors or nested containers of tensors of equal structure and shapes; new tensors are returned."""
-    (averages, values), spec = _leaves(average, value)
+    (averages, values), spec = _leaves(average=average, value=value)
     return pytree.tree_unflatten([ema(a, v, beta) for a, v in zip(averages, values, strict=True)], spec)
 
 
+@checks.operands(average=_TREE, value=_TREE, beta=checks.fraction)
 @torch.no_grad()
 def ema_(average: Tree, value: Tree, beta: float) -> Tree:
     """:func:`ema` in place on ``average``, which is returned; floating-point leaves are averaged, others copied."""
-    (averages, values), _ = _leaves(average, value)
+    (averages, values), _ = _leaves(average=average, value=value)
     moving = [i for i, a in enumerate(averages) if a.is_floating_point() or a.is_complex()]
     if moving:
         old, new = [averages[i] for i in moving], [values[i] for i in moving]
@@ -87,17 +107,19 @@ def ema_(average: Tree, value: Tree, beta: float) -> Tree:
     return average
 
 
+@checks.operands(**_BALLS)
 def heavy_ball_tree(velocity: Tree, gradient: Tree, beta: float, weight: float = 1.0) -> Tree:
     """:func:`heavy_ball` on tensors or nested containers of tensors; new tensors are returned."""
-    (velocities, gradients), spec = _leaves(velocity, gradient)
+    (velocities, gradients), spec = _leaves(velocity=velocity, gradient=gradient)
     new = [heavy_ball(v, g, beta, weight) for v, g in zip(velocities, gradients, strict=True)]
     return pytree.tree_unflatten(new, spec)
 
 
+@checks.operands(**_BALLS)
 @torch.no_grad()
 def heavy_ball_(velocity: Tree, gradient: Tree, beta: float, weight: float = 1.0) -> Tree:
     """:func:`heavy_ball` in place on ``velocity``, which is returned."""
-    (velocities, gradients), _ = _leaves(velocity, gradient)
+    (velocities, gradients), _ = _leaves(velocity=velocity, gradient=gradient)
     if velocities:
         torch._foreach_mul_(velocities, beta)
         torch._foreach_add_(velocities, _like(gradients, velocities), alpha=weight)
@@ -121,14 +143,13 @@ class Average:
         tensor([1.])
     """
 
+    @checks.arguments(beta=checks.retention, correct=checks.flag)
     def __init__(self, beta: float, *, correct: bool = True) -> None:
-        from polyak.core.checks import between
-
-        self.beta = between("beta", beta, 0.0, 1.0, ends="[)")
-        self.correct = bool(correct)
+        self.beta, self.correct = beta, correct
         self.step = 0
         self._sum: Tree = None
 
+    @checks.arguments(value=_TREE)
     def update(self, value: Tree) -> Average:
         """Take in one more value (a tensor or a container of the first one's structure); returns self."""
         if self._sum is None:

@@ -15,6 +15,10 @@ from polyak.core import checks
 Schedule = Callable[[float], float]
 
 
+_ENDS = dict(start=checks.real, end=checks.real, steps=checks.Integer(1))
+
+
+@checks.arguments(value=checks.real)
 @dataclass(frozen=True)
 class Constant:
     """The same value at every step."""
@@ -31,15 +35,11 @@ class _Between:
     end: float
     steps: int
 
-    def __post_init__(self) -> None:
-        checks.real("start", self.start)
-        checks.real("end", self.end)
-        checks.integer("steps", self.steps, least=1)
-
     def _progress(self, step: float) -> float:
         return min(max(step / self.steps, 0.0), 1.0)
 
 
+@checks.arguments(**_ENDS)
 @dataclass(frozen=True)
 class Linear(_Between):
     """A straight line from ``start`` at step 0 to ``end`` at step ``steps``, and ``end`` after it."""
@@ -49,6 +49,7 @@ class Linear(_Between):
         return (1 - done) * self.start + done * self.end  # exact at both ends
 
 
+@checks.arguments(**_ENDS)
 @dataclass(frozen=True)
 class Cosine(_Between):
     """Half a cosine from ``start`` at step 0 to ``end`` at step ``steps`` (Loshchilov and Hutter, 2017), ``end`` after it."""
@@ -57,19 +58,20 @@ class Cosine(_Between):
         return self.end + (self.start - self.end) * 0.5 * (1 + math.cos(math.pi * self._progress(step)))
 
 
+@checks.arguments(start=checks.positive, end=checks.positive, steps=checks.Integer(1))
 @dataclass(frozen=True)
 class Exponential(_Between):
     """A constant factor per step from ``start`` at step 0 to ``end`` at step ``steps``; both must be > 0."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.positive("start", self.start)
-        checks.positive("end", self.end)
 
     def __call__(self, step: float) -> float:
         return self.start * (self.end / self.start) ** self._progress(step)
 
 
+@checks.arguments(
+    after=checks.Function("a schedule, a function of the step", 1),
+    steps=checks.Integer(0),
+    start=checks.fraction | None,
+)
 @dataclass(frozen=True)
 class Warmup:
     """Linear from ``start * after(0)`` up to ``after(0)`` over ``steps`` steps, then ``after``, counted from there.
@@ -80,11 +82,6 @@ class Warmup:
     after: Schedule
     steps: int
     start: float | None = None
-
-    def __post_init__(self) -> None:
-        checks.integer("steps", self.steps, least=0)
-        if self.start is not None:
-            checks.between("start", self.start, 0.0, 1.0)
 
     def __call__(self, step: float) -> float:
         if step >= self.steps:

@@ -1,4 +1,4 @@
-"""Trying out a process or a solver of one's own: what the rest of the room relies on, looked at on small problems.
+"""Checks for a process or a solver of one's own: does it do, on small problems, what the sampling loop relies on?
 
     >>> check_process(MyProcess())
     >>> check_solver(MySolver())
@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyak.core import checks
 from polyak.core.exact import Mixture
 from polyak.generate.prediction import Prediction
 from polyak.generate.process import VP, Process, expand
-from polyak.generate.solver import Change, Query, Solver, Step, drive, resume
+from polyak.generate.solver import SOLVER, Change, Query, Solver, Step, drive, resume
 
 _LAW = Mixture([[-1.0], [0.6]], [0.25, 0.09], [0.4, 0.6])
+_PROCESS = checks.Instance(Process, words="a Process of Gaussian noise (an instance, not the class)")
 _EPS = torch.finfo(torch.float64).eps
 
 
+@checks.arguments(process=_PROCESS, points=checks.Integer(2, 1_000_000))
 def check_process(process: Process, *, points: int = 33) -> None:
     """Look at a Gaussian process: schedules, their derivatives and inverse, grids, what it draws, and that it compares by value.
 
@@ -113,6 +116,7 @@ def _draws(process: Process, t: Tensor) -> None:
     )
 
 
+@checks.arguments(solver=SOLVER, process=_PROCESS | None, steps=checks.Integer(1, 10_000))
 def check_solver(solver: Solver, process: Process | None = None, *, steps: int = 12) -> None:
     """Look at a solver: times, budget, steps and order of accuracy, and what it does with the states that it is given.
 

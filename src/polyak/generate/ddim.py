@@ -13,6 +13,7 @@ from polyak.generate.linear import LinearSolver, Stage
 from polyak.generate.process import ProbabilityPath
 
 
+@checks.arguments(eta=checks.fraction)
 @dataclass(frozen=True, repr=False)
 class DDIM(LinearSolver):
     """DDIM (Song et al., arXiv 2010.02502, equation 12): ``x_t = alpha_t x0 + sqrt(sigma_t^2 - std^2) eps + std z``.
@@ -24,9 +25,6 @@ class DDIM(LinearSolver):
     eta: float = 0.0
 
     order: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        checks.between("eta", self.eta, 0.0, 1.0)
 
     @property
     def stochastic(self) -> bool:  # type: ignore[override]

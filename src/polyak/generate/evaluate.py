@@ -1,4 +1,4 @@
-"""The evaluator: what a network says at a point, after guidance and correction.
+"""Evaluating a denoiser during sampling: its prediction at ``(x, t)``, after guidance and correction.
 
 :func:`polyak.generate.sample`, the diffusers scheduler and correctors of one's own ask for predictions through the same object,
 so that all of them mean the same by one evaluation: denoiser, guidance, corrector, in this order.
@@ -25,6 +25,12 @@ Corrector = Callable[[Tensor, float], Tensor]  # (x0, t) -> x0
 HALF = (torch.float16, torch.bfloat16)
 
 
+MODEL = checks.Function("a Denoiser, or a function (x, t) -> Prediction", 2)
+CORRECTOR = checks.Function("a function (x0, t) -> x0", 2)
+GUIDANCE = checks.Like("a Guidance (an instance, not the class)", "paired", "init")
+STEPS = checks.Integer(1, 1_000_000)
+
+
 class DynamicThresholding:
     """A corrector for pixel data in [-1, 1] (Imagen, arXiv 2205.11487, section 2.3): never for latents.
 
@@ -32,10 +38,11 @@ class DynamicThresholding:
     [-q, q] and divided by q (times floor: the result lies in [-floor, floor]). diffusers' ``sample_max_value`` is a ceiling.
     """
 
+    @checks.arguments(
+        quantile=checks.fraction, floor=checks.positive, ceiling=checks.Number(0, ends="(]", infinite=True)
+    )
     def __init__(self, quantile: float = 0.995, floor: float = 1.0, ceiling: float = math.inf) -> None:
-        self.quantile = checks.between("quantile", quantile, 0.0, 1.0, ends="[]")
-        self.floor = checks.positive("floor", floor)
-        self.ceiling = ceiling if ceiling == math.inf else checks.positive("ceiling", ceiling)
+        self.quantile, self.floor, self.ceiling = quantile, floor, ceiling
 
     def __call__(self, x0: Tensor, t: float) -> Tensor:
         magnitude, _ = x0.abs().flatten(1).sort(1)  # torch.quantile is limited to 2^24 elements
@@ -69,6 +76,10 @@ class Evaluator:
         >>> evaluate(Query(x, 0.5)).x0
     """
 
+    @checks.arguments(
+        denoiser=MODEL, guidance=GUIDANCE | None, corrector=CORRECTOR | None, dtype=checks.dtype | None,
+        check_finite=checks.optional_flag, steps=STEPS | None,
+    )  # fmt: skip
     def __init__(
         self,
         denoiser: Model,

@@ -51,8 +51,9 @@ class CFG:
     the same in every dialect.
     """
 
+    @checks.arguments(scale=checks.real)
     def __init__(self, scale: float = 7.5) -> None:
-        self.scale = checks.real("scale", scale)
+        self.scale = scale
 
     def __repr__(self) -> str:
         return f"CFG(scale={self.scale:g})"

@@ -1,4 +1,4 @@
-"""Linear solvers: what follows from a prediction is a combination of the state, the network's output and what is remembered.
+"""Linear solvers: each step is a linear combination of the state, the network's output and remembered outputs.
 
 The weights follow from the times alone. A :class:`LinearSolver` writes them down once for all steps, as a table of
 :class:`Stage`; the work on tensors is done here, in one pass over memory for each evaluation.
@@ -13,12 +13,14 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor
 
+from polyak.core import checks
 from polyak.generate.prediction import Prediction
 from polyak.generate.process import Generators, ProbabilityPath, standard_normal
 from polyak.generate.solver import Query, Run, Solver, Step, drive
 from polyak.generate.update import Update, advance
 
 
+@checks.arguments(steps=checks.Integer(0), values=checks.Each(checks.tensor))
 @dataclass(frozen=True, eq=False)
 class Memory:
     """What a linear solver remembers after a step.
@@ -36,6 +38,13 @@ class Memory:
         return Memory(self.steps, tuple(value.index_select(0, ancestors) for value in self.values))
 
 
+_WEIGHTS = checks.Instance(tuple, words="a tuple of weights")
+
+
+@checks.arguments(
+    t=checks.operand, to=checks.operand, view=checks.Choice("x0", "eps", "flow", "score", "v"), base=checks.operand,
+    value=checks.operand, past=_WEIGHTS, std=checks.operand, keep=_WEIGHTS, first=checks.flag, last=checks.flag,
+)  # fmt: skip
 class Stage(NamedTuple):
     """One evaluation of a linear solver, and what is made of it:
 

@@ -1,4 +1,4 @@
-"""The loop for a solver that is all in its table, and a denoiser that nobody guides, corrects, steers or listens to.
+"""The fast sampling loop: for linear solvers, where nothing guides, corrects, steers or watches the run.
 
 All weights and labels are known before the first evaluation: a step is the network and one combination, and nothing else. What
 it computes is what the coroutine computes, with the same functions.

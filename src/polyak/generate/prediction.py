@@ -1,4 +1,4 @@
-"""What a network predicts, in one struct: every dialect converts to every other, given x, t and the process.
+"""What a network predicts (noise, data, score, v, flow, EDM), and conversions between these, given x, t and the process.
 
 With ``x = alpha x0 + sigma eps`` a network's output o at (x, t) is one of
 
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from polyak.core import checks
-from polyak.generate.process import Moment, Moments, ProbabilityPath, check_batch, expand, wide
+from polyak.generate.process import Moment, Moments, ProbabilityPath, expand, wide
+from polyak.generate.process.path import PATH, TIME, one_for_each_row
 
 Kind = Literal["epsilon", "sample", "score", "v_prediction", "flow", "edm"]
 KINDS: tuple[Kind, ...] = ("epsilon", "sample", "score", "v_prediction", "flow", "edm")
@@ -36,7 +37,38 @@ Network = Callable[[Tensor, Tensor], Tensor]  # (x, labels of shape (B,)) -> out
 
 def check_kind(name: str, kind: str) -> Kind:
     """A dialect, by its name or a usual short one ("eps", "x0", "v", "flow_prediction")."""
-    return checks.one_of(name, ALIASES.get(kind, kind), KINDS)  # type: ignore[return-value]
+    return checks.one_of(name, ALIASES.get(kind, kind) if isinstance(kind, str) else kind, KINDS)
+
+
+class _Dialect(checks.Kind):
+    words = f"one of {', '.join(map(repr, KINDS))}"
+
+    def like(self, value: Any) -> bool:
+        return isinstance(value, str)
+
+    def __call__(self, name: str, value: Any) -> Kind:
+        return value if type(value) is str and value in KINDS else check_kind(name, value)
+
+
+class _Output(checks.Kind):
+    words = "a tensor"
+
+    def __init__(self) -> None:
+        self.quick: set[type] = set()
+
+    def like(self, value: Any) -> bool:
+        return isinstance(value, Tensor)
+
+    def __call__(self, name: str, value: Any) -> Tensor:
+        if not self.like(value):
+            hint = "; take its .sample" if hasattr(value, "sample") else ""
+            raise TypeError(f"a network's {name} must be a tensor, got {type(value).__name__}{hint}")
+        self.quick.add(type(value))
+        return value
+
+
+DIALECT = _Dialect()
+NETWORK = checks.Function("a function (x, t) -> output", 2)
 
 
 @runtime_checkable
@@ -200,6 +232,7 @@ class Prediction:
             eps or the score where sigma = 0, from an output that does not determine it.
     """
 
+    @checks.arguments(output=_Output(), x=checks.tensor, t=TIME, process=PATH, kind=DIALECT, sigma_data=checks.positive)
     def __init__(
         self,
         output: Tensor,
@@ -210,14 +243,11 @@ class Prediction:
         *,
         sigma_data: float = 0.5,
     ) -> None:
-        if not isinstance(output, Tensor):
-            hint = "; take its .sample" if hasattr(output, "sample") else ""
-            raise TypeError(f"a network's output must be a tensor, got {type(output).__name__}{hint}")
         if output.shape != x.shape:
             raise ValueError(f"output must have x's shape {tuple(x.shape)}, got {tuple(output.shape)}")
         self.output, self.x, self.process = output, x, process
-        self.t = check_batch(t, x)
-        self.kind = kind if kind in KINDS else check_kind("kind", kind)
+        self.t = one_for_each_row(t, x)
+        self.kind = kind
         self.sigma_data = sigma_data
         self._views: dict[str, Tensor] = {}
         if kind == "score":
@@ -350,6 +380,10 @@ class Denoiser:
         (torch.Size([2, 3]), 1)
     """
 
+    @checks.arguments(
+        model=NETWORK, process=PATH, prediction=DIALECT, unconditional=NETWORK | None,
+        label=checks.Function("a function of t", 1) | None, sigma_data=checks.positive,
+    )  # fmt: skip
     def __init__(
         self,
         model: Network,
@@ -360,11 +394,9 @@ class Denoiser:
         label: Callable[[float | Tensor], float | Tensor] | None = None,
         sigma_data: float = 0.5,
     ) -> None:
-        if not isinstance(process, ProbabilityPath):
-            raise TypeError(f"process must be a Process (an instance, not the class), got {process!r}")
         self.model, self.unconditional, self.process = model, unconditional, process
-        self.prediction = check_kind("prediction", prediction)
-        self.sigma_data = checks.positive("sigma_data", sigma_data)
+        self.prediction = prediction
+        self.sigma_data = sigma_data
         self._label = label
         self._told: _Told | None = None
         self.nfe = self.evaluations = 0
@@ -383,7 +415,7 @@ class Denoiser:
 
     def _ask(self, model: Network, x: Tensor, t: float | Tensor) -> Prediction:
         self.evaluations += 1
-        check_batch(t, x)
+        one_for_each_row(t, x)  # before the network is asked
         output = self._run(model, x, t)
         return Prediction(output, x, t, self.process, self.prediction, sigma_data=self.sigma_data)
 

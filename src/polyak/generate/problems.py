@@ -31,6 +31,7 @@ from polyak.core.exact import Gaussian, Mixture
 from polyak.generate.dpm_solver import DPMSolver
 from polyak.generate.prediction import Denoiser, Network
 from polyak.generate.process import Process
+from polyak.generate.process.path import TIMES
 from polyak.generate.sampling import sample
 from polyak.generate.solver import Step
 
@@ -53,20 +54,30 @@ __all__ = [
 ]
 
 
+@checks.arguments(modes=checks.Integer(1, 1_000_000), radius=checks.positive, variance=checks.non_negative)
 def ring(modes: int = 8, *, radius: float = 2.0, variance: float = 0.04) -> Mixture:
     """A 2-D mixture of equal modes on a circle, mode k at angle ``2 pi k / modes``; each is a class of its own."""
-    checks.integer("modes", modes, least=1)
     angle = 2 * math.pi * torch.arange(modes, dtype=torch.float64) / modes
-    means = checks.positive("radius", radius) * torch.stack([angle.cos(), angle.sin()], 1)
-    return Mixture(means, checks.non_negative("variance", variance), labels=torch.arange(modes))
+    means = radius * torch.stack([angle.cos(), angle.sin()], 1)
+    return Mixture(means, variance, labels=torch.arange(modes))
 
 
+@checks.arguments(points=checks.array, bandwidth=checks.Number(0, 1e150), labels=checks.Array(whole=True) | None)
 def kde(points: Tensor, bandwidth: float, labels: Tensor | Sequence[int] | None = None) -> Mixture:
     """The kernel density estimate of a data set, points (n, d): one component ``N(point, bandwidth^2 I)`` each.
 
     ``bandwidth=0`` is the law of the data set itself, whose denoiser memorises. One evaluation costs O(B n d).
     """
-    return Mixture(points, checks.non_negative("bandwidth", bandwidth) ** 2, labels=labels)
+    shape = torch.as_tensor(points, dtype=torch.float64).shape
+    if len(shape) == 2 and 0 not in shape:
+        return Mixture(points, bandwidth**2, labels=labels)
+    raise ValueError(f"points must have shape (n, d), got {tuple(shape)}")
+
+
+_LAW = checks.Instance(Mixture, words="a Mixture")
+PROCESS = checks.Instance(Process, words="a Process of Gaussian noise (an instance, not the class)")
+_DENOISER = checks.Instance(Denoiser, words="a Denoiser")
+_NFE = checks.Integer(30, 1_000_000)
 
 
 class ExactDenoiser(Denoiser):
@@ -80,9 +91,12 @@ class ExactDenoiser(Denoiser):
 
     process: Process
 
+    @checks.arguments(law=_LAW, process=PROCESS, unconditional=_LAW | None)
     def __init__(self, law: Mixture, process: Process, *, unconditional: Mixture | None = None) -> None:
         if not process.is_gaussian:
-            raise ValueError(f"{process!r} has no Gaussian noise; these denoisers are exact for Gaussian noise only")
+            raise ValueError(
+                f"process must have Gaussian noise: these denoisers are exact for Gaussian noise only, got {process!r}"
+            )
         super().__init__(
             self._posterior(law, process),
             process,
@@ -107,11 +121,18 @@ class ExactDenoiser(Denoiser):
         return self.law.score(x, self.process.alpha(t), self.process.sigma(t))
 
 
+@checks.arguments(
+    law=checks.Instance(Gaussian, words="a Gaussian"), process=PROCESS, x=checks.floating, s=checks.real, t=checks.real
+)
 def gaussian_flow(law: Gaussian, process: Process, x: Tensor, s: float, t: float) -> Tensor:
     """The exact solution at t of the probability-flow ODE that is at x (shape (B, d)) at s."""
+    if x.ndim != 2 or x.shape[1] != law.dim:
+        raise ValueError(f"x must have shape (B, {law.dim}), got {tuple(x.shape)}")
+    s, t = process.check_time("s", s), process.check_time("t", t)
     return law.flow(x, (process.alpha(s), process.sigma(s)), (process.alpha(t), process.sigma(t)))
 
 
+@checks.arguments(denoiser=_DENOISER, x_T=checks.Tensor(floating=True, ndim=2), process=PROCESS | None, nfe=_NFE)
 def reference(denoiser: Denoiser, x_T: Tensor, *, process: Process | None = None, nfe: int = 2000) -> Tensor:
     """The probability-flow ODE's solution at t_min from x_T at t_max, both (B, d), to all digits that matter.
 
@@ -121,6 +142,9 @@ def reference(denoiser: Denoiser, x_T: Tensor, *, process: Process | None = None
     return sample(denoiser, x_T.to(torch.float64), process=process, solver=solver, nfe=nfe)
 
 
+@checks.arguments(
+    denoiser=_DENOISER, x_T=checks.Tensor(floating=True, ndim=2), times=TIMES, process=PROCESS | None, nfe=_NFE
+)
 def reference_path(
     denoiser: Denoiser, x_T: Tensor, times: Sequence[float] | Tensor, *, process: Process | None = None, nfe: int = 2000
 ) -> Tensor:
@@ -130,7 +154,7 @@ def reference_path(
     """
     process = process or denoiser.process  # type: ignore[assignment]
     assert isinstance(process, Process)
-    ends = [float(t) for t in times]
+    ends = process.check_times(times)
     lams = [process.lam(t) for t in ends]
     path = [x_T.to(torch.float64)]
     solver = DPMSolver(order=3, method="singlestep")
@@ -141,6 +165,7 @@ def reference_path(
     return torch.stack(path)
 
 
+@checks.arguments(x=checks.Tensor(least_ndim=1), y=checks.Tensor(least_ndim=1))
 def path_rmse(x: Tensor, y: Tensor) -> float:
     """Root of the mean, over paths, of ``|x - y|^2``: two solutions from the same starts, (B, d), compared path by path."""
     if x.shape != y.shape:

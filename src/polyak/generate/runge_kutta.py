@@ -1,4 +1,4 @@
-"""The classical integrators of the probability-flow ODE, by their tableaus."""
+"""Classical Runge-Kutta methods for the probability-flow ODE, by their tableaus."""
 
 from __future__ import annotations
 

@@ -17,18 +17,33 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from polyak.core import checks
-from polyak.generate.evaluate import HALF, Corrector, DynamicThresholding, Evaluator, Model, look
+from polyak.generate.evaluate import (
+    CORRECTOR,
+    GUIDANCE,
+    HALF,
+    MODEL,
+    STEPS,
+    Corrector,
+    DynamicThresholding,
+    Evaluator,
+    Model,
+    look,
+)
 from polyak.generate.guidance import Guidance
 from polyak.generate.linear import LinearSolver, tabled
 from polyak.generate.plain import run_table
-from polyak.generate.process import Generators, ProbabilityPath, wide
-from polyak.generate.process.path import unwatched
-from polyak.generate.solver import Change, Solver, Step, drive, resume
+from polyak.generate.process import GRIDS, Generators, ProbabilityPath, wide
+from polyak.generate.process.path import PATH, TIMES, unwatched
+from polyak.generate.solver import SOLVER, Change, Solver, Step, drive, resume
 from polyak.generate.steering import Steering
 
 __all__ = ["HALF", "DynamicThresholding", "SamplingInfo", "invert", "sample"]
 
 
+@checks.arguments(
+    nfe=checks.Integer(0), evaluations=checks.Integer(0), queries=checks.Each(checks.operand),
+    steps=checks.Each(checks.Each(checks.operand, count=2)), steering=checks.anything,
+)  # fmt: skip
 @dataclass
 class SamplingInfo:
     """What a run of :func:`sample` cost.
@@ -92,6 +107,34 @@ def sample(
 ) -> tuple[Tensor, SamplingInfo]: ...
 
 
+class _Start(checks.Kind):
+    words = "a tensor or a shape (B, ...)"
+
+    def like(self, value: Any) -> bool:
+        return isinstance(value, (Tensor, Step)) or (
+            isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        )
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if isinstance(value, Sequence) and not len(value):
+            raise TypeError(f"{name} must be {self.words}, got {checks.shown(value)}")
+        if isinstance(super().__call__(name, value), (Tensor, Step)):
+            return value
+        return [checks.integer(f"{name}[{i}]", n, least=0) for i, n in enumerate(value)]
+
+
+_RUN: dict[str, checks.Kind] = dict(
+    denoiser=MODEL, process=PATH | None, solver=SOLVER,
+    steps=STEPS | None, nfe=STEPS | None, guidance=GUIDANCE | None, check_finite=checks.optional_flag,
+)  # fmt: skip
+
+
+@checks.arguments(
+    **_RUN, x_T_or_shape=_Start(), grid=checks.text | TIMES | None,
+    steering=checks.Like("a Steering (an instance, not the class)", "particles", "step") | None, corrector=CORRECTOR | None,
+    generator=checks.generators | None, dtype=checks.dtype | None, device=checks.device | None,
+    callback=checks.Function("a function of a Step", 1) | None, return_info=checks.flag,
+)  # fmt: skip
 @torch.no_grad()
 def sample(
     denoiser: Model,
@@ -167,6 +210,7 @@ def sample(
     return (result, loop.info) if return_info else result
 
 
+@checks.arguments(**_RUN, x=checks.Tensor(floating=True, least_ndim=1), grid=checks.text | None)
 def invert(
     denoiser: Model,
     x: Tensor,
@@ -206,6 +250,8 @@ def invert(
 def _times(
     process: ProbabilityPath, solver: Solver, steps: int | None, nfe: int | None, grid: str | None
 ) -> list[float]:
+    if grid is not None and type(process).grid.__module__.startswith("polyak.generate.process"):
+        checks.one_of("grid", grid, GRIDS)
     with unwatched(), torch.device("cpu"):
         return process.check_times(solver.times(process, steps=steps, nfe=nfe, grid=grid))
 
@@ -229,18 +275,8 @@ def _check_parts(
     steering: Steering | None,
     corrector: Corrector | None,
 ) -> None:
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be a Solver (an instance, not the class), got {solver!r}")
     if solver.needs_gaussian and not process.is_gaussian:
         raise ValueError(f"{solver!r} needs Gaussian noise, which {process!r} has not; use a deterministic solver")
-    for name, part, words in (
-        ("guidance", guidance, ("paired", "init")),
-        ("steering", steering, ("particles", "step")),
-    ):
-        if part is not None and (isinstance(part, type) or not all(hasattr(part, word) for word in words)):
-            raise TypeError(f"{name} must be a {name.title()} (an instance, not the class), got {checks.shown(part)}")
-    if corrector is not None and not callable(corrector):
-        raise TypeError(f"corrector must be a function (x0, t) -> x0, got {checks.shown(corrector)}")
     if guidance is not None and guidance.paired and not hasattr(denoiser, "pair"):
         raise ValueError(f"{guidance!r} needs a Denoiser with an unconditional prediction, got {denoiser!r}")
     if corrector is not None and solver.no_corrector:
@@ -259,19 +295,14 @@ def _start(
 ) -> Tensor:
     k = 1 if steering is None else checks.integer("steering.particles", steering.particles, least=1)
     several = generator if isinstance(generator, Sequence) else [] if generator is None else [generator]
-    for one in several:
-        if not isinstance(one, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, or one for each row, got {checks.shown(generator)}")
     if not isinstance(given, Tensor):
-        if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-            raise TypeError(f"x_T_or_shape must be a tensor or a shape (B, ...), got {checks.shown(given)}")
-        rows, *event = (checks.integer(f"shape[{i}]", n, least=0) for i, n in enumerate(given))
+        rows, *event = given
         return process.prior((rows * k, *event), generator=generator, dtype=dtype, device=device)
     if dtype is not None or device is not None:
         raise ValueError("dtype and device follow the start; give them with a shape only")
     if given.ndim == 0 or not given.is_floating_point():
         raise ValueError(
-            f"x_T must be a floating-point tensor of shape (B, ...), got {given.dtype}, {tuple(given.shape)}"
+            f"x_T_or_shape must be a floating-point tensor of shape (B, ...), got {given.dtype}, {tuple(given.shape)}"
         )
     if len(given) % k:
         raise ValueError(f"x_T must hold k={k} particles for each system, got {len(given)} rows")

@@ -25,8 +25,10 @@ from torch import Tensor
 from polyak.core import checks
 from polyak.generate.prediction import PredictionLike
 from polyak.generate.process import Generators, ProbabilityPath
+from polyak.generate.process.path import PATH, TIMES
 
 
+@checks.arguments(x=checks.tensor, t=checks.operand, first=checks.flag)
 @dataclass(slots=True, eq=False)
 class Query:
     """A solver wants the prediction at (x, t). ``first``: the first evaluation of a step.
@@ -39,6 +41,11 @@ class Query:
     first: bool = True
 
 
+@checks.arguments(
+    x=checks.tensor, s=checks.operand, t=checks.operand, index=checks.Integer(0), last=checks.flag, mean=checks.tensor | None,
+    std=checks.operand | None, error=checks.tensor | None, memory=checks.anything,
+    gain=checks.Instance(tuple, words="a pair (view, weight)") | None, guidance=checks.anything, steering=checks.anything,
+)  # fmt: skip
 @dataclass(slots=True, eq=False)
 class Step:
     """A step from s to t is done.
@@ -68,6 +75,7 @@ class Step:
     steering: Any = None
 
 
+@checks.arguments(x=checks.tensor, ancestors=checks.tensor | None)
 @dataclass(frozen=True, eq=False)
 class Change:
     """The state is now ``x``; if the batch was resampled, its row i came from row ``ancestors[i]``."""
@@ -146,6 +154,9 @@ class Solver:
         raise NotImplementedError
 
 
+SOLVER = checks.Instance(Solver, words="a Solver (an instance, not the class)")
+
+
 def step_count(steps: int | None, nfe: int | None, stages: int) -> int:
     """The number of steps that ``steps`` or ``nfe`` ask for; ValueError unless exactly one is given."""
     if (steps is None) == (nfe is None):
@@ -155,6 +166,10 @@ def step_count(steps: int | None, nfe: int | None, stages: int) -> int:
     return checks.integer("nfe", nfe, least=stages) // stages
 
 
+@checks.arguments(
+    run=checks.Like("a run of a solver", "send"), answer=checks.Function("a function of a Query", 1),
+    done=checks.Function("a function of a Step", 1) | None,
+)  # fmt: skip
 def drive(
     run: Run, answer: Callable[[Query], PredictionLike], done: Callable[[Step], Change | None] | None = None
 ) -> Tensor:
@@ -171,6 +186,13 @@ def drive(
             reply = None if done is None else done(event)  # type: ignore[arg-type]
 
 
+@checks.arguments(
+    solver=SOLVER,
+    step=checks.Instance(Step, words="a Step"),
+    times=TIMES,
+    process=PATH,
+    generator=checks.generators | None,
+)
 def resume(
     solver: Solver,
     step: Step,

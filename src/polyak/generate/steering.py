@@ -12,9 +12,15 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from polyak.core import checks
 from polyak.generate.prediction import Prediction
 
 
+@checks.arguments(
+    logw=checks.Tensor(floating=True, ndim=2),
+    log_z=checks.Tensor(floating=True, ndim=1),
+    ancestors=checks.Tensor(ndim=1) | None,
+)
 @dataclass(frozen=True)
 class SteeringState:
     """The weights of a population. Systems extend it with what they carry along (past rewards, clocks).

@@ -1,4 +1,4 @@
-"""The engine of claims: trials, seeds, budgets, tuning, statistics, storage, reports.
+"""The lab: it runs claims and comparisons. Trials, seeds, budgets, tuning, statistics, storage, reports.
 
 ``from polyak.lab import Store, run``: names are imported when they are first used, so that this package stays light.
 """

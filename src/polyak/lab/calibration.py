@@ -1,4 +1,4 @@
-"""Does the lab decide as rarely as it says? Whole comparisons and claims, tuning and all, on made-up response surfaces.
+"""Simulations with known answers: how often a whole comparison or claim, tuning included, decides wrongly.
 
 Nothing is trained: what a trial yields is drawn from a surface over the learning rate. All else is as it is for a user: the plans
 that tune and choose, and the judge. ``python -m polyak.lab.calibration`` runs thousands of them; the tests run hundreds.

@@ -1,4 +1,4 @@
-"""What a claim is, in data: the words of the lab, and nothing that runs.
+"""The dataclasses that a claim is declared with: arms, tasks, scales, metrics, criteria. Nothing here runs anything.
 
 A claim's file declares one :class:`Claim` named ``CLAIM``. Importing it must stay light (no torch, numpy, scipy or
 matplotlib at module level): listings and help read claims, too. What is heavy is imported inside the trial function.
@@ -17,18 +17,29 @@ from dataclasses import KW_ONLY, dataclass, field
 from itertools import product
 from typing import Any, Literal
 
+from polyak.core import checks
+
 Verdict = Literal["holds", "fails", "undecided"]
 Kind = Literal["mechanism", "effect"]
 Role = Literal["baseline", "method", "ablation", "control"]
 Value = float | int | str | bool | None
 KINDS: tuple[Kind, ...] = ("mechanism", "effect")
 EMPTY: Mapping[str, Any] = {}
+_WORDS = checks.Text(empty=True)
+_TEXTS = checks.Each(checks.text)
+
+
+class UnknownName(KeyError, ValueError):
+    """A claim has no task, arm, scale or metric of this name."""
 
 
 class Diverged(ArithmeticError):
     """Raised by a trial that cannot go on (NaN, overflow). The lab records every metric at its worst: a measurement."""
 
 
+@checks.arguments(
+    title=_WORDS, year=checks.Integer(0, 2200), arxiv=_WORDS, venue=_WORDS, code=_WORDS
+)  # fmt: skip
 @dataclass(frozen=True)
 class Paper:
     """Where the method comes from."""
@@ -44,6 +55,9 @@ class Paper:
         return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else ""
 
 
+@checks.arguments(
+    what=checks.text, where=checks.text, effect=checks.text, test=checks.text
+)  # fmt: skip
 @dataclass(frozen=True, kw_only=True)
 class Erratum:
     """Where official code departs from its paper, or a widespread implementation is wrong.
@@ -60,6 +74,10 @@ class Erratum:
     test: str
 
 
+@checks.arguments(
+    name=checks.text, label=_WORDS, role=checks.Choice("baseline", "method", "ablation", "control"), options=checks.Map(),
+    grid=checks.Map(checks.Each(checks.anything)), says=_WORDS, tasks=_TEXTS,
+)  # fmt: skip
 @dataclass(frozen=True)
 class Arm:
     """One competitor.
@@ -85,6 +103,10 @@ class Arm:
         return [dict(zip(names, values, strict=True)) for values in product(*(self.grid[n] for n in names))]
 
 
+@checks.arguments(
+    name=checks.text, label=_WORDS, better=checks.Choice("lower", "higher"), unit=_WORDS,
+    worst=checks.Number(infinite=True) | None, exact=checks.flag,
+)  # fmt: skip
 @dataclass(frozen=True)
 class Metric:
     """A measured quantity. ``worst`` is what a diverged trial scores (default: infinitely bad).
@@ -107,6 +129,9 @@ class Metric:
         return math.inf if self.better == "lower" else -math.inf
 
 
+@checks.arguments(
+    x=checks.text, y=checks.text, title=_WORDS, x_label=_WORDS, log_x=checks.flag, log_y=checks.flag
+)  # fmt: skip
 @dataclass(frozen=True)
 class Plot:
     """A curve over the course of trials: metric ``y`` against the measurement's coordinate ``x``, one line per arm."""
@@ -120,6 +145,10 @@ class Plot:
     log_y: bool = False
 
 
+@checks.arguments(
+    name=checks.text, label=_WORDS, says=_WORDS, options=checks.Map(), tune=_WORDS,
+    plots=checks.Each(checks.Instance(Plot, words="a Plot")),
+)  # fmt: skip
 @dataclass(frozen=True)
 class Task:
     """A problem the arms are run on. ``tune`` names the metric by which grids are tuned here ("" where none is)."""
@@ -133,6 +162,10 @@ class Task:
     plots: tuple[Plot, ...] = ()
 
 
+@checks.arguments(
+    name=checks.text, says=_WORDS, seeds=checks.Integer(1), first_seed=checks.Integer(0), tuning_seeds=checks.Integer(0),
+    options=checks.Map(), task_options=checks.Map(checks.Map()), tasks=_TEXTS,
+)  # fmt: skip
 @dataclass(frozen=True)
 class Scale:
     """A size at which a claim can be run, with verdicts of its own.
@@ -152,6 +185,12 @@ class Scale:
     tasks: tuple[str, ...] = ()  # the tasks that exist at this scale; empty: all
 
 
+@checks.arguments(
+    name=checks.text, says=_WORDS, kind=checks.Choice(*KINDS), task=checks.text, metric=checks.text, arm=checks.text,
+    against=_WORDS | _TEXTS, against_metric=_WORDS, compare=checks.Choice("ratio", "difference", "value"),
+    op=checks.Choice("<=", "<", ">=", ">"), bound=checks.Number(infinite=True), rule=checks.Choice("every", "mean"), control=_WORDS,
+    gating=checks.flag, both_diverged=checks.Choice("fails", "equal"), rounding=checks.non_negative,
+)  # fmt: skip
 @dataclass(frozen=True, kw_only=True)
 class Criterion:
     """What must hold, set before the run: ``arm``'s metric on ``task``, compared with ``against``, within ``bound``.
@@ -195,6 +234,9 @@ class Criterion:
         return (self.against,) if isinstance(self.against, str) and self.against else tuple(self.against)
 
 
+@checks.arguments(
+    values=checks.Map(), at=checks.Map() | None
+)  # fmt: skip
 @dataclass(frozen=True)
 class Measurement:
     """What a trial yields: values by metric name, with ``at`` the coordinates on the way (``{"step": 10}``).
@@ -207,11 +249,15 @@ class Measurement:
     at: Mapping[str, float] | None = None
 
 
+@checks.arguments(_at=checks.Map() | None)
 def measure(_at: Mapping[str, float] | None = None, **values: float) -> Measurement:
     """``measure({"step": 10}, loss=0.3)`` on the way; ``measure(loss=0.2, accuracy=0.9)`` at the end."""
     return Measurement(values=values, at=_at)
 
 
+@checks.arguments(
+    claim=_WORDS, scale=_WORDS, task=_WORDS, arm=_WORDS, seed=checks.Integer(), device=checks.text, options=checks.Map()
+)  # fmt: skip
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """What a trial function is given: all that determines its result.
@@ -240,6 +286,16 @@ class Trial:
 TrialFunction = Callable[[Trial], Iterator[Measurement]]
 
 
+@checks.arguments(
+    slug=checks.text, room=_WORDS, name=_WORDS, summary=_WORDS, says=_WORDS,
+    paper=checks.Instance(Paper, words="a Paper"),
+    part=_WORDS, budget=_WORDS, tasks=checks.Each(checks.Instance(Task, words="a Task")),
+    arms=checks.Each(checks.Instance(Arm, words="an Arm")), scales=checks.Each(checks.Instance(Scale, words="a Scale")),
+    metrics=checks.Each(checks.Instance(Metric, words="a Metric")),
+    criteria=checks.Each(checks.Instance(Criterion, words="a Criterion")), trial=checks.Function("a function of a Trial", 1),
+    departures=_TEXTS, errata=checks.Each(checks.Instance(Erratum, words="an Erratum")),
+    picture=checks.Function("a function that returns a figure", 0) | None, sources=_TEXTS, usage=_WORDS,
+)  # fmt: skip
 @dataclass(frozen=True, kw_only=True)
 class Claim:
     """One system's claim: what its paper says, and the experiment that shows it. The lab does all the rest."""
@@ -297,10 +353,14 @@ class Claim:
 def _named(items: Iterable[Any], name: str, what: str) -> Any:
     found = {item.name: item for item in items}
     if name not in found:
-        raise KeyError(f"{what} {name!r} is unknown; it has {', '.join(found)}")
+        raise UnknownName(f"{what} {name!r} is unknown; it has {', '.join(found)}")
     return found[name]
 
 
+_CLAIM = checks.Instance(Claim, words="a Claim")
+
+
+@checks.arguments(claim=_CLAIM)
 def check_claim(claim: Claim) -> None:
     """Raise ValueError where a claim contradicts itself: unknown names, unequal tuning budgets, a missing baseline."""
     where = f"claim {claim.slug!r}"
@@ -346,12 +406,11 @@ def check_claim(claim: Claim) -> None:
         for metric in (c.metric, *([c.against_metric] if c.against_metric else [])):
             if metric not in metrics:
                 raise ValueError(f"{where}, criterion {c.name!r}: unknown metric {metric!r}; it has {sorted(metrics)}")
-        if c.kind not in KINDS:
-            raise ValueError(f"{where}, criterion {c.name!r}: kind must be one of {', '.join(KINDS)}, got {c.kind!r}")
         if (c.compare == "value") == bool(c.rivals):
             raise ValueError(f"{where}, criterion {c.name!r}: compare={c.compare!r} with against={c.against!r}")
 
 
+@checks.arguments(claim=_CLAIM)
 def check_rules(claim: Claim) -> None:
     """Raise ValueError where every seed must pass by a noisy metric: more seeds would make that harder, whatever is true."""
     exact = {m.name for m in claim.metrics if m.exact}

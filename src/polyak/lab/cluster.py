@@ -1,4 +1,4 @@
-"""An executor on Ray: every trial is a task of a cluster. The store, the plans and the trackers stay with the driver.
+"""Trials on a Ray cluster: an executor that makes each trial a task. Store, plans and trackers stay with the driver.
 
 A task runs a trial as a local worker does, in a process with one thread, and what it measures on the way comes to the driver
 through an actor, as do the driver's answers. Ray retries nothing by itself: a trial whose process or node died is reported so, and
@@ -66,11 +66,14 @@ class Cluster:
     Nothing is connected to before the first use. A connection that this process already has to Ray is used, and kept.
     """
 
+    @checks.arguments(
+        address=checks.text,
+        jobs=checks.Integer(1, 4096) | None,
+        processes=checks.Integer(1, 1024),
+        gpus=checks.Number(0, 1024),
+    )
     def __init__(self, address: str = "auto", *, jobs: int | None = None, processes: int = 1, gpus: float = 0) -> None:
-        self.address = address
-        self.processes = checks.integer("processes", processes, least=1)
-        self.gpus = checks.non_negative("gpus", gpus)
-        self._jobs = None if jobs is None else checks.integer("jobs", jobs, least=1)
+        self.address, self.processes, self.gpus, self._jobs = address, processes, gpus, jobs
         self._ray: Any = None
         self._ours = False  # whether the connection is
         self._apart = False

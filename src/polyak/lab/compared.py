@@ -1,4 +1,4 @@
-"""The comparisons that a store holds (`polyak compare`): each as it was asked for, with what has ended of it."""
+"""The comparisons in a store (``polyak compare``): what each asked for, and which of its trials have ended."""
 
 from __future__ import annotations
 

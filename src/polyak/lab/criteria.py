@@ -1,4 +1,4 @@
-"""How a claim declares its criteria: in one to three lines each, by what they ask.
+"""Short constructors for a claim's criteria (``at_most``, ``beats``, ``order``, ...), one to three lines each.
 
 A claim says once, for each kind, what most of its criteria have in common::
 
@@ -21,6 +21,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
+from polyak.core import checks
 from polyak.lab.claim import Criterion, Kind, Metric
 
 Op = Literal["<=", "<", ">=", ">"]
@@ -52,6 +53,7 @@ class Ask:
         common: what the criteria have in common; each may say otherwise.
     """
 
+    @checks.arguments(metrics=checks.Several(checks.Instance(Metric, words="a Metric")))
     def __init__(self, metrics: Iterable[Metric], **common: Unpack[Facts]) -> None:
         self._metrics = {m.name: m for m in metrics}
         self._common = common

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from polyak.core import checks
+
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
@@ -74,6 +76,7 @@ class StoreError(RuntimeError):
 class Database:
     """The file, opened by one owner."""
 
+    @checks.arguments(home=checks.path | None)
     def __init__(self, home: Path | str | None = None) -> None:
         self._at(home)
         with self._clear_errors():

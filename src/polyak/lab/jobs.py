@@ -1,4 +1,4 @@
-"""What is asked of whoever runs trials, and what comes of it; and how a trial is run.
+"""The interface between the lab and whatever runs trials: jobs, what is heard of them, and the function that runs one.
 
 A :class:`Job` is a trial function and what it is given, all of it picklable; what comes back are :class:`Heard` measurements, where
 the job asks for that, and one :class:`Ended`. An :class:`Executor` knows nothing of stores, plans or statistics.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from numbers import Real
@@ -141,6 +141,20 @@ def carry_out(job: Job, tell: Tell, ask: Ask) -> Outcome:
     Raises:
         TypeError, ValueError: the trial breaks the rules of measurements; whatever the trial function raises.
     """
+    way, go_on = on_the_way(job), None
+    while True:
+        try:
+            at, values = way.send(go_on)
+        except StopIteration as ended:
+            return ended.value
+        if job.stream == "tell":
+            tell(at, values)
+        elif job.stream == "ask":
+            go_on = ask(at, values)
+
+
+def on_the_way(job: Job) -> Generator[tuple[Mapping[str, float], Mapping[str, float]], bool | None, Outcome]:
+    """A trial's measurements on the way, as they are made; the trial stops early where False is sent back. Returns its outcome."""
     settle(job.libraries, job.trial.seed)
     curve: list[tuple[Mapping[str, float], Mapping[str, float]]] = []
     final: Mapping[str, float] | None = None
@@ -157,9 +171,7 @@ def carry_out(job: Job, tell: Tell, ask: Ask) -> Outcome:
                 final = values
                 continue
             curve.append((at, values))
-            if job.stream == "tell":
-                tell(at, values)
-            elif job.stream == "ask" and not ask(at, values):
+            if (yield at, values) is False:
                 final, message = values, STOPPED
                 break
     except Diverged as error:

@@ -1,4 +1,4 @@
-"""What a store holds of a claim, judged: a result for each scale, also where it was made on another machine.
+"""The results of a claim in a store, judged: one for each scale, also where they were made on another machine.
 
 What decides is the code: a run counts whose fingerprint is the present one. Versions of Python and of libraries are told with a
 result; where there are several runs, one with those of this machine comes first, then the latest.

@@ -1,4 +1,4 @@
-"""What numbers may be, wherever they come in: far more than anybody needs, and less than what a slip of the hand asks for."""
+"""Ranges of counts and durations that users give: wide, but they refuse slips such as ``--seeds 20000``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store on its way to another machine and back: all finished trials, or those of some claims, as one file.
+"""Export and import of a store: its finished trials, or those of some claims, as one file for another machine.
 
 The file is a database as the store's own. Taken in by another store, its trials are there as if they had been run there, so that
 a run goes on where it stopped; what both have stays as it is.

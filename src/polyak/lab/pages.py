@@ -1,4 +1,4 @@
-"""What `polyak serve` says: the store's claims, comparisons, runs and live progress, as pages made at each request."""
+"""The pages of ``polyak serve``: a store's claims, comparisons, runs and live progress, made at each request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
-from polyak.lab import kept, report, words
+from polyak.lab import kept, pictures, report, words
 from polyak.lab import versions as facts
 from polyak.lab.claim import Claim
 from polyak.lab.compare import page as comparison_page
@@ -76,6 +76,12 @@ class Pages:
         store = Store.reader(self.home)
         if store is not None:
             store.close()
+
+    def draw_pictures(self) -> None:
+        """Draw the pictures that are not drawn yet, one by one; pages show those that are there."""
+        for claim in self.claims.values():
+            with self._drawing:
+                pictures.drawn(claim)
 
     def answer(self, target: str) -> Answer:
         """The answer to a request for an address, such as ``/adan.html?scale=small``."""

@@ -20,10 +20,11 @@ import html
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyak.core import checks
 from polyak.lab import plots, ticks
 from polyak.lab import versions as facts
 from polyak.lab.claim import Claim
@@ -34,10 +35,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["GRID", "INK", "MUTED", "NEUTRAL", "SERIES", "described", "drawn", "name", "panels"]
-WIDTH, HEIGHT = 640, 320  # CSS pixels; on a phone it is scaled down to half
+WIDTH, HEIGHT = 520, 280  # CSS pixels; on a phone it is scaled down to two thirds
 _DESCRIPTION = "polyak_description"
 
 
+_AXES = checks.Like("axes of matplotlib", "annotate", "plot")
+
+
+@checks.arguments(
+    count=checks.Integer(1, 16), rows=checks.Integer(1, 16), titles=checks.Each(checks.Text(empty=True)),
+    height=checks.positive, frame=checks.flag, square=checks.flag, share=checks.flag,
+)  # fmt: skip
 def panels(
     count: int = 1,
     *,
@@ -54,7 +62,7 @@ def panels(
         count: how many axes, in all rows together.
         rows: of axes.
         titles: above each of the axes.
-        height: of the figure, in CSS pixels; its width is 640.
+        height: of the figure, in CSS pixels; its width is 520.
         frame: whether axes have ticks and labels; images and fields have none.
         square: whether a unit is as long upwards as to the right.
         share: whether all axes have the same limits.
@@ -86,6 +94,14 @@ def panels(
     return figure, axes[:count]
 
 
+@checks.arguments(
+    axes=_AXES,
+    x=checks.real,
+    y=checks.real,
+    text=checks.text,
+    color=checks.text,
+    shift=checks.Each(checks.real, count=2),
+)
 def name(axes: Axes, x: float, y: float, text: str, color: str = INK, *, shift: tuple[float, float] = (6, 0)) -> None:
     """A label beside a point of the drawing, moved by so many pixels."""
     how: dict[str, Any] = {"xytext": shift, "textcoords": "offset points", "color": color, "fontsize": plots.FONT}
@@ -105,12 +121,14 @@ def log(axes: Axes, *, x: bool = False, y: bool = False) -> None:
             axis.set_major_formatter(ticks.formatter())
 
 
+@checks.arguments(figure=checks.Like("a figure of matplotlib", "savefig"), text=checks.text)
 def described(figure: Figure, text: str) -> Figure:
     """The figure, with what it shows in words, for those who cannot see it."""
     setattr(figure, _DESCRIPTION, text)
     return figure
 
 
+@checks.arguments(claim=checks.Instance(Claim, words="a Claim"))
 def drawn(claim: Claim) -> str:
     """A claim's picture as SVG in the page's colours; "" where it has none.
 
@@ -118,7 +136,7 @@ def drawn(claim: Claim) -> str:
     """
     if claim.picture is None:
         return ""
-    kept = _folder() / f"{claim.slug}-{_digest(claim)}.svg"
+    kept = _place(claim)
     if kept.exists():
         return kept.read_text(encoding="utf-8")
     svg = draw(claim)
@@ -132,15 +150,24 @@ def drawn(claim: Claim) -> str:
     return svg
 
 
+def is_kept(claim: Claim) -> bool:
+    """Whether a claim has a picture that need not be drawn any more."""
+    return claim.picture is not None and _place(claim).exists()
+
+
 def draw(claim: Claim) -> str:
     """A claim's picture as SVG, drawn now."""
     assert claim.picture is not None
+    return svg(claim.picture, f"picture-{claim.slug}", f"What {claim.name} does")
+
+
+def svg(picture: Callable[[], Figure], prefix: str, says: str = "") -> str:
+    """A picture as SVG in the page's colours. ``prefix`` is a word that no other drawing of the page has."""
     with plots.styled():
-        figure, buffer = claim.picture(), io.StringIO()
+        figure, buffer = picture(), io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    says = getattr(figure, _DESCRIPTION, f"What {claim.name} does")
-    svg = re.sub(r' d="[^"]*"', _shorter, buffer.getvalue())
-    return plots.adapt(svg, says, prefix=f"picture-{claim.slug}")
+    shorter = re.sub(r' d="[^"]*"', _shorter, buffer.getvalue())
+    return plots.adapt(shorter, getattr(figure, _DESCRIPTION, says), prefix=prefix)
 
 
 def _shorter(path: re.Match[str]) -> str:
@@ -152,6 +179,10 @@ def description(svg: str) -> str:
     """What a picture's SVG shows, in words."""
     found = re.search(r'aria-label="([^"]*)"', svg)
     return html.unescape(found[1]) if found else ""
+
+
+def _place(claim: Claim) -> Path:
+    return _folder() / f"{claim.slug}-{_digest(claim)}.svg"
 
 
 def _folder() -> Path:

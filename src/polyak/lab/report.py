@@ -25,6 +25,7 @@ ROLES = {
     "ablation": "a variant, to see what matters",
     "control": "a negative control: the method without its key ingredient",
 }
+FEW = 3  # criteria that are shown without a fold
 TILES = 12  # pictures at the top of an index
 LONG = 12  # characters of a word that a browser may break
 RULES = {
@@ -103,7 +104,7 @@ def index_page(
     return render(
         "index.html",
         entries=sorted(entries, key=lambda e: e.claim.room),
-        tiles=some_tiles(entries),
+        tiles=some_tiles(_pictured(entries, live)),
         counts=counts,
         order=list(words.GLYPHS),
         total=len(entries),
@@ -116,7 +117,12 @@ def index_page(
 
 def gallery_page(entries: Sequence[Entry], *, linked: Collection[str], live: Live | None = None) -> str:
     """The pictures of all systems that have one, by room."""
-    return render("gallery.html", rooms=by_room(entries), linked=linked, live=live)
+    return render("gallery.html", rooms=by_room(_pictured(entries, live)), linked=linked, live=live)
+
+
+def _pictured(entries: Iterable[Entry], live: Live | None) -> list[Entry]:
+    """Those that have a picture; on a served page, which must not wait for drawings, those whose picture is drawn."""
+    return [e for e in entries if (pictures.is_kept(e.claim) if live else e.claim.picture)]
 
 
 def by_room(entries: Iterable[Entry]) -> dict[str, list[Entry]]:
@@ -154,6 +160,9 @@ def view(entry: Entry, *, so_far: ClaimResult | None = None) -> dict[str, Any]:
     shown = so_far or result
     decided = {o.name for o in words.deciding(result)} if result else set()
     by_kind = sorted(claim.criteria, key=lambda c: KINDS.index(c.kind))
+    asked = [c for c in by_kind if counts[c.name]]
+    others = [c for c in by_kind if not counts[c.name]]
+    shown_criteria, folds = _folded(asked, others, decided, outcomes)
     return {
         "entry": entry,
         "claim": claim,
@@ -162,10 +171,11 @@ def view(entry: Entry, *, so_far: ClaimResult | None = None) -> dict[str, Any]:
         "baselines": [arm.label for arm in claim.arms if arm.role == "baseline"],
         "decided": [(c, outcomes[c.name]) for c in by_kind if c.name in decided],
         "names": words.names(claim, claim.criteria),
-        "asked": [c for c in by_kind if counts[c.name]],
-        "others": [c for c in by_kind if not counts[c.name]],
+        "asked": asked,
+        "others": others,
+        "shown": shown_criteria,
+        "folds": folds,
         "tally": words.tally(o.verdict for o in outcomes.values() if o.gating),
-        "aside": words.tally(o.verdict for o in outcomes.values() if not o.gating),
         "outcomes": outcomes,
         "tasks": [_task(claim, task, shown) for task in _tasks(claim, shown)],
         "arms": [arm_facts(claim, arm, result) for arm in claim.arms],
@@ -174,6 +184,38 @@ def view(entry: Entry, *, so_far: ClaimResult | None = None) -> dict[str, Any]:
         "diverged": _diverged(t for t in result.trials if t.purpose == "report") if result else 0,
         "so_far": so_far,
     }
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Criteria that are shown on request. counts: whether verdicts depend on them."""
+
+    says: str
+    criteria: list[Criterion]
+    counts: bool
+
+
+def _folded(
+    asked: list[Criterion], others: list[Criterion], decided: Collection[str], outcomes: Mapping[str, CriterionResult]
+) -> tuple[list[tuple[Criterion, bool]], list[Fold]]:
+    """The criteria to show at once, with whether they count, and folds of the others: by kind, then those only reported."""
+    few = len(asked) <= FEW
+    shown = [(c, True) for c in asked if few or c.name in decided]
+    rest = {kind: [c for c in asked if not few and c.name not in decided and c.kind == kind] for kind in KINDS}
+    folds = [Fold(_called(kind, these, asked, outcomes), these, True) for kind, these in rest.items() if these]
+    if len(others) <= FEW:
+        return shown + [(c, False) for c in others], folds
+    return shown, [*folds, Fold(f"{len(others)} more that are only reported{_tally(others, outcomes)}", others, False)]
+
+
+def _called(kind: str, these: list[Criterion], asked: list[Criterion], outcomes: Mapping[str, CriterionResult]) -> str:
+    more = "more " if any(c.kind == kind and c not in these for c in asked) else ""
+    return f"{kind.capitalize()}: {words.count(len(these), f'{more}criterion', f'{more}criteria')}{_tally(these, outcomes)}"
+
+
+def _tally(these: Iterable[Criterion], outcomes: Mapping[str, CriterionResult]) -> str:
+    found = words.tally(outcomes[c.name].verdict for c in these if c.name in outcomes)
+    return f": {found}" if found else ""
 
 
 def _tasks(claim: Claim, result: ClaimResult | None) -> tuple[Task, ...]:

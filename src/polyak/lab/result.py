@@ -1,4 +1,4 @@
-"""What the lab knows after a run: plain data between the store, the verdicts, the reports and JSON."""
+"""Results as plain data, which the store, the verdicts, the reports and JSON exchange: trials, criteria, verdicts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from polyak.core import checks
 from polyak.lab.claim import EMPTY, KINDS, Kind, Verdict
 
 
@@ -50,6 +51,7 @@ class CriterionResult:
     kind: Kind = "effect"  # what was published before there were kinds does not say it: ClaimResult.from_json
 
 
+@checks.arguments(criteria=checks.Several(checks.Instance(CriterionResult, words="a CriterionResult")))
 def verdict(criteria: Iterable[CriterionResult]) -> Verdict:
     """Of several: ``fails`` where any gating criterion fails, ``holds`` where all hold, else ``undecided``."""
     gating = [c.verdict for c in criteria if c.gating]

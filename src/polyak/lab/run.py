@@ -1,4 +1,4 @@
-"""Carrying trials out: an executor that runs them, one store, and a plan for each claim.
+"""Running claims: an executor that runs trials, a store that keeps them, and a plan for each claim.
 
 Every trial runs in a worker (:mod:`polyak.lab.workers`). The process that was called hands out trials, takes in results and
 stores them; it alone writes. A worker that dies takes one trial with it, which is tried once more. Where another process has a
@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from polyak.core import checks
+from polyak.lab import limits
 from polyak.lab import versions as facts
 from polyak.lab.claim import Claim, Trial
 from polyak.lab.result import ClaimResult, TrialResult
 from polyak.lab.store import Planned, Store, Stored, StoreError
-from polyak.lab.trackers import Mirror, Tracker
+from polyak.lab.trackers import TRACK, Mirror, Tracker
 from polyak.lab.tuning import Plan
 from polyak.lab.workers import Began, Died, Ended, Executor, Heard, Job, Processes, Trouble
 
@@ -34,6 +35,10 @@ _PATIENCE_S = 300.0
 Listener = Callable[[Planned, Mapping[str, float], Mapping[str, float]], None]  # trial, at, values
 
 
+@checks.arguments(
+    claim=checks.text, done=checks.Integer(0), total=checks.Integer(0), cached=checks.Integer(0), running=checks.Each(checks.text),
+    elapsed=checks.measured, eta_seconds=checks.measured | None,
+)  # fmt: skip
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """How far one claim's run has come."""
@@ -61,6 +66,19 @@ class TrialError(RuntimeError):
         super().__init__(f"{trial.claim}: could not run {trial.label}{more}\n{trace.rstrip()}")
 
 
+_CLAIM = checks.Instance(Claim, words="a Claim")
+_STORED: dict[str, checks.Kind] = dict(
+    scale=checks.text, seeds=checks.Integer(1, limits.MOST["seeds"]) | None, device=checks.text,
+    processes=checks.Integer(1, limits.MOST["processes"]), store=checks.Instance(Store, words="a Store"),
+)  # fmt: skip
+_RUN: dict[str, checks.Kind] = dict(
+    **_STORED, jobs=checks.Integer(1, limits.MOST["jobs"]) | None,
+    on_progress=checks.Function("a function of the Progress", 1) | None,
+    executor=checks.Like("an executor", "slots", "open", "start") | None, track=TRACK,
+)  # fmt: skip
+
+
+@checks.arguments(claim=_CLAIM, **_RUN)
 def run(
     claim: Claim,
     *,
@@ -90,6 +108,11 @@ def run(
     return results[claim.slug]
 
 
+@checks.arguments(
+    claims=checks.Each(_CLAIM, words="a sequence of claims"),
+    on_result=checks.Function("a function of the result", 1) | None,
+    **_RUN,
+)
 def run_many(
     claims: Sequence[Claim],
     *,
@@ -102,11 +125,12 @@ def run_many(
     executor: Executor | None = None,
     processes: int = 1,
     track: str | Tracker | Sequence[str | Tracker] = (),
+    on_result: Callable[[ClaimResult], None] | None = None,
 ) -> dict[str, ClaimResult]:
     """Run several claims through one set of worker processes, so that none idles before all is done.
 
     Args:
-        claims: what to run; their slugs differ.
+        claims: what to run, the first first; their slugs differ.
         scale: the name of a scale that every claim has.
         seeds: how many seeds are reported, at least 1. Default: as many as each claim's scale declares.
         device: "cpu", "cuda" or "cuda:N".
@@ -118,6 +142,7 @@ def run_many(
             is closed at the end.
         processes: of each trial (:mod:`polyak.lab.group`).
         track: where measurements are mirrored to, e.g. "tensorboard" (:mod:`polyak.lab.trackers`).
+        on_result: called with each claim's result as soon as all of its trials have ended.
 
     Returns:
         Slug -> result, in the order of ``claims``.
@@ -147,6 +172,7 @@ def run_many(
         executor=executor,
         processes=processes,
         track=track,
+        on_complete=None if on_result is None else lambda plan: on_result(plan.result()),
     )
     return {slug: plan.result() for slug, plan in plans.items()}
 
@@ -162,12 +188,14 @@ def carry_out(
     executor: Executor | None = None,
     processes: int = 1,
     track: str | Tracker | Sequence[str | Tracker] = (),
+    on_complete: Callable[[Plan], None] | None = None,
 ) -> None:
     """Run what is missing of plans, until every plan is complete. Arguments and errors are those of :func:`run_many`.
 
     Args:
         on_measurement: hears every measurement on the way of every trial that runs here, as it is made, and once more the
             final one, with empty coordinates.
+        on_complete: called with each plan as soon as all of its trials have ended.
     """
     default = max(1, facts.cores() // processes) if device == "cpu" else 1
     jobs = checks.integer("jobs", default if jobs is None else jobs, least=1)
@@ -184,6 +212,7 @@ def carry_out(
         on_measurement=on_measurement,
         processes=processes,
         mirror=mirror,
+        on_complete=on_complete,
     ).carry_out()
 
 
@@ -205,6 +234,7 @@ def device_kind(device: str, processes: int = 1, executor: Executor | None = Non
     return facts.times(processes, executor.call(facts.device_kind, device, timeout=_PATIENCE_S))
 
 
+@checks.arguments(claim=_CLAIM, **_STORED)
 def collect(
     claim: Claim,
     *,
@@ -271,6 +301,7 @@ class _Run:
     on_measurement: Listener | None
     processes: int
     mirror: Mirror
+    on_complete: Callable[[Plan], None] | None = None
     queue: list[_Task] = field(default_factory=list)
     flight: dict[int, _Task] = field(default_factory=dict)  # by ticket
     tickets: Iterator[int] = field(default_factory=itertools.count)
@@ -310,8 +341,9 @@ class _Run:
             durations = self.store.durations(slug, plan.scale, plan.device)
             self.expected.update({(slug, task, arm): seconds for (task, arm), seconds in durations.items()})
         self._sort()
-        for slug in self.plans:
+        for slug, plan in self.plans.items():
             self._report(slug)
+            self._tell(plan)
 
     def _hand_out(self) -> bool:
         """Fill the executor's slots. Whether there is anything left to wait for."""
@@ -406,6 +438,11 @@ class _Run:
         self._enqueue(task.plan, task.plan.add(task.trial, stored))
         self._sort()
         self._report(task.trial.claim)
+        self._tell(task.plan)
+
+    def _tell(self, plan: Plan) -> None:
+        if plan.complete and self.on_complete is not None:
+            self.on_complete(plan)
 
     def _bury(self, task: _Task, death: Died) -> None:
         if task.attempts < death.chances:
@@ -437,15 +474,23 @@ class _Run:
             self.queue += [_Task(plan, trial) for trial in trials]
 
     def _sort(self) -> None:
-        """Tuning first, since other trials wait for it; then the longest, so that none is left over at the end.
+        """Claim by claim; of each the tuning first, since other trials wait for it, then the longest, so that none is left over
+        at the end.
 
         Where it is unknown how long a trial takes it comes before those that are known, in the order given. One at a time they go
         seed by seed, so that a machine which slows down does so for all arms alike.
         """
 
-        def place(task: _Task) -> tuple[bool, float]:
+        order = {slug: i for i, slug in enumerate(self.plans)}
+
+        def place(task: _Task) -> tuple[int, bool, float]:
             alone = self.executor.slots == 1
-            return task.trial.purpose != "tuning", task.trial.seed if alone else -self._expect(task.trial, float("inf"))
+            tunes = task.trial.purpose == "tuning"
+            return (
+                order[task.trial.claim],
+                not tunes,
+                task.trial.seed if alone else -self._expect(task.trial, float("inf")),
+            )
 
         self.queue.sort(key=place)
 

@@ -1,4 +1,4 @@
-"""SCOREBOARD.md and the README's table of systems, made from published verdicts: the same data, the same bytes."""
+"""SCOREBOARD.md and the README's tables of systems, made from published verdicts: the same data, the same bytes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,22 @@ from typing import Any
 
 from polyak.lab import words
 from polyak.lab.claim import KINDS, Claim
-from polyak.lab.report import Entry
+from polyak.lab.report import Entry, by_room
 from polyak.lab.result import ClaimResult
 
 OPEN, CLOSE = "<!-- systems -->", "<!-- /systems -->"
+# What each room holds.
+ROOMS = {
+    "optim": "optimizers",
+    "teachers": "averages and combinations of weights",
+    "layers": "layers of networks",
+    "particles": "weighted particles: smoothing, resampling, flow networks",
+    "generate": "samplers of diffusion and flow models",
+    "pde": "physics-informed networks and neural operators",
+    "physics": "simulators and solvers of physical systems",
+    "forecast": "forecasts of markets, air and traffic, and the scores that judge them",
+    "dynamics": "analyses of training, and of networks as dynamical systems",
+}
 LARGEST = 50_000  # bytes; a published verdict is a summary, not an archive
 
 
@@ -46,12 +58,16 @@ def scoreboard(entries: Sequence[Entry]) -> str:
 
 
 def systems_table(entries: Sequence[Entry]) -> str:
-    """The README's table."""
-    rows = [
-        [f"`{e.claim.slug}`", e.claim.room, _cell(e.claim.name), _cell(e.claim.summary), *words.at_scales(e.results)]
-        for e in entries
-    ]
-    return _table(["slug", "room", "system", "what it is", *KINDS], rows)
+    """The README's tables: one for each room, under a heading that says what the room holds."""
+    parts = []
+    for room, those in by_room(entries).items():
+        parts.append(f"### {room}: {ROOMS[room]}" if room in ROOMS else f"### {room}")
+        rows = [
+            [f"`{e.claim.slug}`", _cell(e.claim.name), _cell(e.claim.summary), *words.at_scales(e.results)]
+            for e in those
+        ]
+        parts.append(_table(["slug", "system", "what it is", *KINDS], rows))
+    return "\n\n".join(parts)
 
 
 def with_table(readme: str, table: str) -> str:

@@ -1,4 +1,4 @@
-"""`polyak serve`: the store's claims, runs and live progress as pages of this machine alone, for reading.
+"""The server of ``polyak serve``: pages for this machine alone, for reading only.
 
 The server is the standard library's ``ThreadingHTTPServer``. There is one reader, five addresses and nothing to write, so that
 what a library would add (routing, an event loop, sessions, TLS) has no use here; and what matters on a loopback port is short

@@ -1,4 +1,4 @@
-"""Processes that are started afresh, with one thread and hashes that are alike, and that end with the one that started them."""
+"""Starting worker processes: fresh ones, with one thread and settled hashes, that end with the process that started them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From trials to verdicts: pure functions on what :mod:`polyak.lab.intervals` says of means over seeds.
+"""Verdicts from trials: pure functions, with the intervals and p-values of :mod:`polyak.lab.intervals`.
 
 How each rule decides is said in :class:`~polyak.lab.claim.Criterion`. What this file adds is care at the edges:
 
@@ -20,6 +20,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from polyak.core import checks
 from polyak.lab import intervals
 from polyak.lab.claim import Claim, Criterion, Metric, Verdict
 from polyak.lab.intervals import LEVEL
@@ -30,6 +31,10 @@ UNCLEAR = "tell the mean from the bound"  # in the note of what is undecided for
 OPERATORS = {"<=": operator.le, "<": operator.lt, ">=": operator.ge, ">": operator.gt}
 
 
+@checks.arguments(
+    claim=checks.Instance(Claim, words="a Claim"), trials=checks.Several(checks.Instance(TrialResult, words="a TrialResult")),
+    seeds=checks.Each(checks.Integer(0)), scale=checks.text | None,
+)  # fmt: skip
 def judge(
     claim: Claim, trials: Iterable[TrialResult], seeds: Sequence[int], *, scale: str | None = None
 ) -> tuple[CriterionResult, ...]:

@@ -1,4 +1,4 @@
-"""Where trials are kept, written as they end, read by everyone; and which comparisons were asked for.
+"""The store: trials are written as they end, and any process may read them; and the comparisons that were asked for.
 
 A trial is known by a digest of all that determines its result. Before it runs it is marked as in flight by its owner (an open
 :class:`Store`); the mark holds for as long as the owner lives (see :mod:`polyak.lab.database`).

@@ -1,4 +1,4 @@
-"""A criterion's strip: SVG written directly, with coordinates in percent, so that its text never shrinks with its width."""
+"""Strips: a drawing of one criterion with its estimate, interval, seeds and bound, as SVG with coordinates in percent."""
 
 from __future__ import annotations
 

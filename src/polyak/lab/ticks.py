@@ -1,4 +1,4 @@
-"""Where an axis has ticks, and what is written at them."""
+"""Axis ticks: where they are, and their labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mirrors of measurements in what people watch already: TensorBoard, MLflow, Weights & Biases.
+"""Mirroring measurements in other trackers: TensorBoard, MLflow, Weights & Biases.
 
 Whatever is mirrored, the store is what counts. A tracker works in a thread of its own, so that a slow one holds nothing up; one
 that fails is left out from then on, with one warning. Only trials that run are mirrored: what is stored already is not again.
@@ -50,6 +50,10 @@ class Tracker(Protocol):
     def close(self) -> None:
         """The run's end."""
         ...
+
+
+_TRACKER = checks.text | checks.Like("a Tracker", "name", "begin", "measured", "end", "close")
+TRACK = _TRACKER | checks.Each(_TRACKER)
 
 
 def make(what: str) -> Tracker:

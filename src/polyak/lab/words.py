@@ -1,4 +1,4 @@
-"""The words and numbers that the terminal, the report and the scoreboard share, so that all three say the same."""
+"""Words and number formats that the terminal, the report and the scoreboard share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where trials run: a few processes of this machine, behind an interface that other places can have, too."""
+"""Workers: the executor that runs trials in a few processes of this machine."""
 
 from __future__ import annotations
 

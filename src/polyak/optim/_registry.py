@@ -11,8 +11,15 @@ from typing import Any
 import torch
 
 from polyak.core import checks
+from polyak.optim._engine.options import Params
+
+_RANGE = checks.Each(checks.positive, count=2) | None
 
 
+@checks.arguments(
+    name=checks.text, part=checks.text, says=checks.text, wraps=checks.flag, lr=_RANGE, weight_decay=_RANGE,
+    relation=checks.text,
+)  # fmt: skip
 @dataclass(frozen=True, kw_only=True)
 class Info:
     """What is known of an optimizer without making one.
@@ -97,11 +104,13 @@ _FACTS = {
 }  # fmt: skip
 
 
+@checks.arguments(pattern=checks.text)
 def names(pattern: str = "*") -> list[str]:
     """The optimizers' names, sorted; only those that match a shell-like pattern, as in ``names("ada*")``."""
     return sorted(name for name in _FACTS if fnmatchcase(name, pattern))
 
 
+@checks.arguments(name=checks.Text(empty=True))
 def info(name: str) -> Info:
     """The facts about one optimizer.
 
@@ -110,11 +119,12 @@ def info(name: str) -> Info:
     """
     if not isinstance(name, str) or name not in _FACTS:
         raise ValueError(
-            f"there is no optimizer {checks.shown(name)}{checks.suggestion(name, _FACTS)} (polyak.optim.names() lists all)"
+            f"name: there is no optimizer {checks.shown(name)}{checks.suggestion(name, _FACTS)} (polyak.optim.names() lists all)"
         )
     return _FACTS[name]
 
 
+@checks.arguments(name=checks.text, params=checks.module | Params())
 def create(name: str, params: Any, **options: Any) -> torch.optim.Optimizer:
     """An optimizer by its name.
 

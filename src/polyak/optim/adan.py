@@ -24,6 +24,8 @@ from polyak.core.momentum import bias_correction, ema
 from polyak.optim._engine import RuleOptimizer
 from polyak.optim._engine.functional import apply
 
+__all__ = ["Adan", "adan_step"]
+
 STATE = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")
 
 
@@ -91,6 +93,10 @@ class Adan(RuleOptimizer):
     numbers = ("lr", "eps", "weight_decay", "max_grad_norm")
     tuples: ClassVar = {"betas": 3}
     switches = ("no_prox",)
+    declared: ClassVar = dict(
+        betas=checks.Betas(3, "Adan"), eps=checks.non_negative, weight_decay=checks.non_negative,
+        max_grad_norm=checks.non_negative, no_prox=checks.flag, restart_radius=checks.positive | None,
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -120,17 +126,11 @@ class Adan(RuleOptimizer):
         super().__init__(params, defaults, generator=generator)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        group["betas"] = checks.betas(group["betas"], 3, "Adan")
         if all(b < 0.5 for b in group["betas"]):
             warnings.warn(
                 f"betas {group['betas']} look like the paper's convention; polyak uses retention factors (1 - beta)",
                 stacklevel=6,
             )
-        for name in ("eps", "weight_decay", "max_grad_norm"):
-            checks.non_negative(name, group[name])
-        checks.one_of("no_prox", group["no_prox"], (False, True))
-        if group["restart_radius"] is not None:
-            checks.positive("restart_radius", group["restart_radius"])
         if group["restart_radius"] != (radius := self.param_groups[0]["restart_radius"]):
             raise ValueError(
                 f"restart_radius must be the same in all groups (the condition is over all parameters), "
@@ -179,6 +179,14 @@ class Adan(RuleOptimizer):
                 state[name].zero_()
 
 
+_LIST = checks.Each(checks.tensor, words="a list of tensors")
+
+
+@checks.arguments(
+    params=_LIST, grads=_LIST, exp_avgs=_LIST, exp_avg_diffs=_LIST, exp_avg_sqs=_LIST, neg_pre_grads=_LIST, state_steps=_LIST,
+    lr=checks.non_negative, betas=checks.Betas(3, "Adan"), eps=checks.non_negative, weight_decay=checks.non_negative,
+    clip=checks.non_negative, no_prox=checks.flag, maximize=checks.flag, foreach=checks.flag,
+)  # fmt: skip
 @torch.no_grad()
 def adan_step(
     params: Sequence[torch.Tensor],
@@ -207,9 +215,17 @@ def adan_step(
     Raises:
         ValueError: lists of unequal length, or hyperparameters out of range.
     """
-    numbers = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "clip": clip}
-    hyper: dict[str, Any] = {name: checks.non_negative(name, value) for name, value in numbers.items()}
-    hyper |= {"betas": checks.betas(betas, 3, "Adan"), "no_prox": no_prox}
+    given = dict(
+        grads=grads,
+        exp_avgs=exp_avgs,
+        exp_avg_diffs=exp_avg_diffs,
+        exp_avg_sqs=exp_avg_sqs,
+        neg_pre_grads=neg_pre_grads,
+    )
+    for name, tensors in given.items():
+        if len(tensors) != len(params):
+            raise ValueError(f"{name} has {len(tensors)} tensors where params has {len(params)}")
+    hyper = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, clip=clip, no_prox=no_prox)
     states: dict[str, Sequence[torch.Tensor]] = dict(
         zip(STATE, (exp_avgs, exp_avg_diffs, exp_avg_sqs, neg_pre_grads), strict=True)
     )

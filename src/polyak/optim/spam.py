@@ -29,7 +29,6 @@ from polyak.core.elementwise import axpy, minimum, sign, sqrt, where
 from polyak.core.momentum import bias_correction, ema
 from polyak.optim._engine import RuleOptimizer
 from polyak.optim._engine.dispatch import check, check_state
-from polyak.optim._engine.options import check_generator
 from polyak.optim._engine.places import Places
 from polyak.optim._engine.tensors import LOW, PLAIN, alike, is_dtensor, plain
 
@@ -124,6 +123,12 @@ class SPAM(RuleOptimizer):
     tuples: ClassVar = {"betas": 2}
     switches = ("reset_bias_correction",)
     other_names = ("mask", "mask_bases")
+    declared: ClassVar = dict(
+        betas=checks.Betas(2, "SPAM"), eps=checks.non_negative, weight_decay=checks.non_negative,
+        threshold=checks.non_negative, reset_interval=checks.Integer(1), warmup_steps=checks.Integer(0),
+        grace=checks.Integer(0), density=checks.Number(0.0, 1.0, "(]"), decay_masked=checks.Choice("masked", "all"),
+        nonfinite=checks.Choice("clip", "raise"), reset_bias_correction=checks.flag,
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -156,10 +161,12 @@ class SPAM(RuleOptimizer):
             reset_bias_correction=reset_bias_correction, maximize=maximize, foreach=foreach, capturable=capturable,
             differentiable=differentiable, fused=fused, state_dtype=state_dtype, rounding=rounding,
         )  # fmt: skip
-        check_generator(generator)
+        self.__checks__["generator"]("generator", generator)
         given = generator is not None
         self._mask_seed = int(torch.randint(2**62, (), generator=generator)) if given else torch.initial_seed() % 2**62
-        super().__init__(params, defaults, generator=generator if rounding == "stochastic" else None)
+        super().__init__(
+            params, defaults, generator=generator if isinstance(rounding, str) and rounding == "stochastic" else None
+        )
 
     # Options.
 
@@ -179,11 +186,7 @@ class SPAM(RuleOptimizer):
             group["total_step"] = int(total)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        group["betas"] = checks.betas(group["betas"], 2, "SPAM")
-        for name in ("eps", "weight_decay", "threshold"):
-            checks.non_negative(name, group[name])
-        interval = checks.integer("reset_interval", group["reset_interval"], least=1)
-        warmup, grace = (checks.integer(name, group[name], least=0) for name in ("warmup_steps", "grace"))
+        interval, warmup, grace = (group[name] for name in ("reset_interval", "warmup_steps", "grace"))
         if interval <= grace:
             raise ValueError(
                 f"reset_interval must be above grace (spikes would never be clipped), got {interval} and {grace}"
@@ -194,10 +197,6 @@ class SPAM(RuleOptimizer):
                 "its full size",
                 stacklevel=6,
             )
-        checks.between("density", group["density"], 0.0, 1.0, ends="(]")
-        checks.one_of("decay_masked", group["decay_masked"], ("masked", "all"))
-        checks.one_of("nonfinite", group["nonfinite"], ("clip", "raise"))
-        checks.one_of("reset_bias_correction", group["reset_bias_correction"], (False, True))
         if group["density"] < 1:
             for p in group["params"]:
                 if p.dim() != 2:
@@ -409,6 +408,11 @@ def _mixed_number(*numbers: int) -> int:
     return mixed
 
 
+@checks.arguments(
+    model=checks.module,
+    density=checks.Number(0.0, 1.0, "(]"),
+    include=checks.Several(checks.text, words="a list of parts of names"),
+)
 def spam_param_groups(
     model: torch.nn.Module, density: float, include: Iterable[str] = ("attn", "mlp", "attention")
 ) -> list[dict[str, Any]]:
@@ -436,6 +440,10 @@ def spam_param_groups(
     return [group for group in groups if group["params"]]
 
 
+_LIST = checks.Each(checks.tensor, words="a list of tensors")
+
+
+@checks.arguments(grads=_LIST, exp_avg_sqs=_LIST, threshold=checks.positive)
 @torch.no_grad()
 def clip_spikes_(
     grads: Sequence[torch.Tensor], exp_avg_sqs: Sequence[torch.Tensor], threshold: float = 5000.0
@@ -453,7 +461,6 @@ def clip_spikes_(
     Raises:
         ValueError: lists of unequal length or tensors of unequal shape, or a threshold that is not positive.
     """
-    checks.positive("threshold", threshold)
     if len(grads) != len(exp_avg_sqs):
         raise ValueError(f"exp_avg_sqs has {len(exp_avg_sqs)} tensors where grads has {len(grads)}")
     for i, (g, v) in enumerate(zip(grads, exp_avg_sqs, strict=True)):
@@ -485,9 +492,9 @@ class SpikeMonitor:
         >>> monitor.counts
     """
 
+    @checks.arguments(window=checks.Integer(1), threshold=checks.positive)
     def __init__(self, window: int = 1000, threshold: float = 50.0) -> None:
-        self.window = checks.integer("window", window, least=1)
-        self.threshold = checks.positive("threshold", threshold)
+        self.window, self.threshold = window, threshold
         self.counts: dict[str, torch.Tensor] = {}  # spikes so far, by name, on the parameters' devices
         self.steps = 0
         self._means: dict[str, tuple[torch.Tensor, int]] = {}

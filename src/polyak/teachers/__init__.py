@@ -1,4 +1,4 @@
-"""Teachers: weights that follow other weights.
+"""Teachers: weights that follow other weights, such as averages and combinations of a model's checkpoints.
 
 >>> from polyak.teachers import LCSC, sample_metric
 >>> search = LCSC("checkpoints/", model=model, objective=sample_metric(sampler, metric, n=2000, seed=0))

@@ -18,16 +18,16 @@ def picture():
 
     figure, axes = panels(
         3,
-        titles=("Lion: |xᵢ| ≤ 1/wd", "K = 2-norm: |x| ≤ 1/wd", "K = Huber: a soft box"),
+        titles=("Lion: |xᵢ| ≤ 1/wd", "2-norm: |x| ≤ 1/wd", "Huber: a soft box"),
         square=True,
         share=True,
-        height=270,
+        height=225,
     )
     starts = torch.tensor([[-2.4, 1.6], [-1.9, -2.0], [0.3, 2.4], [2.2, -1.9]], dtype=torch.float64)
-    grid = np.linspace(-2.7, 2.7, 120)
+    grid = np.linspace(-2.7, 2.7, 50)
     x, y = np.meshgrid(grid, grid)
     loss = (x - CENTRE[0]) ** 2 + 3 * (y - CENTRE[1]) ** 2
-    turn = np.linspace(0, 2 * np.pi, 200)
+    turn = np.linspace(0, 2 * np.pi, 60)
     box = np.array([[-1, 1, 1, -1, -1], [-1, -1, 1, 1, -1]]) / DECAY
     borders = (box, np.array([np.cos(turn), np.sin(turn)]) / DECAY, box)
     kinds = (kappa.L1, kappa.L2, lambda: kappa.Huber(0.8))
@@ -48,7 +48,7 @@ def picture():
                 optimizer.param_groups[0]["lr"] = rate(step)
                 optimizer.step()
                 path.append(point.clone())
-            one.plot(*torch.stack(path).T.numpy(), color=color, linewidth=1.4, alpha=0.85)
+            one.plot(*torch.stack(path[::5]).T.numpy(), color=color, linewidth=1.4, alpha=0.85)
             one.plot(*start.numpy(), marker="o", markersize=4, color=color)
             one.plot(*point.numpy(), marker="o", markersize=7, color=color)
         one.set_xlim(-2.7, 2.7)
@@ -58,6 +58,7 @@ def picture():
     name(axes[0], *CENTRE, "minimum of f", MUTED, shift=(-10, 14))
     return described(
         figure,
-        "Contours of a quadratic loss over two weights. Paths from four starts enter the shaded set that weight decay defines, a "
-        "box for Lion and a disc for the 2-norm, and end at the loss's minimum within it; with Huber's function, inside the box.",
+        "Contours of a quadratic loss over two weights. Paths from four starts enter the shaded set that weight decay "
+        "defines, a box for Lion and a disc for the 2-norm, and end at the loss's minimum within it; with Huber's function, "
+        "inside the box.",
     )

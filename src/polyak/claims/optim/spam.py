@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from polyak.lab.claim import Arm, Claim, Criterion, Measurement, Metric, Paper, Plot, Role, Scale, Task, Trial, Value
+from polyak.claims._pictures import spam as pictures
+from polyak.lab.claim import (
+    Arm,
+    Claim,
+    Criterion,
+    Erratum,
+    Measurement,
+    Metric,
+    Paper,
+    Plot,
+    Role,
+    Scale,
+    Task,
+    Trial,
+    Value,
+)
 from polyak.lab.criteria import Ask
 
 SMALL = ("entries", "tensors")
@@ -308,12 +323,12 @@ CLAIM = Claim(
     scales=(
         Scale(
             "small", "its equations, and a small language model with spikes injected into its gradients: minutes on two cores", 5,
-            first_seed=100, tasks=("equations", "entries"), options={**SPIKES, "dim": 32, "depth": 2, "context": 32, "steps": 300},
+            first_seed=200, tasks=("equations", "entries"), options={**SPIKES, "dim": 32, "depth": 2, "context": 32, "steps": 300},
         ),
         Scale(
             "gpu",
             "a language model of width 128, depth 4, spikes in its gradients; 2000 steps: minutes on one accelerator", 10,
-            first_seed=100, tasks=SMALL,
+            first_seed=200, tasks=SMALL,
             options={**SPIKES, "dim": 128, "depth": 4, "context": 128, "batch": 32, "steps": 2000, "rate": 0.25},
         ),
         Scale(
@@ -325,7 +340,7 @@ CLAIM = Claim(
             },
         ),
     ),
-    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial,
+    tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial, picture=pictures.picture,
     departures=(
         "Small scale: spikes are injected, the same steps, tensors and entries for every arm of a seed, since a model of this "
         "size has none of its own. Width and context are 32, and there are 300 steps. Scale gpu: widths, contexts and batches "
@@ -340,11 +355,30 @@ CLAIM = Claim(
         "The control of the comparisons under spikes is SPAM without clipping: resets alone also gain or lose without any spike.",
         "The text is Tiny Shakespeare if POLYAK_DATA has it, else the standard library's source, which differs between versions "
         "of Python.",
-        "Later masks of sparse momentum have as many entries as the first; the official code draws them entry by entry. There "
-        "weight decay has no effect on sparse tensors, here it acts on the entries that are updated; no decay in this claim.",
-        "Official code clips the gradient of an entry whose second moment is zero to zero, for ever; the part does not.",
+        "Later masks of sparse momentum have as many entries as the first; the official code draws them entry by entry. Nothing "
+        "decays in this claim.",
         "Paper scale: GaLore's configurations and data; three seeds, Adam and SPAM only. The figures above are as quoted "
         "elsewhere, and not compared with the paper's table again.",
+    ),
+    errata=(
+        Erratum(
+            what="The gradient of an entry whose second moment is zero is clipped to zero.",
+            where="TianjinYellow/SPAM-Optimizer, galore_torch/SPAM.py",
+            effect="An entry that had no gradient until the clipping began is frozen until the next reset, again and again.",
+            test="tests/optim/test_spam.py::test_entries_without_a_second_moment_are_not_frozen",
+        ),
+        Erratum(
+            what="Weight decay of tensors with sparse momentum acts on a copy.",
+            where="TianjinYellow/SPAM-Optimizer, galore_torch/SPAM.py",
+            effect="They do not decay; here the entries that are updated do, or with decay_masked='all' all of them.",
+            test="tests/optim/test_spam.py::test_decay_of_masked_tensors",
+        ),
+        Erratum(
+            what="The training script hands over the learning rate's 1000 steps of warmup as those that follow each reset.",
+            where="TianjinYellow/SPAM-Optimizer, the pretraining script (the optimizer's own default is 150)",
+            effect="With a reset every 500 steps no step after the first is more than half as long as it should be.",
+            test="tests/optim/test_errata.py::test_spams_script_never_ends_its_warmup",
+        ),
     ),
     usage=(
         "from polyak.optim import SPAM\n\n"

@@ -1,1 +1,1 @@
-"""Where parts of this room meet other libraries: one module per library, imported only by who uses it."""
+"""Adapters to other libraries: one module for each, imported only where it is used."""

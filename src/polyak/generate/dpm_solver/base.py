@@ -1,4 +1,4 @@
-"""What the DPM-Solvers share, and the one name for all of them: ``DPMSolver(method=...)``."""
+"""What the DPM-Solvers share, and ``DPMSolver(method=...)``, which makes any of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from polyak.core import checks
 from polyak.generate.dpm_solver.step import VIEW, Form, Kind
 from polyak.generate.linear import Stage
-from polyak.generate.process import ProbabilityPath
+from polyak.generate.process import GRIDS, ProbabilityPath
 from polyak.generate.solver import Solver
 
 METHODS = ("fast", "singlestep", "multistep", "adaptive")
@@ -18,18 +18,38 @@ _DEFAULTS: dict[str, Any] = dict(
     order=3, form="eps", method="fast", kind="midpoint", grid="logsnr", lower_order_final=True, denoise_to_zero=False,
     atol=0.0078, rtol=0.05, theta=0.9, h_init=0.05, start="lower", sde=False, parity=None, max_nfe=10_000,
 )  # fmt: skip
+KINDS: dict[str, checks.Kind] = dict(
+    order=checks.Integer(1, 3), form=checks.Choice("eps", "data"), method=checks.Choice(*METHODS),
+    kind=checks.Choice("midpoint", "taylor"), grid=checks.Choice(*GRIDS), lower_order_final=checks.flag | checks.Integer(0),
+    denoise_to_zero=checks.flag, atol=checks.positive, rtol=checks.positive, theta=checks.Number(0.0, 1.0, "()"),
+    h_init=checks.positive, start=checks.Choice("lower", "singlestep"), sde=checks.flag,
+    parity=checks.Choice(None, "official"), max_nfe=checks.Integer(1),
+)  # fmt: skip
 
 
 class _ByMethod(type):
-    """Calling :class:`DPMSolver` itself makes the class of its method."""
+    """Calling :class:`DPMSolver` itself makes the class of its method. What is given is checked here, for all of them."""
+
+    __checks__ = KINDS
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        if not cls._of_all:
+            own = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
+            return inspect.Signature(own)
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        return inspect.Signature([inspect.Parameter(n, kind, default=d) for n, d in _DEFAULTS.items()])
+
+    @property
+    def _of_all(cls) -> bool:
+        return cls.__name__ == "DPMSolver" and cls.__module__ == __name__
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
-        if cls.__name__ != "DPMSolver" or cls.__module__ != __name__:
-            return super().__call__(*args, **options)
-        given = inspect.signature(cls).bind(*args, **options).arguments
-        method = checks.one_of("method", given.pop("method", "fast"), METHODS)
-        sde = given.pop("sde", False)
-        checks.one_of("sde", sde, (False, True))
+        bound = inspect.signature(cls).bind(*args, **options)
+        given = {n: KINDS[n](n, value) if n in KINDS else value for n, value in bound.arguments.items()}
+        if not cls._of_all:
+            return super().__call__(**given)
+        method, sde = given.pop("method", "fast"), given.pop("sde", False)
         if sde and method != "multistep":
             raise ValueError(f'sde needs method="multistep", got {method!r}')
         made = _classes()["sde" if sde else method]
@@ -44,7 +64,6 @@ class _ByMethod(type):
 
 def _refuse(name: str, value: Any, made: Any) -> None:
     owners = {m: c for m, c in _classes().items() if name in {f.name for f in fields(c)}}
-    next(iter(owners.values()))(**{name: value})  # a value that is none at all is told first
     whose = " or ".join(f'method="{m}" ({c.__name__})' for m, c in owners.items() if m != "sde")
     said = f'"{value}"' if isinstance(value, str) else repr(value)
     raise ValueError(f"{name}={said} needs {whose}; it does nothing in {made.__name__}")
@@ -89,11 +108,6 @@ class DPMSolver(Solver, metaclass=_ByMethod):
     form: Form = "eps"
     kind: Kind = "midpoint"
 
-    def __post_init__(self) -> None:
-        checks.integer("order", self.order, least=1, most=3)
-        checks.one_of("form", self.form, ("eps", "data"))
-        checks.one_of("kind", self.kind, ("midpoint", "taylor"))
-
     @property
     def no_corrector(self) -> str:  # type: ignore[override]
         return "" if self.form == "data" else 'form="eps" does not see x0; use form="data"'
@@ -114,8 +128,3 @@ class DPMSolver(Solver, metaclass=_ByMethod):
     @property
     def _view(self) -> str:
         return VIEW[self.form]
-
-
-DPMSolver.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=d) for n, d in _DEFAULTS.items()]
-)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyak.core import checks
 from polyak.generate.dpm_solver.base import DPMSolver
 from polyak.generate.dpm_solver.step import Form, Kind, ends, step_weights
 from polyak.generate.linear import LinearSolver, Stage
@@ -71,10 +70,6 @@ class _Singlestep(DPMSolver, LinearSolver):
 
     grid: str = "logsnr"
     denoise_to_zero: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        checks.one_of("denoise_to_zero", self.denoise_to_zero, (False, True))
 
     @property
     def stages(self) -> int:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""One step of an exponential integrator of order 1 to 3 in half-logSNR time: its weights, and its pure function."""
+"""One step of an exponential integrator of order 1 to 3 in half-logSNR time: its weights, and the step as a pure function."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from polyak.core import checks
 from polyak.generate.process import Moments, Process
 from polyak.generate.update import combine
 
@@ -104,6 +105,12 @@ def ends(at: Moments, i: int) -> tuple[float, float]:
     return at.log_alpha[i], at.log_sigma[i]
 
 
+@checks.arguments(
+    x=checks.floating, s=checks.real, t=checks.real, values=checks.Each(checks.floating, least=1),
+    process=checks.Instance(Process, words="a Process"), r=checks.Each(checks.real), form=checks.Choice("eps", "data"),
+    kind=checks.Choice("midpoint", "taylor"), sde=checks.flag, noise=checks.floating | None,
+    parity=checks.Choice(None, "official"),
+)  # fmt: skip
 def dpm_step(
     x: Tensor,
     s: float,
@@ -143,6 +150,10 @@ def dpm_step(
     """
     if not 1 <= len(values) <= 3 or len(r) != len(values) - 1:
         raise ValueError(f"values must be 1 to 3, and r one fewer, got {len(values)} and {len(r)}")
+    for name, member in (*((f"values[{i}]", v) for i, v in enumerate(values)), ("noise", noise)):
+        if member is not None and member.shape != x.shape:
+            raise ValueError(f"{name} must have x's shape {tuple(x.shape)}, got {tuple(member.shape)}")
+    s, t = process.check_time("s", s), process.check_time("t", t)
     at = process.moments((s, t))
     keep, weights, std = step_weights(
         ends(at, 0), ends(at, 1), r, form=form, kind=kind, sde=sde, parity=parity, times=(s, t)

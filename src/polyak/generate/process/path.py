@@ -1,4 +1,4 @@
-"""What every path from data to noise has: a range of times, grids on it, a prior, and what the network is told.
+"""The base of all paths from data to noise: their times, time grids, prior, and the label of a time that the network is given.
 
 A :class:`ProbabilityPath` says nothing of how noise enters. Gaussian noising processes, with their alpha and sigma, are
 :class:`polyak.generate.process.base.Process`; bridges between two laws, discrete states and the like subclass this directly.
@@ -26,6 +26,9 @@ GRIDS = ("logsnr", "time", "quadratic", "karras")
 _RELATIVE, _ABSOLUTE = 1e-6, 1.2e-7
 
 
+TIME = checks.Operand(checks.real)  # a number, or a time for each row
+
+
 class Moment(float):
     """A time of a path: a number that knows its place among the times of a run, for which schedules are computed at once.
 
@@ -49,6 +52,10 @@ class Moments(Sequence[Moment]):
     ``moments.lam[i]`` is lam at ``moments[i]``.
     """
 
+    @checks.arguments(
+        path=checks.Like("a Process (an instance, not the class)", "t_min", "t_max"),
+        times=checks.Numbers(0, words="a sequence of times"),
+    )
     def __init__(self, path: ProbabilityPath, times: Sequence[float]) -> None:
         self.path = self._equal = path
         self.times: list[Moment] = []
@@ -98,18 +105,26 @@ def unwatched() -> AbstractContextManager[Any]:
     return _disable_current_modes() if core._len_torch_dispatch_stack() else nullcontext()
 
 
+@checks.arguments(device=checks.Instance(torch.device))
 def wide(device: torch.device) -> torch.dtype:
     """The type that times are computed in on a device: float64 where every device of that kind has it."""
     return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
+@checks.arguments(t=TIME, x=checks.tensor)
 def check_batch(t: float | Tensor, x: Tensor) -> float | Tensor:
     """t as a number, or a tensor of shape () or (B,) for x of shape (B, ...); ValueError otherwise."""
+    return one_for_each_row(t, x)
+
+
+def one_for_each_row(t: float | Tensor, x: Tensor) -> float | Tensor:
+    """:func:`check_batch`, where both are known to be what they should be."""
     if isinstance(t, Tensor) and t.ndim and t.shape != x.shape[:1]:
         raise ValueError(f"t must be a number or have shape ({x.shape[0]},) like x's batch, got {tuple(t.shape)}")
     return t
 
 
+@checks.arguments(coefficient=checks.operand, x=checks.tensor)
 def expand(coefficient: float | Tensor, x: Tensor) -> float | Tensor:
     """A per-sample coefficient of shape (B,) made to multiply x of shape (B, ...), in x's dtype; numbers pass through."""
     if not isinstance(coefficient, Tensor):
@@ -118,6 +133,10 @@ def expand(coefficient: float | Tensor, x: Tensor) -> float | Tensor:
     return coefficient.reshape(coefficient.shape + (1,) * (x.ndim - 1)) if coefficient.ndim else coefficient
 
 
+@checks.arguments(
+    shape=checks.Each(checks.Integer(0)), generator=checks.generators | None, dtype=checks.dtype | None,
+    device=checks.device | None,
+)  # fmt: skip
 def standard_normal(
     shape: Sequence[int],
     *,
@@ -131,6 +150,7 @@ def standard_normal(
             raise ValueError(f"generator must be one, or one for each of the {shape[0]} rows, got {len(generator)}")
         rows = [standard_normal((1, *shape[1:]), generator=g, dtype=dtype, device=device) for g in generator]
         return torch.cat(rows) if rows else torch.empty(tuple(shape), dtype=dtype, device=device)
+    shape = tuple(shape)
     source = device if generator is None else generator.device
     drawn = torch.randn(shape, generator=generator, dtype=dtype, device=source)
     return drawn if generator is None or device is None else drawn.to(device)
@@ -257,3 +277,8 @@ class ProbabilityPath:
         if kind == "quadratic":
             return torch.sqrt, torch.square
         raise ValueError(f"the {kind!r} grid needs a Gaussian process, which {self!r} is not; use 'time'")
+
+
+PATH = checks.Instance(ProbabilityPath, words="a Process (an instance, not the class)")
+TIMES = checks.Numbers(2, words="a sequence of at least 2 times")
+GRID = checks.Choice(*GRIDS)

@@ -1,4 +1,4 @@
-"""The processes of the literature, each by its two schedules."""
+"""Gaussian processes of the literature (VP, VE, EDM, flow matching, ...), each given by alpha(t) and sigma(t)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from polyak.core import checks
 from polyak.generate.process.base import Process
 from polyak.generate.process.path import Time, wide
+
+_TIMES = dict(t_min=checks.non_negative, t_max=checks.positive)
 
 
 class _VariancePreserving(Process):
@@ -34,6 +36,7 @@ def _log_alpha_of_lam(lam: Tensor) -> Tensor:
     return -0.5 * torch.nn.functional.softplus(-2 * lam, threshold=700.0)
 
 
+@checks.arguments(beta0=checks.positive, beta1=checks.positive, **_TIMES)
 @dataclass(frozen=True)
 class VP(_VariancePreserving):
     """Variance preserving, linear beta: ``log alpha = -(beta1 - beta0) t^2 / 4 - beta0 t / 2`` (arXiv 2011.13456, eq. 29).
@@ -47,8 +50,8 @@ class VP(_VariancePreserving):
     t_max: float = 1.0
 
     def __post_init__(self) -> None:
-        checks.positive("beta0", self.beta0)
-        checks.between("beta1", self.beta1, self.beta0, math.inf, ends="(]")
+        if self.beta1 <= self.beta0:
+            raise ValueError(f"beta1 must be above beta0={self.beta0:g}, got {self.beta1!r}")
         _check_range(self)
 
     def _log_alpha(self, t: Tensor) -> Tensor:
@@ -64,6 +67,7 @@ class VP(_VariancePreserving):
         return u / ((self.beta0**2 + u).sqrt() + self.beta0) / slope
 
 
+@checks.arguments(s=checks.positive, **_TIMES)
 @dataclass(frozen=True)
 class CosineVP(_VariancePreserving):
     """Variance preserving, ``alpha = cos(pi/2 (t+s)/(1+s)) / cos(pi/2 s/(1+s))`` (arXiv 2102.09672, eq. 17).
@@ -76,7 +80,6 @@ class CosineVP(_VariancePreserving):
     t_max: float = 0.9946
 
     def __post_init__(self) -> None:
-        checks.positive("s", self.s)
         _check_range(self, most=1.0)
 
     @property
@@ -113,6 +116,10 @@ class Discrete(_VariancePreserving):
         ValueError: neither or both schedules, fewer than 2 points, or products that do not decrease within [0, 1).
     """
 
+    @checks.arguments(
+        betas=checks.Numbers(2) | None, alphas_cumprod=checks.Numbers(2) | None, label_scale=checks.positive | None,
+        lam_min=checks.Number(-math.inf, infinite=True),
+    )  # fmt: skip
     def __init__(
         self,
         betas: Sequence[float] | Tensor | None = None,
@@ -128,8 +135,6 @@ class Discrete(_VariancePreserving):
         else:
             table = 0.5 * torch.log(torch.as_tensor(alphas_cumprod, dtype=torch.float64).cpu())
         given = "betas" if betas is not None else "alphas_cumprod"
-        if table.ndim != 1 or len(table) < 2:
-            raise ValueError(f"{given} must be a sequence of at least 2 numbers, got shape {tuple(table.shape)}")
         steps = torch.diff(table, prepend=table.new_zeros(1))
         rising = ~(steps < 0)
         if bool(rising.any()):
@@ -140,7 +145,7 @@ class Discrete(_VariancePreserving):
         if kept < 2:
             raise ValueError(f"lam_min={lam_min!r} leaves {kept} points of the schedule, at least 2 are needed")
         self.n = len(table)
-        self.label_scale = float(self.n) if label_scale is None else checks.positive("label_scale", label_scale)
+        self.label_scale = float(self.n) if label_scale is None else label_scale
         self.t_min, self.t_max = 1 / self.n, kept / self.n
         self._table = torch.cat([table.new_zeros(1), table])
         self._tables: dict[torch.device, Tensor] = {}  # on the devices that times have come from
@@ -208,6 +213,7 @@ class _VarianceExploding(Process):
         return torch.zeros_like(t)
 
 
+@checks.arguments(sigma_min=checks.positive, sigma_max=checks.positive)
 @dataclass(frozen=True)
 class VE(_VarianceExploding):
     """Variance exploding: ``sigma = sigma_min (sigma_max / sigma_min)^t``, t in [0, 1] (arXiv 2011.13456, eq. 30)."""
@@ -234,6 +240,7 @@ class VE(_VarianceExploding):
         return (-lam - math.log(self.sigma_min)) / self._rate
 
 
+@checks.arguments(sigma_min=checks.positive, sigma_max=checks.positive)
 @dataclass(frozen=True)
 class EDM(_VarianceExploding):
     """``sigma = t``, t in [sigma_min, sigma_max]; 0 is the clean data (arXiv 2206.00364).
@@ -272,6 +279,7 @@ class EDM(_VarianceExploding):
         return torch.exp(-lam)
 
 
+@checks.arguments(label_scale=checks.positive, **_TIMES)
 @dataclass(frozen=True)
 class Flow(Process):
     """Rectified flow, conditional optimal transport: ``alpha = 1 - t``, ``sigma = t`` (arXiv 2209.03003, 2210.02747).
@@ -289,7 +297,6 @@ class Flow(Process):
 
     def __post_init__(self) -> None:
         _check_range(self, most=1.0)
-        checks.positive("label_scale", self.label_scale)
 
     def _log_alpha(self, t: Tensor) -> Tensor:
         return torch.log1p(-t)
@@ -319,6 +326,7 @@ class Flow(Process):
         return label / self.label_scale
 
 
+@checks.arguments(**_TIMES)
 @dataclass(frozen=True)
 class TrigFlow(Process):
     """``alpha = cos(pi t / 2)``, ``sigma = sin(pi t / 2)``, t in [0, 1] (arXiv 2410.11081). lam is infinite at both ends."""
@@ -351,6 +359,7 @@ class TrigFlow(Process):
         return torch.atan(torch.exp(-lam)) * (2 / math.pi)
 
 
+@checks.arguments(**_TIMES)
 @dataclass(frozen=True)
 class OU(Process):
     """Ornstein-Uhlenbeck ``dx = -x dt + dW``: ``alpha = exp(-t)``, ``sigma^2 = (1 - exp(-2t)) / 2``, prior N(0, 1/2)."""
@@ -382,12 +391,10 @@ class OU(Process):
 
 
 def _check_range(process: Any, most: float = math.inf) -> None:
-    checks.non_negative("t_min", process.t_min)
-    if not process.t_min < checks.real("t_max", process.t_max) <= most:
+    if not process.t_min < process.t_max <= most:
         raise ValueError(f"t_max must be in (t_min={process.t_min:g}, {most:g}], got {process.t_max!r}")
 
 
 def _check_sigmas(sigma_min: float, sigma_max: float) -> None:
-    checks.positive("sigma_min", sigma_min)
-    if checks.positive("sigma_max", sigma_max) <= sigma_min:
+    if sigma_max <= sigma_min:
         raise ValueError(f"sigma_max must be above sigma_min={sigma_min:g}, got {sigma_max!r}")

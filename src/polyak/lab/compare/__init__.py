@@ -1,4 +1,4 @@
-"""A fair answer on the user's own problem: which of these arms helps, by how much, and how sure is that?
+"""Comparing optimizers or samplers on a user's own problem: which helps, by how much, and how sure is that?
 
 >>> from polyak.lab import compare
 >>> result = compare("my_task.py", "adamw,adan,lion", budget="5m", seeds=5)

@@ -1,4 +1,4 @@
-"""Arms from words: ``adan``, ``adan:weight_decay=0.02``, ``sgd:momentum=0.9:lr=0.01..1``, ``my_module:MyOpt``.
+"""Parsing arms: ``adan``, ``adan:weight_decay=0.02``, ``sgd:momentum=0.9:lr=0.01..1``, ``my_module:MyOpt``.
 
 A name is looked up in polyak, then in PyTorch (samplers: in ``polyak.generate``, then in diffusers); ``module:Class`` is imported.
 ``name=value`` fixes an option, ``name=low..high`` has it tuned. Where nothing is said of them, the learning rate and the weight

@@ -1,4 +1,4 @@
-"""What every arm may spend: optimizer steps or evaluations of each trial, or time."""
+"""Budgets: how many steps or evaluations, or how much time, each arm may spend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The result of a comparison as its user has it: what was found, with its drawings and its page."""
+"""What ``compare`` returns: the answer, with tables, figures and a page."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyak.lab.compare.result import Found
+from polyak.core import checks
+from polyak.lab.compare.result import Found, TaskComparison
+from polyak.lab.compare.rows import Setup
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@checks.arguments(
+    setup=checks.Instance(Setup, words="a Setup"),
+    tasks=checks.Each(checks.Instance(TaskComparison, words="a TaskComparison")),
+)
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison(Found):
     """The result of :func:`polyak.lab.compare`.

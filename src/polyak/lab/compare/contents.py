@@ -1,4 +1,4 @@
-"""What batches, models and samples hold: digests that tell contents apart, and a target that is among the inputs."""
+"""Digests of batches, models and samples, to tell whether two are equal; and a search for targets that are among the inputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at a task before it is compared on: does it run, is it a pure function of its seed, does it give itself away?
+"""Examining a task before it is compared on: does it run, is it a pure function of its seed, are targets among its inputs?
 
 :func:`examine` runs in a process of its own, so that what the user's code does to it is forgotten.
 """

@@ -1,4 +1,4 @@
-"""A comparison on one task in the lab's words: a claim that nobody has made, whose criteria are that an arm is better."""
+"""A comparison on one task as a claim that the lab can judge, with a criterion for each arm: better than the baseline."""
 
 from __future__ import annotations
 

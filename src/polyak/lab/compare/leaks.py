@@ -1,4 +1,4 @@
-"""What one run of a task's code leaves for the next: what its modules hold, before and after.
+"""Finds the state that one run of a task's code leaves for the next, by comparing what its modules hold before and after.
 
 This is looked at once numbers have been found to differ, to name the cause.
 """

@@ -1,4 +1,4 @@
-"""``compare``: from files and words to a result."""
+"""``compare``: checks what is asked for, examines tasks and arms, runs the trials, and returns the result."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from polyak.lab.compare.spec import ArmError, ArmSpec, Kind
 from polyak.lab.compare.task import Facts, NoTaskError, TaskError, add_folder
 from polyak.lab.run import Listener, Progress, carry_out, device_kind
 from polyak.lab.store import Store
-from polyak.lab.trackers import Tracker
+from polyak.lab.trackers import TRACK, Tracker
 from polyak.lab.workers import Executor, call_apart
 
 EXAMINATION_S = 300.0  # a task that has not been built and looked at by then is taken to hang
@@ -40,8 +40,20 @@ _REDRAW_S = 2.0
 _FEW = 8  # steps, or evaluations, that all arms but the baseline are looked at for
 _COSTLY = 10.0  # times as long as a plain one a step may take
 _log = logging.getLogger("polyak.lab.compare")
+_ARM = checks.text | checks.Function("a class", classes=True)
 
 
+@checks.arguments(
+    tasks=checks.path | checks.Each(checks.path, least=1), arms=checks.text | checks.Each(_ARM, least=1), budget=checks.text,
+    seeds=checks.Integer(1, limits.MOST["seeds"]), trials=checks.Integer(1, limits.MOST["trials"]), baseline=checks.text | None,
+    target=checks.real | None, points=checks.Integer(2, limits.MOST["points"]), device=checks.text,
+    jobs=checks.Integer(1, limits.MOST["jobs"]) | None, deadline=checks.Number(0, limits.MOST_SECONDS, "(]") | None,
+    fresh=checks.flag, store=checks.path | checks.Instance(Store, words="a Store") | None, progress=checks.flag,
+    on_progress=checks.Function("a function of the Progress", 1) | None,
+    on_measurement=checks.Function("a function (trial, at, values)", 3) | None,
+    executor=checks.Like("an executor", "slots", "open", "start") | None,
+    processes=checks.Integer(1, limits.MOST["processes"]), track=TRACK,
+)  # fmt: skip
 def compare(
     tasks: str | Path | Sequence[str | Path],
     arms: str | Sequence[str | type],
@@ -109,22 +121,7 @@ def compare(
 
     What it is at before the first trial it says to the logger "polyak.lab.compare".
     """
-    for name, value, least in (
-        ("seeds", seeds, 1),
-        ("trials", trials, 1),
-        ("points", points, 2),
-        ("processes", processes, 1),
-    ):
-        limits.count(name, value, least=least)
-    if jobs is not None:
-        limits.count("jobs", jobs)
-    if target is not None:
-        checks.real("target", target)
-    if deadline is not None:
-        limits.seconds("deadline", deadline)
     files = task_files(tasks)
-    if not isinstance(budget, str):
-        raise ValueError(f"budget must be {budgets.FORMS}, in words, got {budget!r}")
     for file in files:
         add_folder(file)  # arms may be beside the tasks
     # What is asked for is understood before any task is imported, which may take minutes.

@@ -1,4 +1,4 @@
-"""Whether the processes of a trial have batches of their own, where a trial has several."""
+"""Whether the processes of one trial draw different batches, where a trial runs in several processes."""
 
 from __future__ import annotations
 

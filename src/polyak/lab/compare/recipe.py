@@ -1,4 +1,4 @@
-"""What an arm is beside its optimizer: schedule, warmup, clipping, averaged weights, another optimizer for what are no matrices.
+"""An arm's recipe beside its optimizer: schedule, warmup, clipping, weight averaging, a second optimizer for what is no matrix.
 
 ``adamw:schedule=linear:warmup=0.1:clip=1.0``, ``sgd:schedule=constant:ema=0.999``, ``torch.optim:Muon:rest=adamw:rest.eps=1e-6``.
 An option of the optimizer's own with one of these names is the optimizer's.

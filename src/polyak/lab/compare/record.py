@@ -1,4 +1,4 @@
-"""A comparison as it was asked for: what, beside the results of its trials, its answer and its page follow from.
+"""A comparison's request (tasks, arms, budget, seeds): with the stored trials it gives the answer and the page again.
 
 It is kept in the store, so that whoever reads that can show the comparison, also while some of its trials are still to come.
 """

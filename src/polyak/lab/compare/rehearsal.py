@@ -1,4 +1,4 @@
-"""Before the first trial: every arm can be used on the task, and a trial that is run twice in one process gives the same numbers.
+"""Before the first trial: does every arm run on the task, and does a trial that is run twice give the same numbers?
 
 What is run is what will be: the trial functions, through the code that workers run.
 """

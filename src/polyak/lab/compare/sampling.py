@@ -1,4 +1,4 @@
-"""One trial of a comparison of samplers: an arm draws the task's samples with ever more evaluations, up to its budget.
+"""One trial of a comparison of samplers: an arm draws samples with more and more evaluations, up to its budget.
 
 An evaluation is one call of the network for one sample: a guided pair counts twice, a population of k particles k times. Every arm
 starts from the same noise for one seed.

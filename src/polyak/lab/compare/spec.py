@@ -1,4 +1,4 @@
-"""An arm's specification, and the words it is written in: names, options, ranges."""
+"""The specification of an arm, and the grammar that it is written in: names, options, ranges."""
 
 from __future__ import annotations
 

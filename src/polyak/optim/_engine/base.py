@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import Optimizer
 
+from polyak.core import checks
 from polyak.core.launch import available
 from polyak.optim._engine import checkpoints, compiled, copies, dispatch, hooks, launch, options, running
 from polyak.optim._engine.places import Places
@@ -32,14 +33,22 @@ class RuleOptimizer(Optimizer):
     tuples: ClassVar[Mapping[str, int]] = {}  # options that are so many numbers
     switches: ClassVar[tuple[str, ...]] = ()  # options that the rule branches on
     counts_steps: ClassVar[bool] = True
+    declared: ClassVar[Mapping[str, checks.Kind]] = {}  # what each further argument, and option of a group, may be
+    __checks__: ClassVar[Mapping[str, checks.Kind]] = options.KINDS  # those of the classes above, too
     other_names: ClassVar[tuple[str, ...]] = ()  # state tensors that the rule does not see
     multi_tensor: ClassVar[bool] = True  # whether lists of tensors (_foreach_ calls) can run the rule
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.__checks__ = {**cls.__checks__, **vars(cls).get("declared", {})}
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, generator: torch.Generator | None = None) -> None:
         for name, value in options.DEFAULTS.items():
             defaults.setdefault(name, value)
-        options.check(defaults)
-        options.check_generator(generator)
+        options.check(self.__checks__, defaults)
+        params, generator = (
+            self.__checks__[n](n, given) for n, given in (("params", params), ("generator", generator))
+        )
         if generator is not None and defaults["rounding"] != "stochastic":
             raise ValueError(f"generator is used by rounding='stochastic' only, got rounding={defaults['rounding']!r}")
         defaults["rounding_seed"] = (
@@ -48,7 +57,17 @@ class RuleOptimizer(Optimizer):
         self._forget()
         self._extra_values: list[dict[str, torch.Tensor]] = []
         hooks.wrap(type(self))
-        super().__init__(params, defaults)
+        try:
+            super().__init__(params, defaults)
+        except (TypeError, ValueError) as error:
+            # Which of several groups it is about.
+            at = len(getattr(self, "param_groups", ()))
+            several = isinstance(params, list) and at < len(params) and isinstance(params[at], dict)
+            if several and type(error) in (TypeError, ValueError):
+                raise type(error)(f"params[{at}]: {error}") from None
+            if type(error) is ValueError and "can't optimize a non-leaf" in str(error):
+                raise ValueError(f"params: {error}") from None
+            raise
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -164,6 +183,8 @@ class RuleOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.optim; what is no option is kept, with a warning where it looks like one that is misspelt."""
+        if isinstance(param_group, dict) and "params" not in param_group:
+            raise ValueError(f"param_group must have an entry 'params', got {checks.shown(param_group)}")
         super().add_param_group(param_group)
         try:
             self._check_engine(self.param_groups[-1])
@@ -174,8 +195,7 @@ class RuleOptimizer(Optimizer):
         options.warn_of_near_misses(type(self).__name__, self.param_groups[-1], self.defaults)
 
     def _check_engine(self, group: dict[str, Any]) -> None:
-        options.check(group)
-        options.check_lr(group["lr"])
+        options.check(self.__checks__, group)
         if group["fused"] and group["foreach"]:
             raise ValueError("`fused` and `foreach` cannot be `True` together.")
         if group["differentiable"] and (group["fused"] or group["foreach"]):

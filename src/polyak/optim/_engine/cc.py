@@ -1,4 +1,4 @@
-"""The machine's own C compiler: a text is compiled once and kept in the user's cache; and threads for what it makes.
+"""Compiling C with the machine's own compiler: each source once, kept in the user's cache; and threads that run the result.
 
 Without a compiler everything runs, slower. One that fails is reported once. ``POLYAK_NO_COMPILER=1`` does without it,
 ``CC`` and ``CXX`` choose it, and ``POLYAK_CFLAGS`` adds flags (a sanitizer's, say).

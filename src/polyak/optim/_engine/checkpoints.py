@@ -1,4 +1,4 @@
-"""Checkpoints of the elementwise optimizers: written so that every loader takes them, loaded so that nothing is rounded."""
+"""State dicts of the elementwise optimizers: written in the form that every loader takes, loaded without rounding."""
 
 from __future__ import annotations
 

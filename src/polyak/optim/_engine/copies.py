@@ -1,4 +1,4 @@
-"""What of an optimizer goes into its copies and pickles."""
+"""What an optimizer's copies and pickles contain, and what is made anew."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The step's hooks and its place in profiles, which PyTorch's own wrapper sees to, at their price only where someone listens."""
+"""Step hooks and profiler records, as PyTorch's wrapper of ``step()`` provides them, skipped where nobody uses them."""
 
 from __future__ import annotations
 

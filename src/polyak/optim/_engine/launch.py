@@ -1,4 +1,4 @@
-"""Launches of a rule's kernel over a cohort: the tables in device memory, and the values that are handed over.
+"""Launching a rule's Triton kernel on all tensors of one kind: pointer tables in device memory, and the arguments.
 
 The tables are uploaded again only when an address changes, with one asynchronous copy. Nothing is read back: a step never
 waits for the device, and can be captured in a CUDA graph.

@@ -1,4 +1,4 @@
-"""Whether everything is where, and as, a plan has seen it: one call of compiled code (`look.c`), or Python where there is none.
+"""Checks before every step that all tensors are still as the plan assumes: in one call of C (``look.c``), or in Python.
 
 A plan holds addresses. Parameters, states and counters may be given other memory, shapes and types behind its back (``.data``,
 ``resize_``, ``share_memory_``, offloading), states and options may be replaced, and gradients are new ones at every step. All

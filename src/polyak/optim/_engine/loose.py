@@ -1,4 +1,4 @@
-"""The reference, and all that has no plan: rules in PyTorch's own operations, on the tensors as they are at each step.
+"""Tensors that no compiled plan takes, and the reference backend: rules in PyTorch's own operations.
 
 ``foreach=False`` goes tensor by tensor; where ``_foreach_`` calls are asked for, lists are made of tensors of one kind.
 """

@@ -12,40 +12,68 @@ from torch import Tensor
 
 from polyak.core import checks
 
-ROUNDINGS = ("nearest", "stochastic", "kahan")
 DEFAULTS: dict[str, Any] = dict(
     maximize=False, foreach=None, fused=None, capturable=False, differentiable=False, state_dtype=None, rounding="nearest"
 )  # fmt: skip
 
 
-def check(group: Mapping[str, Any]) -> None:
-    """Raise ValueError where an option of the engine is not allowed."""
-    for name in ("maximize", "capturable", "differentiable"):
-        checks.one_of(name, group[name], (False, True))
-    for name in ("foreach", "fused"):
-        checks.one_of(name, group[name], (None, False, True))
-    checks.one_of("rounding", group["rounding"], ROUNDINGS)
-    wanted = group["state_dtype"]
-    if wanted is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
-        raise ValueError(f"state_dtype must be None or a floating-point torch.dtype, got {checks.shown(wanted)}")
+class Params(checks.Kind):
+    """Parameters, as torch.optim takes them; it says itself what is no parameter."""
+
+    words = "an iterable of tensors, of (name, tensor) or of param groups"
+
+    def like(self, value: Any) -> bool:
+        return isinstance(value, Tensor) or (isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0)
+
+    def __call__(self, name: str, value: Any) -> Any:
+        return value if isinstance(value, Tensor) else list(super().__call__(name, value))
 
 
-def check_generator(value: Any) -> None:
-    """Raise TypeError where a generator is none."""
-    if value is not None and not isinstance(value, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {checks.shown(value)}")
+class LearningRate(checks.Kind):
+    """A number, or a tensor of one element: one on a device is read here, where groups are added or loaded, only."""
+
+    words = "a number >= 0, or a tensor of one element"
+
+    def like(self, value: Any) -> bool:
+        return isinstance(value, Tensor) or checks.real.like(value)
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            checks.non_negative(name, value)
+            return value
+        if value.numel() != 1 or value.dtype is torch.bool or value.is_complex():
+            raise ValueError(f"Tensor {name} must be 1-element, got {checks.shown(value)}")
+        number = known(value)
+        if number is not None and not (0 <= number < math.inf):
+            raise ValueError(f"{name} must be finite and >= 0, got {number}")
+        return value
 
 
-def check_lr(value: Any) -> None:
-    """Raise where a learning rate is not allowed. One on a device is read here, where groups are added or loaded, only."""
-    if not isinstance(value, Tensor):
-        checks.non_negative("lr", value)
-        return
-    if value.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, got {checks.shown(value)}")
-    number = known(value)
-    if number is not None and not (0 <= number < math.inf):
-        raise ValueError(f"lr must be finite and >= 0, got {number}")
+class StateType(checks.Kind):
+    """The type of the state; None for the parameter's."""
+
+    words = "None or a floating-point torch.dtype"
+
+    def like(self, value: Any) -> bool:
+        return value is None or (isinstance(value, torch.dtype) and value.is_floating_point)
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if not self.like(value):
+            raise ValueError(f"{name} must be {self.words}, got {checks.shown(value)}")
+        return value
+
+
+# Of every optimizer of the engine. All but the first and the last are options of param groups.
+KINDS: dict[str, checks.Kind] = dict(
+    params=Params(), lr=LearningRate(), maximize=checks.flag, foreach=checks.optional_flag, fused=checks.optional_flag,
+    capturable=checks.flag, differentiable=checks.flag, state_dtype=StateType(),
+    rounding=checks.Choice("nearest", "stochastic", "kahan"), generator=checks.generator | None,
+)  # fmt: skip
+
+
+def check(kinds: Mapping[str, checks.Kind], group: dict[str, Any]) -> None:
+    """Look at the options of a param group, each by its kind; what a kind makes of one takes its place."""
+    group.update({name: kind(name, group[name]) for name, kind in kinds.items() if name in group and name != "params"})
 
 
 def known(value: Any) -> float | None:

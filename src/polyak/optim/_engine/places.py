@@ -1,4 +1,4 @@
-"""Which elements of a tensor an optimizer keeps state for: a sorted list of places in one byte each, where they lie close."""
+"""Which elements of a tensor an optimizer keeps state for: sorted indices, in one byte each where they lie close."""
 
 from __future__ import annotations
 

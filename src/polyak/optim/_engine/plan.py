@@ -1,4 +1,4 @@
-"""How a step is done: which tensors compiled code goes through, in which cohorts, and where all of that was found.
+"""A plan of the step: which tensors the compiled backends take, in groups of one kind (cohorts), and the addresses found.
 
 One plan is for all param groups of an optimizer, and for all of their parameters that have a state: which of them have a
 gradient may change with every step. It is good for as long as nothing it depends on has changed, which `look.py` finds out.

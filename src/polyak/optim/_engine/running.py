@@ -1,4 +1,4 @@
-"""A step: what is still as planned is looked at, and the cohorts, and all that has no plan, are run."""
+"""Running a step: check the plan, run each cohort, then run what has no plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a tensor lies in memory: kinds, types, shards, complex views and strides, as the backends need them."""
+"""How a tensor lies in memory: kinds, dtypes, shards, complex views and strides, as the backends need them."""
 
 from __future__ import annotations
 

@@ -37,10 +37,13 @@ class _Projected(RuleOptimizer):
     """What both optimizers share: the options of the projection, and its backends."""
 
     multi_tensor = False
+    declared: ClassVar = dict(
+        eps=checks.positive, weight_decay=checks.non_negative, delta=checks.Number(0, infinite=True),
+        wd_ratio=checks.fraction, nesterov=checks.flag, projection=checks.Choice(*PROJECTIONS), record=checks.flag,
+    )  # fmt: skip
 
     def __init__(self, params: Any, defaults: dict[str, Any], record: bool, generator: torch.Generator | None) -> None:
-        checks.one_of("record", record, (False, True))
-        self._record = record
+        self._record = self.__checks__["record"]("record", record)
         self._recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
         super().__init__(params, {**defaults, "projection": "auto"}, generator=generator)
 
@@ -68,15 +71,6 @@ class _Projected(RuleOptimizer):
         super().__setstate__(state)
         for name, value in (("_record", False), ("_recorded", [])):  # of an older pickle
             self.__dict__.setdefault(name, value)
-
-    def _check_projection(self, group: dict[str, Any]) -> None:
-        checks.positive("eps", group["eps"])
-        checks.non_negative("weight_decay", group["weight_decay"])
-        if not (isinstance(group["delta"], (int, float)) and group["delta"] == float("inf")):
-            checks.non_negative("delta", group["delta"])
-        checks.between("wd_ratio", group["wd_ratio"], 0.0, 1.0)
-        checks.one_of("nesterov", group["nesterov"], (False, True))
-        checks.one_of("projection", group["projection"], PROJECTIONS)
 
     def _note(self, p: torch.Tensor) -> Any:
         return _Note(p, self._recorded if self._record else None)
@@ -162,6 +156,7 @@ class AdamP(_Projected):
     numbers = ("lr", "eps", "weight_decay", "delta", "wd_ratio")
     tuples: ClassVar = {"betas": 2}
     switches = ("nesterov", "projection")
+    declared: ClassVar = dict(betas=checks.Betas(2, "AdamP"))
 
     def __init__(
         self,
@@ -190,10 +185,6 @@ class AdamP(_Projected):
             state_dtype=state_dtype, rounding=rounding,
         )  # fmt: skip
         super().__init__(params, defaults, record, generator)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_projection(group)
-        group["betas"] = checks.betas(group["betas"], 2, "AdamP")
 
 
 class SGDP(_Projected):
@@ -226,6 +217,9 @@ class SGDP(_Projected):
     numbers = ("lr", "momentum", "dampening", "weight_decay", "eps", "delta", "wd_ratio")
     switches = ("nesterov", "project_buffer", "projection")
     counts_steps = False
+    declared: ClassVar = dict(  # decay is divided by 1 - momentum
+        momentum=checks.retention, dampening=checks.non_negative, project_buffer=checks.flag
+    )
 
     def __init__(
         self,
@@ -258,13 +252,7 @@ class SGDP(_Projected):
         super().__init__(params, defaults, record, generator)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        self._check_projection(group)
-        checks.one_of("project_buffer", group["project_buffer"], (False, True))
-        momentum = checks.between(
-            "momentum", group["momentum"], 0.0, 1.0, ends="[)"
-        )  # decay is divided by 1 - momentum
-        dampening = checks.non_negative("dampening", group["dampening"])
-        if group["nesterov"] and (momentum == 0 or dampening != 0):
+        if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ValueError("Nesterov momentum requires a momentum and zero dampening")
 
     def _adopt(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -294,6 +282,7 @@ def _matrices_of(optimizer: torch.optim.Optimizer) -> Iterable[tuple[dict[str, A
                 yield group, p, u
 
 
+@checks.arguments(optimizer=checks.optimizer)
 @torch.no_grad()
 def radial_fraction(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, torch.Tensor]:
     """How much of the present momentum's direction is radial: ``||(n_r . u_r)_r|| / ||u||`` over the rows r, in [0, 1].
@@ -311,6 +300,7 @@ def radial_fraction(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, torc
     return found
 
 
+@checks.arguments(optimizer=checks.optimizer)
 @torch.no_grad()
 def effective_step(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, torch.Tensor]:
     """How far the present momentum turns each weight: the mean over rows of ``lr ||u_r without its radial part|| / ||w_r||``.

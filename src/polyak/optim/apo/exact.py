@@ -16,6 +16,7 @@ from torch import Tensor
 from polyak.core import checks
 
 
+@checks.arguments(trained=checks.tensor, extrapolated=checks.tensor)
 class Rounds(NamedTuple):
     """Log-policies of all rounds, (T + 1, ..., K): index t is after t rounds, 0 the reference.
 
@@ -28,6 +29,14 @@ class Rounds(NamedTuple):
     extrapolated: Tensor
 
 
+ALPHA = checks.retention  # a factor of extrapolation: with 1 and more, the steps of the recursion grow without bound
+
+
+@checks.arguments(
+    reward=checks.floating | checks.Function("a function of the probabilities", 1),
+    ref=checks.floating, beta=checks.positive, alpha=ALPHA, T=checks.Integer(1),
+    log=checks.flag,
+)  # fmt: skip
 def tabular(
     reward: Tensor | Callable[[Tensor], Tensor], ref: Tensor, beta: float, alpha: float, T: int, *, log: bool = False
 ) -> Rounds:
@@ -44,9 +53,8 @@ def tabular(
     Raises:
         ValueError: a number out of range, shapes that do not fit, probabilities that are none.
     """
-    checks.positive("beta", beta)
-    check_alpha(alpha)
-    checks.integer("T", T, least=1)
+    if not ref.ndim:
+        raise ValueError("ref must have shape (..., K), got ()")
     start = ref.to(torch.float64)
     if not log:
         if not bool((start > 0).all()):
@@ -67,13 +75,7 @@ def tabular(
     return Rounds(*(torch.stack([p.expand(shape) for p in path]) for path in (trained, extrapolated)))
 
 
+@checks.arguments(alpha=ALPHA, T=checks.Integer(0))
 def exponent(alpha: float, T: int) -> float:
     """``s_T = sum over k = 1..T of (1 - alpha^k) / (1 - alpha)``: how many rounds of iterative DPO T rounds of APO amount to."""
-    check_alpha(alpha)
-    checks.integer("T", T, least=0)
     return sum((1 - alpha**k) / (1 - alpha) for k in range(1, T + 1))
-
-
-def check_alpha(alpha: float) -> float:
-    """A factor of extrapolation, in [0, 1): with 1 and more, the steps of the recursion grow without bound."""
-    return checks.between("alpha", alpha, 0.0, 1.0, ends="[)")

@@ -9,9 +9,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from polyak.core import checks
 from polyak.optim.apo import lora
-from polyak.optim.apo.exact import check_alpha
+from polyak.optim.apo.exact import ALPHA
 from polyak.optim.apo.weights import (
+    FILTER,
+    MODEL,
     Filter,
     Weights,
     assign_,
@@ -23,6 +26,9 @@ from polyak.optim.apo.weights import (
 M = TypeVar("M", bound="nn.Module | dict[str, Tensor]")
 
 
+@checks.arguments(
+    model=MODEL, previous=MODEL, alpha=ALPHA, filter=FILTER | None, masters=checks.Map(checks.tensor) | None
+)
 @torch.no_grad()
 def extrapolate_(
     model: M,
@@ -60,7 +66,6 @@ def extrapolate_(
         >>> train(model)
         >>> extrapolate_(model, before, alpha=0.3)
     """
-    check_alpha(alpha)
     check_same_vocabulary(model, previous)
     weights = trained_weights(model, filter)
     if isinstance(previous, Mapping) and filter is None and not isinstance(model, nn.Module):

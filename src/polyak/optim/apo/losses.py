@@ -17,7 +17,13 @@ from torch import Tensor
 
 from polyak.core import checks
 
+__all__ = ["PreferenceLoss", "dpo_loss", "ipo_loss", "sequence_logps", "sppo_loss"]
 
+_LOGPS = dict.fromkeys(("logp_w", "logp_l", "ref_w", "ref_l"), checks.floating)
+_CHANCE = checks.floating | checks.fraction
+
+
+@checks.arguments(loss=checks.tensor, chosen_rewards=checks.tensor, rejected_rewards=checks.tensor)
 class PreferenceLoss(NamedTuple):
     """A loss per pair, which carries gradients, and the implicit rewards of both responses, which do not."""
 
@@ -26,6 +32,7 @@ class PreferenceLoss(NamedTuple):
     rejected_rewards: Tensor
 
 
+@checks.arguments(beta=checks.positive, **_LOGPS)
 def dpo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta: float) -> PreferenceLoss:
     """``-log sigmoid(beta h)``; rewards ``beta log pi/pi_t``.
 
@@ -38,21 +45,21 @@ def dpo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta:
         ValueError: beta <= 0, shapes that differ, a log-probability that is not finite (looked for on the CPU only: elsewhere
             it would wait for the device).
     """
-    checks.positive("beta", beta)
     up, down = _ratios(logp_w, logp_l, ref_w, ref_l)
     return PreferenceLoss(-F.logsigmoid(beta * (up - down)), beta * up.detach(), beta * down.detach())
 
 
+@checks.arguments(tau=checks.positive, **_LOGPS)
 def ipo_loss(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor, tau: float) -> PreferenceLoss:
     """``(h - 1/(2 tau))^2``; rewards ``tau log pi/pi_t``. Arguments and errors as for :func:`dpo_loss`.
 
     The sums are over a response's tokens, as in the paper's equation 17; TRL divides them by the response's length.
     """
-    checks.positive("tau", tau)
     up, down = _ratios(logp_w, logp_l, ref_w, ref_l)
     return PreferenceLoss((up - down - 1 / (2 * tau)).square(), tau * up.detach(), tau * down.detach())
 
 
+@checks.arguments(eta=checks.positive, wins_w=_CHANCE, wins_l=_CHANCE, **_LOGPS)
 def sppo_loss(
     logp_w: Tensor,
     logp_l: Tensor,
@@ -71,13 +78,13 @@ def sppo_loss(
 
     The other arguments and errors are as for :func:`dpo_loss`.
     """
-    checks.positive("eta", eta)
     up, down = _ratios(logp_w, logp_l, ref_w, ref_l)
     goals = [eta * (_probability(n, p, up) - 0.5) for n, p in (("wins_w", wins_w), ("wins_l", wins_l))]
     loss = (up - goals[0]).square() + (down - goals[1]).square()
     return PreferenceLoss(loss, up.detach() / eta, down.detach() / eta)
 
 
+@checks.arguments(logits=checks.Tensor(floating=True), labels=checks.tensor, mask=checks.tensor)
 def sequence_logps(logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     """The log-probabilities of responses: for each sequence, the sum over its masked tokens, shape (batch,), float32 or wider.
 
@@ -124,7 +131,7 @@ def _ratios(logp_w: Tensor, logp_l: Tensor, ref_w: Tensor, ref_l: Tensor) -> tup
 
 def _probability(name: str, value: Tensor | float, like: Tensor) -> Tensor | float:
     if not isinstance(value, Tensor):
-        return checks.between(name, value, 0.0, 1.0)
+        return value
     if value.shape != like.shape:
         raise ValueError(f"{name} must have the log-probabilities' shape {tuple(like.shape)}, got {tuple(value.shape)}")
     if value.device.type == "cpu" and not bool(((value >= 0) & (value <= 1)).all()):

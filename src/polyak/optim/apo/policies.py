@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from polyak.core import checks
+from polyak.optim.apo.exact import ALPHA
 from polyak.optim.apo.weights import Weights
 
 
@@ -23,6 +25,7 @@ class FrozenPolicy(nn.Module):
         weights: name -> tensor, kept without a copy; on the model's device.
     """
 
+    @checks.arguments(model=checks.module, weights=checks.Map(checks.tensor, "a dict from names to tensors"))
     def __init__(self, model: nn.Module, weights: Weights) -> None:
         super().__init__()
         self._model = (model,)  # in a tuple: the model is no part of this one
@@ -46,6 +49,7 @@ class ExtrapolatedPolicy(nn.Module):
     The forward pass takes what a causal model takes and returns an object with ``logits`` (batch, length, vocabulary).
     """
 
+    @checks.arguments(current=checks.module, previous=checks.module, alpha=ALPHA)
     def __init__(self, current: nn.Module, previous: nn.Module, alpha: float) -> None:
         super().__init__()
         self.current, self.previous, self.alpha = current, previous, alpha

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from polyak.core import checks
 from polyak.optim.apo import lora
-from polyak.optim.apo.exact import check_alpha
+from polyak.optim.apo.exact import ALPHA
 from polyak.optim.apo.extrapolate import check_masters, move_
 from polyak.optim.apo.policies import ExtrapolatedPolicy, FrozenPolicy, frozen_copy
-from polyak.optim.apo.weights import Filter, Weights, assign_, previous_weights, trained_weights, unwrapped
+from polyak.optim.apo.weights import FILTER, Filter, Weights, assign_, previous_weights, trained_weights, unwrapped
 
 _STATE = {"alpha", "space", "round", "swapped", "vocabulary", "kept", "before"}
 
@@ -47,6 +47,10 @@ class APO:
         ValueError: a value out of range.
     """
 
+    @checks.arguments(
+        alpha=checks.Choice("fista") | ALPHA, space=checks.Choice("parameter", "logits"), device=checks.device | None,
+        filter=FILTER | None,
+    )  # fmt: skip
     def __init__(
         self,
         alpha: float | Literal["fista"] = 0.3,
@@ -55,12 +59,7 @@ class APO:
         device: torch.device | str | None = None,
         filter: Filter | None = None,  # the word of extrapolate_
     ) -> None:
-        if isinstance(alpha, str):
-            checks.one_of("alpha", alpha, ["fista"])
-        else:
-            check_alpha(alpha)
-        self.alpha = alpha
-        self.space = checks.one_of("space", space, ["parameter", "logits"])
+        self.alpha, self.space = alpha, space
         if device is not None and space == "logits":
             raise ValueError("space 'logits' runs the kept weights at every token: device= is for space 'parameter'")
         self.device, self.filter = device, filter

@@ -23,7 +23,7 @@ except ImportError as error:
 
 from polyak.core import checks
 from polyak.optim.apo import lora
-from polyak.optim.apo.exact import check_alpha
+from polyak.optim.apo.exact import ALPHA
 from polyak.optim.apo.policies import combined_logits, evaluating
 from polyak.optim.apo.rounds import APO
 from polyak.optim.apo.training import STALE
@@ -36,6 +36,15 @@ class Trainer(Protocol):
     def train(self) -> Any: ...
 
 
+_TOKENIZER = checks.Like("a tokenizer", "get_vocab") | None
+_APO = checks.Instance(APO, words="an APO")
+
+
+@checks.arguments(
+    trainer_factory=checks.Function("a function (model, ref_model, pairs) -> trainer", 3, classes=True),
+    rounds=checks.Integer(1), sampler=checks.Function("a function (model, t) -> responses", 2),
+    labeler=checks.Function("a function of the responses", 1), apo=_APO, model=checks.module, tokenizer=_TOKENIZER,
+)  # fmt: skip
 def iterate_dpo(
     trainer_factory: Callable[[nn.Module, nn.Module | None, Any], Trainer],
     rounds: int,
@@ -68,12 +77,9 @@ def iterate_dpo(
     Example:
         >>> iterate_dpo(trainer_factory, 3, sampler, labeler, APO(alpha=0.3), model=model)
     """
-    checks.integer("rounds", rounds, least=1)
-    if not isinstance(apo, APO):
-        raise TypeError(f"apo must be an APO, got {type(apo).__name__}")
     if apo.space != "parameter":
         raise ValueError(
-            "iterate_dpo needs space 'parameter': a trainer's reference is one model; use train_round for 'logits'"
+            "apo: iterate_dpo needs space 'parameter': a trainer's reference is one model; use train_round for 'logits'"
         )
     if apo.swapped:
         apo.swap(model)
@@ -110,9 +116,8 @@ class APOCallback(TrainerCallback):
         ValueError: the trainer moves its reference (``sync_ref_model``).
     """
 
+    @checks.arguments(apo=_APO, reference=checks.module | None)
     def __init__(self, apo: APO, reference: nn.Module | None = None) -> None:
-        if not isinstance(apo, APO):
-            raise TypeError(f"apo must be an APO, got {type(apo).__name__}")
         self.apo, self.reference = apo, reference
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -147,10 +152,13 @@ class ExtrapolatedLogits(LogitsProcessor):
         >>> model.generate(**inputs, logits_processor=[ExtrapolatedLogits(previous, 0.3, inputs["attention_mask"])])
     """
 
+    @checks.arguments(
+        previous=checks.module, alpha=ALPHA, attention_mask=checks.Tensor(ndim=2) | None, model=checks.module | None
+    )
     def __init__(
         self, previous: nn.Module, alpha: float, attention_mask: Tensor | None = None, *, model: nn.Module | None = None
     ) -> None:
-        self.previous, self.alpha, self.attention_mask = previous, check_alpha(alpha), attention_mask
+        self.previous, self.alpha, self.attention_mask = previous, alpha, attention_mask
         if model is not None:
             check_same_vocabulary(model, previous)
         self._seen: Tensor | None = None

@@ -21,6 +21,10 @@ STALE = ("ref_chosen_logps", "ref_rejected_logps")
 WINS = ("chosen_wins", "rejected_wins")
 
 
+_MEANS = checks.Each(checks.measured)
+
+
+@checks.arguments(loss=_MEANS, accuracy=_MEANS, margin=_MEANS, degenerate=checks.Integer(0))
 @dataclass(frozen=True)
 class RoundReport:
     """What a round measured, one number per step: the mean loss, how often the chosen response has the higher implicit reward,
@@ -36,6 +40,14 @@ class RoundReport:
         return len(self.loss)
 
 
+_BATCHES = checks.Stream("an iterable of batches")
+
+
+@checks.arguments(
+    model=checks.module, reference=checks.module, batches=_BATCHES,
+    optimizer=checks.Function("a function of the parameters", 1, classes=True), loss=checks.Choice("dpo", "ipo", "sppo"),
+    beta=checks.positive, max_grad_norm=checks.positive | None, pad_token_id=checks.Integer() | None,
+)  # fmt: skip
 def train_round(
     model: nn.Module,
     reference: nn.Module,
@@ -67,17 +79,10 @@ def train_round(
         pad_token_id: for batches that are lists. Default: the model's configuration's, else 0 (padding is masked).
 
     Raises:
-        ValueError: arguments out of range, the model as its own reference, batches of another form, log-probabilities of
-            another round among them, or a log-probability that is not finite (with the batch's and the pair's index; the
-            model is then as the last step left it).
-        RuntimeError: there is no batch.
+        ValueError: arguments out of range, no batch at all, the model as its own reference, batches of another form,
+            log-probabilities of another round among them, or a log-probability that is not finite (with the batch's and the
+            pair's index; the model is then as the last step left it).
     """
-    checks.one_of("loss", loss, ["dpo", "ipo", "sppo"])
-    checks.positive("beta", beta)
-    if max_grad_norm is not None:
-        checks.positive("max_grad_norm", max_grad_norm)
-    if not callable(optimizer):
-        raise TypeError(f"optimizer must be a function of the parameters, got {type(optimizer).__name__}")
     if unwrapped(reference) is unwrapped(model):
         raise ValueError("reference must be frozen weights of its own, got the model that is trained")
     params = [p for p in model.parameters() if p.requires_grad]
@@ -106,7 +111,7 @@ def train_round(
             steps.append(torch.stack([value.loss.detach().mean(), (margin > 0).to(margin).mean(), margin.mean()]))
             degenerate.append(empty.sum())
     if stepper is None:
-        raise RuntimeError("batches holds no batch: there is nothing to train on")
+        raise ValueError("batches holds no batch: there is nothing to train on")
     stepper.zero_grad()
     count = int(torch.stack(degenerate).sum())
     if count:
@@ -117,19 +122,20 @@ def train_round(
     return RoundReport(*(list(column) for column in zip(*torch.stack(steps).tolist(), strict=True)), degenerate=count)
 
 
+@checks.arguments(examples=checks.Each(checks.Map(), words="a sequence of dicts"), pad_token_id=checks.Integer())
 def collate(examples: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
     """Lists of token ids as tensors: what TRL's ``DataCollatorForPreference`` makes of ``prompt_ids``, ``chosen_ids`` and
     ``rejected_ids``; with ``chosen_wins`` and ``rejected_wins`` (batch,) where all examples have them."""
     if not examples:
-        raise ValueError("a batch must hold at least one example, got none")
+        raise ValueError("examples must hold at least one example, got none")
     for number, example in enumerate(examples):
         for name in COLUMNS:
             if name not in example:
                 hint = checks.suggestion(name, example)
-                raise ValueError(f"example {number} has no {name!r}; it has {sorted(example)}{hint}")
+                raise ValueError(f"examples: example {number} has no {name!r}; it has {sorted(example)}{hint}")
         if not len(example["prompt_ids"]):
             raise ValueError(
-                f"example {number}: prompt_ids must hold at least one token, from which the first is predicted"
+                f"examples: example {number}: prompt_ids must hold at least one token, from which the first is predicted"
             )
     both = [(list(e["prompt_ids"]), list(e[side])) for side in COLUMNS[1:] for e in examples]
     length = max(len(prompt) + len(response) for prompt, response in both)
@@ -149,6 +155,8 @@ def collate(examples: Sequence[Mapping[str, Any]], pad_token_id: int = 0) -> dic
 
 def _checked(batch: Batch, number: int, padding: int, device: torch.device) -> dict[str, Tensor]:
     """A batch as tensors on the device."""
+    if not isinstance(batch, (Mapping, list, tuple)):
+        raise TypeError(f"batches[{number}] must be a dict, or a list of dicts, got {checks.shown(batch)}")
     examples = [batch] if isinstance(batch, Mapping) else list(batch)
     for example in examples:
         if stale := [name for name in STALE if name in example]:

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyak.core import checks
 from polyak.optim.apo import lora
 
 Filter = Callable[[str], bool]
 Weights = dict[str, Tensor]
+FILTER = checks.Function("a function of a weight's name", 1)
+MODEL = checks.module | checks.Map(checks.tensor, "a mapping of tensors")
 
 
 def unwrapped(model: Any) -> Any:
@@ -51,7 +54,7 @@ def trained_weights(model: nn.Module | Mapping[str, Tensor], keep: Filter | None
         raise TypeError(f"model must be a torch.nn.Module or a mapping of tensors, got {type(model).__name__}")
     if not found:
         raise ValueError(
-            "there is nothing to extrapolate: no weight is trainable (requires_grad) and kept by the filter"
+            "model has nothing to extrapolate: no weight is trainable (requires_grad) and kept by the filter"
         )
     lora.pairs(found)  # raises where a factor has no partner
     return found

@@ -73,6 +73,9 @@ class LionK(RuleOptimizer):
     numbers = ("lr", "weight_decay")
     tuples: ClassVar = {"betas": 2}
     switches = ("kappa", "cautious")
+    declared: ClassVar = dict(
+        kappa=kappa.KIND, betas=checks.Betas(2, "LionK"), weight_decay=checks.non_negative, cautious=checks.flag
+    )
     counts_steps = False
 
     def __init__(
@@ -100,15 +103,11 @@ class LionK(RuleOptimizer):
         super().__init__(params, defaults, generator=generator)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        group["betas"] = checks.betas(group["betas"], 2, type(self).__name__)
         if group["betas"][0] > group["betas"][1]:
             warnings.warn(f"betas {group['betas']}: with b1 > b2 the Lyapunov guarantee is lost", stacklevel=4)
-        checks.non_negative("weight_decay", group["weight_decay"])
         if (lr := known(group["lr"])) is not None and lr * group["weight_decay"] >= 1:
             product = f"{lr} * {group['weight_decay']}"
             raise ValueError(f"lr * weight_decay must be < 1 (the step overshoots the origin), got {product}")
-        checks.one_of("cautious", group["cautious"], (False, True))
-        group["kappa"] = kappa.named(group["kappa"])
         if isinstance(group["kappa"], Nuclear) and group["kappa"].fallback is None:
             for p in group["params"]:
                 if p.dim() < 2:
@@ -167,6 +166,8 @@ class Lion(LionK):
         >>> loss.backward()
         >>> optimizer.step()
     """
+
+    declared: ClassVar = dict(betas=checks.Betas(2, "Lion"))
 
     def __init__(
         self,

@@ -18,6 +18,24 @@ import torch
 from polyak.core import checks
 from polyak.core.elementwise import absolute, maximum, minimum, sign, sqrt, tanh
 
+__all__ = [
+    "L1",
+    "L2",
+    "DeadZone",
+    "Entropic",
+    "Group",
+    "HalfSquare",
+    "Huber",
+    "Kappa",
+    "Lp",
+    "Nuclear",
+    "Relativistic",
+    "TopK",
+    "named",
+    "polar_newton_schulz",
+    "polar_svd",
+]
+
 EDGE = 1e-7  # the diagnostic stays this far from |y| = 1, where two conjugates have infinite slopes
 
 
@@ -78,14 +96,12 @@ class L1(_Box):
         return torch.zeros_like(y)
 
 
+@checks.arguments(e=checks.non_negative)
 @dataclass(frozen=True)
 class DeadZone(_Box):
     """K = sum max(|u| - e, 0), D = sign(u) where |u| > e. K* = e ||y||_1 on the box: sparse solutions."""
 
     e: float
-
-    def __post_init__(self) -> None:
-        checks.non_negative("e", self.e)
 
     def value(self, u: torch.Tensor) -> torch.Tensor:
         return (u.abs() - self.e).clamp(min=0).sum()
@@ -100,14 +116,12 @@ class DeadZone(_Box):
         return self.e * torch.sign(y)
 
 
+@checks.arguments(e=checks.positive)
 @dataclass(frozen=True)
 class Huber(_Box):
     """K = sum of Huber functions of width e, D = clip(u / e, -1, 1). K* = (e/2) ||y||^2 on the box."""
 
     e: float
-
-    def __post_init__(self) -> None:
-        checks.positive("e", self.e)
 
     def value(self, u: torch.Tensor) -> torch.Tensor:
         a = u.abs()
@@ -123,14 +137,12 @@ class Huber(_Box):
         return self.e * y
 
 
+@checks.arguments(a=checks.positive)
 @dataclass(frozen=True)
 class Entropic(_Box):
     """K = sum log(2 cosh(a u)) / a, D = tanh(a u). K* = the negative binary entropy of (1 + y) / 2, over a."""
 
     a: float
-
-    def __post_init__(self) -> None:
-        checks.positive("a", self.a)
 
     def value(self, u: torch.Tensor) -> torch.Tensor:
         s = (self.a * u).abs()
@@ -147,14 +159,12 @@ class Entropic(_Box):
         return torch.atanh(self._clipped(y)) / self.a
 
 
+@checks.arguments(e=checks.positive)
 @dataclass(frozen=True)
 class Relativistic(_Box):
     """K = sum sqrt(u^2 + e^2), D = u / sqrt(u^2 + e^2). K* = -e sum sqrt(1 - y^2) on the box."""
 
     e: float
-
-    def __post_init__(self) -> None:
-        checks.positive("e", self.e)
 
     def value(self, u: torch.Tensor) -> torch.Tensor:
         return (u.square() + self.e**2).sqrt().sum()
@@ -207,6 +217,7 @@ def unit(u: Any, norm: Any) -> Any:
     return u / torch.where(norm == 0, 1.0, norm)
 
 
+@checks.arguments(scope=checks.Choice("tensor", "group", "all"))
 @dataclass(frozen=True)
 class L2(_Ball):
     """K = ||u||_2, D = u / ||u||. min f subject to ||x||_2 <= 1/wd.
@@ -215,9 +226,6 @@ class L2(_Ball):
     """
 
     scope: str = "tensor"
-
-    def __post_init__(self) -> None:
-        checks.one_of("scope", self.scope, ("tensor", "group", "all"))
 
     def value(self, u: torch.Tensor) -> torch.Tensor:
         return torch.linalg.vector_norm(u)
@@ -229,6 +237,7 @@ class L2(_Ball):
         return (torch.linalg.vector_norm(y) - 1).clamp(min=0)
 
 
+@checks.arguments(p=checks.Number(1.0, ends="()"))
 @dataclass(frozen=True)
 class Lp(_Ball):
     """K = ||u||_p for p > 1, D = sign(u) |u|^(p-1) / ||u||_p^(p-1). min f subject to ||x||_q <= 1/wd, 1/p + 1/q = 1.
@@ -237,10 +246,6 @@ class Lp(_Ball):
     """
 
     p: float
-
-    def __post_init__(self) -> None:
-        if checks.real("p", self.p) <= 1:
-            raise ValueError(f"p must be > 1, got {checks.shown(self.p)} (L1 is its own class)")
 
     def value(self, u: torch.Tensor) -> torch.Tensor:
         return torch.linalg.vector_norm(u, self.p)
@@ -255,6 +260,7 @@ class Lp(_Ball):
         return (torch.linalg.vector_norm(y, self.p / (self.p - 1)) - 1).clamp(min=0)
 
 
+@checks.arguments(k=checks.Integer(1))
 @dataclass(frozen=True)
 class TopK(_Ball):
     """K = the sum of the k largest |u|, D = sign on exactly those. min f subject to ||x||_inf <= 1/wd, ||x||_1 <= k/wd.
@@ -263,9 +269,6 @@ class TopK(_Ball):
     """
 
     k: int
-
-    def __post_init__(self) -> None:
-        checks.integer("k", self.k, least=1)
 
     def _top(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         flat = u.reshape(-1)
@@ -287,6 +290,7 @@ class TopK(_Ball):
         return (torch.maximum(y.abs().max(), y.abs().sum() / self.k) - 1).clamp(min=0)
 
 
+@checks.arguments(dim=checks.Integer())
 @dataclass(frozen=True)
 class Group(_Ball):
     """K = sum of the Euclidean norms of the slices along ``dim`` (rows for 0), D = each slice over its norm.
@@ -295,9 +299,6 @@ class Group(_Ball):
     """
 
     dim: int = 0
-
-    def __post_init__(self) -> None:
-        checks.integer("dim", self.dim)
 
     def _norms(self, u: torch.Tensor) -> torch.Tensor:
         if u.dim() == 0:
@@ -317,6 +318,7 @@ class Group(_Ball):
         return torch.linalg.vector_norm((self._norms(y) - 1).clamp(min=0))
 
 
+@checks.arguments(method=checks.Choice("ns5", "svd"), fallback=checks.Choice(None, "l1"))
 @dataclass(frozen=True)
 class Nuclear(_Ball):
     """K = the sum of singular values, D = the polar factor U V^T. min f subject to a spectral norm <= 1/wd (Muon with decay).
@@ -328,10 +330,6 @@ class Nuclear(_Ball):
 
     method: str = "ns5"
     fallback: str | None = None
-
-    def __post_init__(self) -> None:
-        checks.one_of("method", self.method, ("ns5", "svd"))
-        checks.one_of("fallback", self.fallback, (None, "l1"))
 
     def _other(self, u: torch.Tensor) -> Kappa | None:
         if u.dim() >= 2:
@@ -361,6 +359,7 @@ class Nuclear(_Ball):
         return torch.linalg.vector_norm((torch.linalg.svdvals(y.flatten(1)) - 1).clamp(min=0))
 
 
+@checks.arguments(u=checks.Tensor(floating=True, least_ndim=2))
 def polar_svd(u: torch.Tensor) -> torch.Tensor:
     """U V^T of the singular value decomposition, without the directions whose singular value is zero to rounding."""
     if not torch.isfinite(u).all():
@@ -374,6 +373,7 @@ def polar_svd(u: torch.Tensor) -> torch.Tensor:
     return (left * (values > floor).to(u.dtype)) @ right
 
 
+@checks.arguments(u=checks.Tensor(floating=True, least_ndim=2), steps=checks.Integer(0))
 def polar_newton_schulz(u: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """U V^T approximately, by the quintic iteration ``X <- a X + (b A + c A^2) X``, ``A = X X^T``; matrix products only."""
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -396,15 +396,25 @@ NAMES: dict[str, Kappa] = {
 }
 
 
+class _Named(checks.Kind):
+    words = f"a Kappa or one of {', '.join(map(repr, NAMES))}"
+
+    def like(self, value: Any) -> bool:
+        return isinstance(value, (str, Kappa))
+
+    def __call__(self, name: str, value: Any) -> Kappa:
+        if isinstance(super().__call__(name, value), Kappa):
+            return value
+        return _read(value) if value.endswith(")") else NAMES[checks.one_of(name, value, NAMES)]
+
+
+KIND = _Named()
+
+
+@checks.arguments(kappa=KIND)
 def named(kappa: Kappa | str) -> Kappa:
     """A kappa by its name ("l1", "l2", "group", "nuclear", "half_square"), by its text ("Huber(e=0.5)"), or itself."""
-    if isinstance(kappa, str) and kappa.endswith(")"):
-        return _read(kappa)
-    if isinstance(kappa, str):
-        return NAMES[checks.one_of("kappa", kappa, NAMES)]
-    if not isinstance(kappa, Kappa):
-        raise TypeError(f"kappa must be a Kappa or one of {', '.join(map(repr, NAMES))}, got {checks.shown(kappa)}")
-    return kappa
+    return kappa  # type: ignore[return-value]  # which its kind has made of it
 
 
 def text(kappa: Kappa) -> Kappa | str:
@@ -416,9 +426,17 @@ def text(kappa: Kappa) -> Kappa | str:
 
 
 def _read(written: str) -> Kappa:
-    call = ast.parse(written, mode="eval").body
+    wrong = f"kappa must be {KIND.words}, got {checks.shown(written)}"
+    try:
+        call = ast.parse(written, mode="eval").body
+    except (SyntaxError, ValueError):
+        raise ValueError(wrong) from None
     family = {c.__name__: c for c in globals().values() if isinstance(c, type) and issubclass(c, Kappa)}
     if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
-        raise ValueError(f"kappa must be one of {', '.join(map(repr, NAMES))}, got {checks.shown(written)}")
+        raise ValueError(wrong)
     made = family[checks.one_of("kappa", call.func.id, family)]
-    return made(*map(ast.literal_eval, call.args), **{k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg})
+    try:
+        options = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+        return made(*map(ast.literal_eval, call.args), **options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"kappa {checks.shown(written)}: {error}") from None

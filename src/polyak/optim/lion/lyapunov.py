@@ -19,6 +19,7 @@ from polyak.core import checks
 from polyak.core.momentum import ema
 
 
+@checks.arguments(**dict.fromkeys(("H", "energy", "gap", "feasibility", "delta1", "delta2"), checks.measured))
 @dataclass(frozen=True)
 class Lyapunov:
     """What :func:`lyapunov` measures, as numbers; infinite where wd x is outside the domain of K*.
@@ -36,6 +37,10 @@ class Lyapunov:
     delta2: float
 
 
+_LION = checks.Like("an optimizer of the Lion-K family", "param_groups", "state")
+
+
+@checks.arguments(optimizer=_LION)
 def bound(optimizer: Any) -> float:
     """1 / weight_decay: the radius of the constraint that a Lion-K run solves for.
 
@@ -45,6 +50,7 @@ def bound(optimizer: Any) -> float:
     return 1 / _shared(optimizer)[2]
 
 
+@checks.arguments(optimizer=_LION, loss=checks.scalar)
 @torch.no_grad()
 def lyapunov(optimizer: Any, loss: torch.Tensor | float) -> Lyapunov:
     """Measure a :class:`LionK` between ``backward()`` and ``step()``.
@@ -85,6 +91,8 @@ def lyapunov(optimizer: Any, loss: torch.Tensor | float) -> Lyapunov:
 
 
 def _shared(optimizer: Any) -> tuple[float, tuple[float, float], float]:
+    if wrong := next((g for g in optimizer.param_groups if "kappa" not in g), None):
+        raise ValueError(f"optimizer must be one of the Lion-K family, got one whose groups have {sorted(wrong)}")
     first, *others = [(float(g["lr"]), g["betas"], g["weight_decay"]) for g in optimizer.param_groups]
     if any(other != first for other in others):
         raise ValueError(f"param groups must share lr, betas and weight_decay, got {checks.shown([first, *others])}")

@@ -20,6 +20,22 @@ FACTORS = ("A", "G", "A_reset", "G_reset")  # a layer's: the inverse factors, an
 STACKED = 2**25  # elements of a stack beyond which further layers get one of their own: large ones gain nothing by it
 
 
+class _Stabilize(checks.Kind):
+    words = "(threshold, blend)"
+
+    def like(self, value: Any) -> bool:
+        return isinstance(value, (tuple, list)) and len(value) == 2
+
+    def __call__(self, name: str, value: Any) -> tuple[float, float]:
+        if not self.like(value):
+            raise ValueError(f"{name} must be {self.words}, got {checks.shown(value)}")
+        blend = checks.between(f"{name}[1]", value[1], 0.0, 1.0, ends="(]")
+        return checks.positive(f"{name}[0]", value[0]), blend
+
+
+STABILIZE = _Stabilize()
+
+
 @dataclass(frozen=True)
 class Rule:
     """How a factor takes in a vector; arguments as in :class:`polyak.optim.MKOR`."""
@@ -32,15 +48,11 @@ class Rule:
     @classmethod
     def checked(cls, decay: float, update: str, stabilize: Any, dtype: torch.dtype) -> Rule:
         """From :class:`polyak.optim.MKOR`'s arguments."""
-        decay = checks.between("decay", decay, 0.0, 1.0, ends="()")
-        checks.one_of("update", update, ["package", "ema"])
-        if not isinstance(stabilize, (tuple, list)) or len(stabilize) != 2:
-            raise ValueError(f"stabilize must be (threshold, blend), got {checks.shown(stabilize)}")
-        threshold = checks.positive("stabilize[0]", stabilize[0])
+        threshold, blend = stabilize
         # A factor grows by 1 / decay at most from one look at it to the next, and float32 has to square what it gives.
         if threshold > (most := min(torch.finfo(dtype).max, 1e15) * decay):
             raise ValueError(f"stabilize[0] must be at most {most:g} for factors of {dtype}, got {threshold:g}")
-        return cls(decay, update == "ema", threshold, checks.between("stabilize[1]", stabilize[1], 0.0, 1.0, ends="(]"))
+        return cls(decay, update == "ema", threshold, blend)
 
 
 class Side:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from polyak.core import checks
 from polyak.optim.mkor.checkpoint import settled
+from polyak.optim.mkor.layers import MODEL
 from polyak.optim.mkor.optimizer import MKOR
 from polyak.optim.mkor.reduction import mean
 
@@ -40,11 +41,11 @@ class MKORH(MKOR):
         >>> optimizer.step()
     """
 
+    @checks.arguments(model=MODEL, base=checks.optimizer, window=checks.Integer(1), tau=checks.fraction)
     def __init__(
         self, model: Any, base: torch.optim.Optimizer, *, window: int = 50, tau: float = 0.2, **options: Any
     ) -> None:
-        self.window = checks.integer("window", window, least=1)
-        self.tau = checks.between("tau", tau, 0.0, 1.0)
+        self.window, self.tau = window, tau
         self._losses: list[Tensor] = []  # of the step to come
         self._level: Tensor | None = None
         self._rate: Tensor | None = None

@@ -1,4 +1,4 @@
-"""The layers that MKOR preconditions: which modules they are, and what they have shown since the last step."""
+"""The layers that MKOR preconditions, and the statistics that they have collected since the last step."""
 
 from __future__ import annotations
 
@@ -83,6 +83,33 @@ class Layer:
             tally.zero()
 
 
+class _Model(checks.Kind):
+    words = "a torch.nn.Module, or an iterable of modules or of (name, module)"
+
+    def like(self, value: Any) -> bool:
+        return isinstance(value, nn.Module) or checks.Stream().like(value)
+
+    def __call__(self, name: str, value: Any) -> Any:
+        return value if isinstance(super().__call__(name, value), nn.Module) else list(value)
+
+
+class _Skip(checks.Kind):
+    words = "a list of names or modules"
+
+    def like(self, value: Any) -> bool:
+        return checks.Stream().like(value) and not isinstance(value, nn.Module)
+
+    def __call__(self, name: str, value: Any) -> Any:
+        value = list(super().__call__(name, value))
+        for i, entry in enumerate(value):
+            if not isinstance(entry, (str, nn.Module)):
+                raise TypeError(f"{name}[{i}] must be a name or a module, got {checks.shown(entry)}")
+        return value
+
+
+MODEL, SKIP = _Model(), _Skip()
+
+
 def named_layers(model: Any, skip: Iterable[str | nn.Module]) -> list[tuple[str, Module]]:
     """All Linear and Conv2d modules with their names, but those that are, or are inside, what ``skip`` names.
 
@@ -92,7 +119,7 @@ def named_layers(model: Any, skip: Iterable[str | nn.Module]) -> list[tuple[str,
     """
     roots = _roots(model)
     if not roots:
-        raise ValueError("MKOR needs a model, or at least one module, got an empty list")
+        raise ValueError("model must be a module, or at least one, got an empty list")
     modules = {f"{prefix}.{name}".strip("."): module for prefix, root in roots for name, module in root.named_modules()}
     left_out = _skipped(modules, skip)
     return [
@@ -108,18 +135,14 @@ def _roots(model: Any) -> list[tuple[str, nn.Module]]:
         while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
             model = getattr(model, "_orig_mod", None) or model.module
         return [("", model)]
-    if not isinstance(model, Iterable):
-        raise TypeError(f"MKOR needs a module, or an iterable of modules, got {checks.shown(model)}")
     roots = [item if isinstance(item, tuple) else (str(i), item) for i, item in enumerate(model)]
     for item in roots:
         if len(item) != 2 or not isinstance(item[0], str) or not isinstance(item[1], nn.Module):
-            raise TypeError(f"MKOR needs modules, or pairs of names and modules, got {checks.shown(item)}")
+            raise TypeError(f"model must have modules, or pairs of names and modules, got {checks.shown(item)}")
     return roots
 
 
 def _skipped(modules: dict[str, nn.Module], skip: Iterable[str | nn.Module]) -> set[nn.Module]:
-    if isinstance(skip, (str, nn.Module)):
-        raise TypeError(f"skip must be a list of names or modules, got {checks.shown(skip)}")
     inside: set[nn.Module] = set()
     for entry in skip:
         found = modules.get(entry) if isinstance(entry, str) else entry

@@ -10,18 +10,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak.core import checks
 from polyak.optim._engine.copies import kept
 from polyak.optim.mkor import checkpoint, statistics
-from polyak.optim.mkor.factors import FACTORS, Rule, Stack, stacks
-from polyak.optim.mkor.layers import Layer, Tally, eligible, named_layers
+from polyak.optim.mkor.factors import FACTORS, STABILIZE, Rule, Stack, stacks
+from polyak.optim.mkor.layers import MODEL, SKIP, Layer, Tally, eligible, named_layers
 from polyak.optim.mkor.reduction import average
 from polyak.optim.mkor.watch import Gate, Watch, aside
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+SCALER = checks.Like("a torch.amp.GradScaler", "is_enabled", "get_scale")
+
+
+class _Group(checks.Kind):
+    words = "a torch.distributed process group, None (all) or False (none)"
+
+    def like(self, value: Any) -> bool:
+        return value is None or value is False or (dist.is_available() and isinstance(value, dist.ProcessGroup))
+
+
+GROUP = _Group()
 
 
 class MKOR(Optimizer):
@@ -82,6 +96,12 @@ class MKOR(Optimizer):
 
     base: Optimizer
 
+    @checks.arguments(
+        model=MODEL, base=checks.optimizer, inv_freq=checks.Integer(1), warmup_steps=checks.Integer(0),
+        decay=checks.Number(0.0, 1.0, "()"), update=checks.Choice("package", "ema"),
+        stabilize=STABILIZE, factor_dtype=checks.Choice(*DTYPES),
+        clip=checks.positive, skip=SKIP, process_group=GROUP, loss_reduction=checks.Choice("mean", "sum"), scaler=SCALER | None,
+    )  # fmt: skip
     def __init__(
         self,
         model: nn.Module | Iterable[nn.Module] | Iterable[tuple[str, nn.Module]],
@@ -100,11 +120,8 @@ class MKOR(Optimizer):
         scaler: Any = None,
     ) -> None:
         _check_base(base)
-        self.inv_freq = checks.integer("inv_freq", inv_freq, least=1)
-        self.warmup_steps = checks.integer("warmup_steps", warmup_steps, least=0)
-        self.clip = checks.positive("clip", clip)
-        self.mean_loss = checks.one_of("loss_reduction", loss_reduction, ["mean", "sum"]) == "mean"
-        self.factor_dtype = checks.one_of("factor_dtype", factor_dtype, DTYPES)
+        self.inv_freq, self.warmup_steps, self.clip = inv_freq, warmup_steps, clip
+        self.mean_loss, self.factor_dtype = loss_reduction == "mean", factor_dtype
         self.rule = Rule.checked(decay, update, stabilize, factor_dtype)
         self.process_group = process_group
         self._candidates = named_layers(model, skip)
@@ -119,7 +136,7 @@ class MKOR(Optimizer):
         self.scaler = scaler
         self._register()
         if not self._layers:
-            raise ValueError("MKOR found no Linear or Conv2d whose weight the base optimizer has")
+            raise ValueError("model: MKOR found no Linear or Conv2d whose weight the base optimizer has")
         self._hook()
         self._note()
 
@@ -176,7 +193,7 @@ class MKOR(Optimizer):
 
     @scaler.setter
     def scaler(self, value: Any) -> None:
-        self._gate.scaler = value
+        self._gate.scaler = (SCALER | None)("scaler", value)
         self._gate.prime(self._layers)
 
     @contextmanager
@@ -437,9 +454,7 @@ class MKOR(Optimizer):
                 self._hook()
 
 
-def _check_base(base: Any) -> None:
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"base must be a torch.optim.Optimizer, got {checks.shown(base)}")
+def _check_base(base: Optimizer) -> None:
     if isinstance(base, MKOR):
         raise ValueError("base must not be MKOR itself")
     if isinstance(base, torch.optim.LBFGS):

@@ -1,4 +1,4 @@
-"""What MKOR sees of a layer: one mean vector of its inputs and one of the gradients at its outputs.
+"""The statistics of a layer that MKOR uses: one mean vector of its inputs, and one of the gradients at its outputs.
 
     a = mean over rows of clamp([x, 1])           g = mean over rows of clamp(N dL/dy),  N rows
 

@@ -14,7 +14,7 @@ workers that may die.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from polyak.core import checks
 from polyak.optim._engine import RuleOptimizer
 from polyak.optim._engine.tensors import is_dtensor
 from polyak.optim.monna.aggregators import (
+    RULE,
     Mixer,
     agreement,
     check_faulty,
@@ -73,6 +74,41 @@ _HINT = (
 )
 
 
+class _Connections(checks.Kind):
+    words = "None, a torch.distributed process group or Peers"
+
+    def like(self, value: Any) -> bool:
+        if value is None or (dist.is_available() and isinstance(value, dist.ProcessGroup)):
+            return True
+        return all(hasattr(value, n) for n in ("rank", "size", "exchange", "serve")) and not callable(value.rank)
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if not self.like(value):
+            raise ValueError(f"{name} must be {self.words}, got {type(value).__name__}")
+        return value
+
+
+_GROUP = _Connections()
+
+
+class _Buffers(checks.Kind):
+    words = "floating-point tensors"
+
+    def like(self, value: Any) -> bool:
+        return checks.Stream().like(value)
+
+    def __call__(self, name: str, value: Any) -> list[Tensor]:
+        value = list(super().__call__(name, value))
+        for b in value:
+            if not isinstance(b, Tensor) or not b.is_floating_point():
+                got = b.dtype if isinstance(b, Tensor) else checks.shown(b)
+                raise ValueError(f"{name} must be {self.words}, got {got}")
+        return value
+
+
+_BUFFERS = _Buffers()
+
+
 class MoNNA(RuleOptimizer):
     """Momentum steps that are mixed with the other workers' robustly (arXiv 2209.10931, Algorithm 1).
 
@@ -114,7 +150,12 @@ class MoNNA(RuleOptimizer):
     state_names = ("exp_avg",)
     numbers = ("lr", "momentum", "weight_decay")
     counts_steps = False
+    declared: ClassVar = dict(momentum=checks.retention, weight_decay=checks.non_negative)
 
+    @checks.arguments(
+        f=checks.Integer(0), mixer=RULE, group=_GROUP, wait=checks.Choice("all", "n-f"), max_norm=checks.positive | None,
+        timeout=checks.positive, server=checks.Integer(0) | None, buffers=_BUFFERS,
+    )  # fmt: skip
     def __init__(
         self,
         params: Any,
@@ -134,21 +175,15 @@ class MoNNA(RuleOptimizer):
         self._transport = _transport(group)
         self._mixer = _named(mixer)
         self._f = check_faulty(self._transport.size, f)
-        self._wait = checks.one_of("wait", wait, ("all", "n-f"))
+        self._wait = wait
         if wait == "n-f" and isinstance(self._transport, Group):
             raise ValueError("wait='n-f' needs group=Peers(...): a process group's collectives wait for all")
         if wait == "n-f":
             check_faulty(self._transport.size - f, f)
-        self._timeout = checks.positive("timeout", timeout)
-        self._max_norm = None if max_norm is None else checks.positive("max_norm", max_norm)
+        self._timeout, self._max_norm = timeout, max_norm
         if server is not None:
             checks.integer("server", server, least=0, most=self._transport.size - 1)
         self._server, self._buffers = server, list(buffers)
-        for b in self._buffers:
-            if not isinstance(b, Tensor) or not b.is_floating_point():
-                raise ValueError(
-                    f"buffers must be floating-point tensors, got {b.dtype if isinstance(b, Tensor) else checks.shown(b)}"
-                )
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self._begun = True
         self._compare()
@@ -190,8 +225,6 @@ class MoNNA(RuleOptimizer):
         self._transport.check_alike(facts, tensors[0].device)
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        checks.between("momentum", group["momentum"], 0.0, 1.0, ends="[)")
-        checks.non_negative("weight_decay", group["weight_decay"])
         for p in group["params"]:
             if p.is_complex() or is_dtensor(p):
                 raise ValueError(f"MoNNA needs real parameters that are not sharded, got {type(p).__name__}, {p.dtype}")
@@ -272,6 +305,4 @@ def _transport(group: Any) -> Transport:
         return Alone()
     if group is None or isinstance(group, dist.ProcessGroup):
         return Group(group)
-    if all(hasattr(group, name) for name in ("rank", "size", "exchange", "serve")) and not callable(group.rank):
-        return group
-    raise ValueError(f"group must be None, a torch.distributed process group or Peers, got {type(group).__name__}")
+    return group

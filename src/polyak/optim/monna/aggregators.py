@@ -32,57 +32,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from polyak.core import checks
+from polyak.optim.monna.vectors import OWN, VECTORS, Vectors, check_alike, flatten, like, rows_of
 
-Vectors = Tensor | Sequence[Any]
 MOST_SUBSETS = 200_000
-
-
-# -- what is taken in ------------------------------------------------------------------------------------------------------
-
-
-def _flatten(tree: Any) -> Tensor:
-    leaves = pytree.tree_leaves(tree)
-    if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
-        raise TypeError(f"vectors must be tensors or containers of tensors, got {type(tree).__name__}")
-    return leaves[0].reshape(-1) if len(leaves) == 1 else torch.cat([leaf.reshape(-1) for leaf in leaves])
-
-
-def _rows(name: str, x: Vectors) -> tuple[list[Tensor], Callable[[Tensor], Any]]:
-    """The vectors one by one, and what makes a result look like them."""
-    if isinstance(x, Tensor):
-        if x.ndim < 2:
-            raise ValueError(f"{name} must have shape (k, d), got {tuple(x.shape)}")
-        rows, rebuild = list(x.unbind(-2)), lambda result: result
-    else:
-        rows = [_flatten(tree) for tree in x]
-        if not rows:
-            raise ValueError(f"{name} must hold at least one vector, got none")
-        rebuild = _like(x[0])
-    _check_alike(name, rows)
-    return rows, rebuild
-
-
-def _like(tree: Any) -> Callable[[Tensor], Any]:
-    leaves, spec = pytree.tree_flatten(tree)
-
-    def rebuild(result: Tensor) -> Any:
-        parts = result.split([leaf.numel() for leaf in leaves], dim=-1)
-        shaped = [p.reshape(leaf.shape).to(leaf.dtype) for p, leaf in zip(parts, leaves, strict=True)]
-        return pytree.tree_unflatten(shaped, spec)
-
-    return rebuild
-
-
-def _check_alike(name: str, rows: Sequence[Tensor]) -> None:
-    lengths = sorted({row.shape[-1] for row in rows})
-    if len(lengths) > 1:
-        raise ValueError(f"{name} must be vectors of one length, got lengths {lengths}")
-    for row in rows:
-        if not row.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {row.dtype}")
+_SIZE = checks.Number(0.0, 1e38, "()")  # which float32 holds
+_COUNT, _VARIANT = checks.Integer(0), checks.Choice("repo", "original")
 
 
 def check_faulty(received: int, f: int) -> int:
@@ -93,6 +49,9 @@ def check_faulty(received: int, f: int) -> int:
     return f
 
 
+@checks.arguments(
+    n=checks.Integer(1), f=_COUNT, faulty=_COUNT, answering=_COUNT | None, wait=checks.Choice("all", "n-f")
+)
 def agreement(n: int, f: int, *, faulty: int, answering: int | None = None, wait: str = "all") -> float:
     """How much NNA shrinks the diameter of n - ``faulty`` honest vectors, at the worst: see the module's text.
 
@@ -102,7 +61,7 @@ def agreement(n: int, f: int, *, faulty: int, answering: int | None = None, wait
     check_faulty(n, f)
     checks.integer("faulty", faulty, least=0, most=f)
     c = faulty if answering is None else checks.integer("answering", answering, least=0, most=faulty)
-    if checks.one_of("wait", wait, ("all", "n-f")) == "all":
+    if wait == "all":
         return (f - faulty + 4 * c) / (n - f)
     check_faulty(n - f, f)
     return (2 * f - faulty + 4 * c) / (n - 2 * f)
@@ -296,17 +255,20 @@ def _nnm(rows: Sequence[Tensor], f: int) -> list[Tensor]:
 
 
 def _apply(x: Vectors, f: int, rule: Callable[..., Tensor], **options: Any) -> Any:
-    rows, rebuild = _rows("x", x)
+    rows, rebuild = rows_of("x", x)
     return rebuild(rule(rows, check_faulty(len(rows), f), **options))
 
 
-def _centred(own: Any, others: Vectors, f: int, rule: Callable[..., Tensor], **options: Any) -> Any:
-    rows, _ = _rows("others", others) if len(others) else ([], None)
-    flat, rebuild = (own, lambda result: result) if isinstance(others, Tensor) else (_flatten(own), _like(own))
-    _check_alike("own and others", [flat, *rows])
+def _centred(
+    own: Any, others: Vectors, f: int, rule: Callable[..., Tensor], name: str = "others", **options: Any
+) -> Any:
+    rows, _ = rows_of(name, others) if len(others) else ([], None)
+    flat, rebuild = (own, lambda result: result) if isinstance(others, Tensor) else (flatten(own), like(own))
+    check_alike(f"own and {name}", [flat, *rows])
     return rebuild(rule(flat, rows, check_faulty(len(rows) + 1, f), **options))
 
 
+@checks.arguments(own=OWN, others=VECTORS, f=_COUNT)
 def nna(own: Any, others: Vectors, f: int) -> Any:
     """Nearest-neighbour averaging: the mean of the ``k - f`` of k = 1 + len(others) vectors nearest to ``own``, own included.
 
@@ -323,62 +285,69 @@ def nna(own: Any, others: Vectors, f: int) -> Any:
     return _centred(own, others, f, _nna)
 
 
+@checks.arguments(x=VECTORS)
 def mean(x: Vectors) -> Any:
     """The plain mean, which one faulty vector can move anywhere."""
     return _apply(x, 0, _mean)
 
 
+@checks.arguments(x=VECTORS, f=_COUNT)
 def trimmed_mean(x: Vectors, f: int) -> Any:
     """Per coordinate, the mean without the f lowest and the f highest; NaN is among the highest."""
     return _apply(x, f, _trimmed_mean)
 
 
+@checks.arguments(x=VECTORS)
 def median(x: Vectors) -> Any:
     """Per coordinate, the median; of an even number the mean of the two in the middle. NaN is among the highest."""
     return _apply(x, 0, _median)
 
 
+@checks.arguments(x=VECTORS, iters=checks.Integer(1), eps=_SIZE)
 def geometric_median(x: Vectors, iters: int = 3, eps: float = 0.1) -> Any:
     """``argmin_z sum_j ||x_j - z||`` by ``iters`` Weiszfeld steps from z = 0, with weights ``1 / max(||x_j - z||, eps)``.
 
     Three steps from zero are the official baseline: far from the origin not yet the geometric median, nor equivariant to
     translation. Vectors that are not finite have weight 0.
     """
-    iters, eps = checks.integer("iters", iters, least=1), checks.positive("eps", eps)
     return _apply(x, 0, _geometric_median, iters=iters, eps=eps)
 
 
+@checks.arguments(own=OWN, x=VECTORS, tau=_SIZE, iters=checks.Integer(1))
 def self_centered_clip(own: Any, x: Vectors, tau: float, iters: int = 3) -> Any:
     """``iters`` times ``z <- z + mean_j clip(x_j - z, tau)`` from z = own; clip shortens to the norm tau.
 
     Args:
         x: all k vectors, own among them. One that is not finite moves nothing.
     """
-    tau, iters = checks.positive("tau", tau), checks.integer("iters", iters, least=1)
-    return _centred(own, x, 0, _clip, tau=tau, iters=iters)
+    return _centred(own, x, 0, _clip, "x", tau=tau, iters=iters)
 
 
+@checks.arguments(x=VECTORS, f=_COUNT, variant=_VARIANT)
 def krum(x: Vectors, f: int, variant: str = "repo") -> Any:
     """The vector with the least sum of distances to its nearest others.
 
     ``variant="repo"``: plain distances to k - f - 1 others, as in the paper's code; ``"original"``: squared ones to k - f - 2.
     """
-    return _apply(x, f, _krum, variant=checks.one_of("variant", variant, ("repo", "original")))
+    return _apply(x, f, _krum, variant=variant)
 
 
+@checks.arguments(x=VECTORS, f=_COUNT, variant=_VARIANT)
 def multi_krum(x: Vectors, f: int, variant: str = "repo") -> Any:
     """The mean of the k - f vectors that :func:`krum` scores lowest."""
-    return _apply(x, f, _multi_krum, variant=checks.one_of("variant", variant, ("repo", "original")))
+    return _apply(x, f, _multi_krum, variant=variant)
 
 
+@checks.arguments(x=VECTORS, f=_COUNT)
 def mva(x: Vectors, f: int) -> Any:
     """The mean of the k - f vectors of least variance, found among all subsets (ValueError above 200,000 of them)."""
     return _apply(x, f, _mva)
 
 
+@checks.arguments(x=VECTORS, f=_COUNT)
 def nnm(x: Vectors, f: int) -> Any:
     """Each vector replaced by the mean of its k - f nearest, itself included: (k, d), or a list of k containers."""
-    rows, rebuild = _rows("x", x)
+    rows, rebuild = rows_of("x", x)
     mixed = _nnm(rows, check_faulty(len(rows), f))
     return torch.stack(mixed, -2) if isinstance(x, Tensor) else [rebuild(row) for row in mixed]
 
@@ -397,13 +366,20 @@ RULES: dict[str, tuple[Callable[..., Tensor], bool]] = {  # with whether a rule 
     "mva": (_mva, False),
 }
 _OPTIONS: dict[str, Callable[[str, Any], Any]] = {
-    "tau": checks.positive,
-    "eps": checks.positive,
-    "iters": lambda name, value: checks.integer(name, value, least=1),
-    "variant": lambda name, value: checks.one_of(name, value, ("repo", "original")),
+    "tau": _SIZE,
+    "eps": _SIZE,
+    "iters": checks.Integer(1),
+    "variant": _VARIANT,
 }
 
 
+_PAIRS = checks.Each(checks.Each(checks.Anything("an option's name, or its value"), count=2))
+
+
+@checks.arguments(
+    name=checks.text, rule=checks.function, centred=checks.flag, options=_PAIRS,
+    nnm=checks.flag,
+)  # fmt: skip
 @dataclass(frozen=True)
 class Mixer:
     """A rule with its options, as optimizer and simulator call it: ``mixer.mix(own, rows, f)`` on lists of (..., d).
@@ -427,6 +403,14 @@ class Mixer:
         return self.rule(_nnm(rows, f) if self.nnm else rows, f, **dict(self.options))
 
 
+RULE = (
+    checks.Choice(*RULES)
+    | checks.Function("a function (own, others, f) -> mixed", 3)
+    | checks.Instance(Mixer, words="a Mixer")
+)
+
+
+@checks.arguments(rule=RULE, nnm=checks.flag)
 def mixer(
     rule: str | Callable[[Tensor, list[Tensor], int], Tensor] | Mixer, *, nnm: bool = False, **options: Any
 ) -> Mixer:
@@ -445,12 +429,11 @@ def mixer(
         name, function, centred = getattr(rule, "__name__", "custom"), rule, True
         known: list[str] = []
     else:
-        name = checks.one_of("mixer", rule, RULES)
+        name = rule
         function, centred = RULES[name]
         known = [p.name for p in inspect.signature(function).parameters.values() if p.default is not p.empty]
     for option, value in options.items():
         if option not in known:
             raise ValueError(f"mixer {name!r} has no option {option!r}{checks.suggestion(option, known)}")
         options[option] = _OPTIONS[option](option, value)
-    checks.one_of("nnm", nnm, (False, True))
     return Mixer(name, function, centred, tuple(sorted(options.items())), nnm)

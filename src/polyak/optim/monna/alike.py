@@ -1,4 +1,4 @@
-"""Whether the ranks of a process group start alike: a few numbers of each, in one collective."""
+"""Checks that all ranks of a process group start with the same weights and options, by a few numbers in one collective."""
 
 from __future__ import annotations
 

@@ -24,7 +24,13 @@ from torch import Tensor
 
 from polyak.core import checks
 
+__all__ = ["ALIE", "FOE", "Attack", "LabelFlip", "Mimic", "NaN", "ScaledSignFlip", "SignFlip", "View", "line_search"]
 
+
+@checks.arguments(
+    honest=checks.Tensor(ndim=2), f=checks.Integer(0), mix=checks.Function("a function of a vector", 1),
+    flipped=checks.Function("a function of a change of targets", 1), lr=checks.non_negative | None,
+)  # fmt: skip
 @dataclass(frozen=True)
 class View:
     """What attackers know of a step.
@@ -51,6 +57,10 @@ class Attack(Protocol):
     def __call__(self, view: View) -> Tensor: ...
 
 
+@checks.arguments(
+    objective=checks.Function("a function of z", 1), evaluations=checks.Integer(1), start=checks.non_negative,
+    delta=checks.positive, shrink=checks.Number(0.0, 1.0, "()"),
+)  # fmt: skip
 def line_search(
     objective: Callable[[float], float], *, evaluations: int = 16, start: float = 0.0, delta: float = 1.0,
     shrink: float = 0.8,
@@ -92,9 +102,9 @@ class _Searching:
         z: the strength; None searches each step, by ``evaluations`` trial mixtures. Waits for the device.
     """
 
+    @checks.arguments(z=checks.real | None, evaluations=checks.Integer(1))
     def __init__(self, z: float | None = None, *, evaluations: int = 16) -> None:
-        self.z = None if z is None else checks.real("z", z)
-        self.evaluations = checks.integer("evaluations", evaluations, least=1)
+        self.z, self.evaluations = z, evaluations
 
     def direction(self, honest: Tensor, mean: Tensor) -> Tensor:
         raise NotImplementedError
@@ -129,8 +139,9 @@ class FOE(_Searching):
 class LabelFlip:
     """Trains honestly from the honest mean on labels ``classes - 1 - y``."""
 
+    @checks.arguments(classes=checks.Integer(2))
     def __init__(self, classes: int = 10) -> None:
-        self.classes = checks.integer("classes", classes, least=2)
+        self.classes = classes
 
     def __call__(self, view: View) -> Tensor:
         gradient = view.flipped(lambda y: self.classes - 1 - y)
@@ -140,8 +151,9 @@ class LabelFlip:
 class Mimic:
     """The vector of one honest worker, over and over: its data count more than the others'."""
 
+    @checks.arguments(worker=checks.Integer(0))
     def __init__(self, worker: int = 0) -> None:
-        self.worker = checks.integer("worker", worker, least=0)
+        self.worker = worker
 
     def __call__(self, view: View) -> Tensor:
         return view.honest[self.worker]

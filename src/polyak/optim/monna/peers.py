@@ -1,4 +1,4 @@
-"""Connections between workers of whom some may die, fall silent or send anything: one TCP connection for each pair.
+"""Connections between workers of whom some may crash, hang or send anything: one TCP connection for each pair.
 
 A thread moves the bytes while the worker computes. What a faulty peer can cost an honest worker:
 
@@ -80,10 +80,13 @@ class Peers:
         timeout: seconds for all connections to be made; who is not there by then is taken for dead.
     """
 
+    @checks.arguments(
+        rank=checks.Integer(0), size=checks.Integer(1), listener=checks.Instance(socket.socket, words="a socket"),
+        find=checks.Function("a function of the rank", 1), timeout=checks.positive,
+    )  # fmt: skip
     def __init__(self, rank: int, size: int, listener: socket.socket, find: Find, *, timeout: float = 30.0) -> None:
-        self.size = checks.integer("size", size, least=1)
-        self.rank = checks.integer("rank", rank, least=0, most=size - 1)
-        end = time.monotonic() + checks.positive("timeout", timeout)
+        self.size, self.rank = size, checks.integer("rank", rank, least=0, most=size - 1)
+        end = time.monotonic() + timeout
         self.step = 0
         self._expected: tuple[int, int] | None = None  # type and elements
         self._changed = threading.Condition()

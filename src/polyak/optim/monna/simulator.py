@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from polyak.core import checks
-from polyak.optim.monna.aggregators import Mixer, check_faulty, lowest, mixer
+from polyak.optim.monna.aggregators import RULE, Mixer, check_faulty, lowest, mixer
 from polyak.optim.monna.attacks import Attack, View
 from polyak.optim.monna.rule import clipping, rule
 
@@ -49,6 +49,13 @@ class Simulator:
         ValueError: hyperparameters out of range, 2 f >= n, or batches of another number of workers.
     """
 
+    @checks.arguments(
+        model=checks.module, batches=checks.Stream("an iterable of (x, y)"), n=checks.Integer(1), f=checks.Integer(0),
+        lr=checks.non_negative, momentum=checks.retention, mixer=RULE,
+        attack=checks.Function("a function of the View", 1) | None, wait=checks.Choice("all", "n-f"),
+        weight_decay=checks.non_negative, max_norm=checks.positive | None, mix_gradients=checks.flag,
+        loss=checks.Function("a function of outputs and targets", 2), generator=checks.generator | None,
+    )  # fmt: skip
     def __init__(
         self,
         model: nn.Module,
@@ -67,16 +74,10 @@ class Simulator:
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         generator: torch.Generator | None = None,
     ) -> None:
-        self.n = checks.integer("n", n, least=1)
-        self.f = check_faulty(n, f)
-        self.lr = checks.non_negative("lr", lr)
-        self.momentum = checks.between("momentum", momentum, 0.0, 1.0, ends="[)")
-        self.weight_decay = checks.non_negative("weight_decay", weight_decay)
-        self.max_norm = None if max_norm is None else checks.positive("max_norm", max_norm)
-        if checks.one_of("wait", wait, ("all", "n-f")) == "n-f":
+        self.n, self.f, self.lr, self.momentum = n, check_faulty(n, f), lr, momentum
+        if wait == "n-f":
             check_faulty(n - f, f)
-        self.wait = wait
-        self.mix_gradients = checks.one_of("mix_gradients", mix_gradients, (False, True))
+        self.weight_decay, self.max_norm, self.wait, self.mix_gradients = weight_decay, max_norm, wait, mix_gradients
         if attack is not None and f == 0:
             raise ValueError("an attack needs attackers: f must be at least 1, got 0")
         self.mixer, self.attack, self.generator = _mixer(mixer), attack, generator
@@ -233,11 +234,12 @@ def diameter(vectors: Tensor) -> Tensor:
     return torch.stack([(vectors - v).norm(dim=1).max() for v in vectors]).max()
 
 
+@checks.arguments(before=checks.Tensor(ndim=2), after=checks.Tensor(ndim=2), of=checks.Choice("spread", "diameter"))
 def reduction(before: Tensor, after: Tensor, *, of: str = "spread") -> Reduction:
     """The (alpha, lambda) of one mixing of (h, d), by the mean squared distance ("spread") or the squared "diameter"."""
-    measure = {"spread": spread, "diameter": lambda v: diameter(v).square()}[
-        checks.one_of("of", of, ("spread", "diameter"))
-    ]
+    if before.shape != after.shape:
+        raise ValueError(f"before and after must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}")
+    measure = {"spread": spread, "diameter": lambda v: diameter(v).square()}[of]
     size = measure(before)
     return Reduction(measure(after) / size, (after.mean(0) - before.mean(0)).square().sum() / size)
 
@@ -245,6 +247,10 @@ def reduction(before: Tensor, after: Tensor, *, of: str = "spread") -> Reduction
 # -- data ------------------------------------------------------------------------------------------------------------------
 
 
+@checks.arguments(
+    labels=checks.Tensor(ndim=1), workers=checks.Integer(1), alpha=checks.Number(0.0, 1e38, "()"), each=checks.Integer(1) | None,
+    generator=checks.generator | None,
+)  # fmt: skip
 def dirichlet_split(
     labels: Tensor, workers: int, alpha: float, *, each: int | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -256,8 +262,8 @@ def dirichlet_split(
     Returns:
         (workers, each) positions in ``labels``.
     """
-    checks.integer("workers", workers, least=1)
-    checks.positive("alpha", alpha)
+    if labels.is_floating_point() or labels.is_complex() or not len(labels) or bool((labels < 0).any()):
+        raise ValueError(f"labels must be integers >= 0, got {checks.shown(labels)}")
     each = len(labels) // workers if each is None else checks.integer("each", each, least=1, most=len(labels))
     counts = torch.bincount(labels)
     gammas = torch._standard_gamma(torch.full((workers, len(counts)), float(alpha)), generator)
@@ -275,6 +281,10 @@ class Batches(Iterator[tuple[Tensor, Tensor]]):
             it (no more than m).
     """
 
+    @checks.arguments(
+        x=checks.Tensor(least_ndim=1), y=checks.Tensor(least_ndim=1), split=checks.Tensor(ndim=2),
+        size=checks.Integer(1) | checks.Function("a function of the step", 1), generator=checks.generator | None,
+    )  # fmt: skip
     def __init__(
         self,
         x: Tensor,

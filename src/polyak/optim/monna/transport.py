@@ -1,4 +1,4 @@
-"""How the workers of MoNNA exchange vectors: what an exchange is, and the one over a process group of torch.distributed.
+"""How MoNNA's workers exchange vectors: the interface of an exchange, and the one over a process group of torch.distributed.
 
 A process group (gloo, NCCL) trusts its members: they may send wrong numbers, NaN included, but not die, stay silent or send
 another shape. One that does takes the others with it: NCCL waits until its watchdog aborts, gloo ends the whole group at the

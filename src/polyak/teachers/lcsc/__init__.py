@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from polyak.core import checks
-from polyak.teachers.lcsc.bank import CheckpointBank, check_coefficients, combine, ema_coefficients
+from polyak.teachers.lcsc.bank import BANK, CheckpointBank, check_coefficients, combine, ema_coefficients
 from polyak.teachers.lcsc.journal import Journal
 from polyak.teachers.lcsc.objective import (
+    OBJECTIVE,
     Evaluator,
     Objective,
     SampleMetric,
@@ -34,7 +35,7 @@ from polyak.teachers.lcsc.objective import (
     tied,
     warn_of_batch_norm,
 )
-from polyak.teachers.lcsc.optimizers import Optimizer, full, optimizer_named
+from polyak.teachers.lcsc.optimizers import OPTIMIZER, Optimizer, full, optimizer_named
 from polyak.teachers.lcsc.plane import landscape
 from polyak.teachers.lcsc.saver import CheckpointSaver
 
@@ -54,6 +55,7 @@ __all__ = [
 EXPLODED = 10.0
 
 
+@checks.arguments(coefficients=checks.tensor, value=checks.measured, heldout=checks.measured)
 @dataclass(frozen=True)
 class Finalist:
     """One of the best found: its coefficients (K,), its value in the search, and its held-out value."""
@@ -63,6 +65,10 @@ class Finalist:
     heldout: float
 
 
+@checks.arguments(
+    coefficients=checks.tensor, value=checks.measured, heldout=checks.measured | None, history=checks.tensor, tried=checks.tensor,
+    finalists=checks.Each(checks.Instance(Finalist)), failures=checks.Integer(0),
+)  # fmt: skip
 @dataclass(frozen=True)
 class Result:
     """What a search found.
@@ -126,6 +132,12 @@ class LCSC:
         >>> result = LCSC("checkpoints/", model=model, objective=objective, resume="search.jsonl").run()
     """
 
+    @checks.arguments(
+        checkpoints=BANK, objective=OBJECTIVE, model=checks.module | None,
+        optimizer=OPTIMIZER, evals=checks.Integer(1), population=checks.Integer(2), generator=checks.generator | None,
+        device_budget=checks.Integer(0) | None, heldout=OBJECTIVE | checks.Choice(False) | None, finalists=checks.Integer(1),
+        reestimate=checks.Function("a function of the model", 1) | None, resume=checks.path | None,
+    )  # fmt: skip
     def __init__(
         self,
         checkpoints: CheckpointBank | str | Path | Sequence[Any],
@@ -143,19 +155,9 @@ class LCSC:
         resume: str | Path | None = None,
     ) -> None:
         self.optimizer = optimizer_named(optimizer)
-        self.evals = checks.integer("evals", evals, least=1)
-        self.population = checks.integer("population", population, least=2)
-        self.finalists = checks.integer("finalists", finalists, least=1)
-        if not callable(objective):
-            raise TypeError(f"objective must be a function of the model, got {checks.shown(objective)}")
-        if heldout is True or not (heldout is None or heldout is False or callable(heldout)):
-            raise TypeError(f"heldout must be a function of the model, None or False, got {checks.shown(heldout)}")
-        if model is not None and not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        self.evals, self.population, self.finalists = evals, population, finalists
         if reestimate is not None and model is None:
             raise ValueError("reestimate needs model=")
-        if device_budget is not None:
-            checks.integer("device_budget", device_budget, least=0)
         self.bank = checkpoints if isinstance(checkpoints, CheckpointBank) else CheckpointBank(checkpoints)
         self.model, self.objective, self.reestimate, self.resume = model, objective, reestimate, resume
         self.device_budget = device_budget

@@ -6,6 +6,7 @@ of one. Moving from a to b adds ``(b_i - a_i) theta_i`` for the coefficients tha
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from polyak.core import checks
-from polyak.teachers.lcsc.sources import checkpoints_in, source
+from polyak.teachers.lcsc.sources import CHECKPOINTS, checkpoints_in, source
 
 _LORA_FACTORS = ("lora_A", "lora_B", "lora_down", "lora_up", "lora.down", "lora.up")
 _NATIVE = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -47,6 +48,10 @@ class CheckpointBank:
         ImportError: safetensors files without safetensors.
     """
 
+    @checks.arguments(
+        checkpoints=CHECKPOINTS, keys=checks.Function("a predicate of a name", 1) | checks.Several(checks.Text(empty=True)) | None,
+        entry=checks.text | None, dtype=checks.dtype | None,
+    )  # fmt: skip
     def __init__(
         self,
         checkpoints: str | Path | Sequence[Any],
@@ -55,14 +60,10 @@ class CheckpointBank:
         entry: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if isinstance(checkpoints, Mapping):
-            raise TypeError("checkpoints must be several state dicts in a list, got one state dict")
-        items = checkpoints_in(Path(checkpoints)) if isinstance(checkpoints, (str, Path)) else list(checkpoints)
+        items = checkpoints_in(Path(checkpoints)) if isinstance(checkpoints, (str, os.PathLike)) else list(checkpoints)
         if len(items) < 2:
-            where = f" in {checkpoints}" if isinstance(checkpoints, (str, Path)) else ""
+            where = f" in {checkpoints}" if isinstance(checkpoints, (str, os.PathLike)) else ""
             raise ValueError(f"checkpoints must be at least 2, got {len(items)}{where}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
         self.sources = [source(item, i, entry) for i, item in enumerate(items)]
         self.names = [s.name for s in self.sources]
         self.dtype = dtype
@@ -285,6 +286,10 @@ def check_coefficients(coefficients: Any, count: int, *, affine: bool = True) ->
     return a
 
 
+BANK = checks.Instance(CheckpointBank, words="a CheckpointBank") | CHECKPOINTS
+
+
+@checks.arguments(checkpoints=BANK, coefficients=checks.Numbers(1), affine=checks.flag)
 def combine(
     checkpoints: CheckpointBank | str | Path | Sequence[Any], coefficients: Any, *, affine: bool = True
 ) -> dict[str, Any]:
@@ -310,6 +315,7 @@ def combine(
     return bank.ordered({**bank.others(), **combination.state_dict()})
 
 
+@checks.arguments(k=checks.Integer(1, 1_000_000), rate=checks.fraction, start=checks.Integer(0))
 def ema_coefficients(k: int, rate: float, *, start: int = 0) -> Tensor:
     """The coefficients of an exponential moving average over checkpoints, started at one of them.
 
@@ -324,8 +330,6 @@ def ema_coefficients(k: int, rate: float, *, start: int = 0) -> Tensor:
     Returns:
         (k,), float64, the oldest first; sums to 1.
     """
-    checks.integer("k", k, least=1)
-    checks.between("rate", rate, 0.0, 1.0)
     checks.integer("start", start, least=0, most=k - 1)
     age = torch.arange(k - 1, -1, -1, dtype=torch.float64)
     a = (1 - rate) * rate**age

@@ -33,6 +33,19 @@ METRICS = ("energy", "fid", "kid", "mmd", "sliced_w2")
 RECOMBINE = 100  # evaluations between two combinations from the start, which end the rounding of moves
 
 
+OBJECTIVE = checks.Function("a function of the model", 1)
+_FEATURES = checks.Function("a function of data", 1)
+_SAMPLING: dict[str, checks.Kind] = dict(
+    sampler=checks.Function("a function (model, n, generator) -> samples", 3),
+    metric=checks.Function("a function of samples", 1), n=checks.Integer(1), seed=checks.Integer(0, 2**62),
+    batch=checks.Integer(1) | None,
+)  # fmt: skip
+
+
+@checks.arguments(
+    reference=checks.Tensor(floating=True, least_ndim=1), kind=checks.Choice(*METRICS), features=_FEATURES | None,
+    seed=checks.Integer(0, 2**62),
+)  # fmt: skip
 def metric_to(
     reference: Tensor, kind: str = "energy", *, features: Callable[[Tensor], Tensor] | None = None, seed: int = 0
 ) -> Metric:
@@ -51,8 +64,8 @@ def metric_to(
     Raises:
         ValueError: unknown kind, or a reference that is not (m, ...).
     """
-    checks.one_of("kind", kind, METRICS)
-    checks.integer("seed", seed, least=0)
+    if features is None and reference.ndim < 2:
+        raise ValueError(f"reference must have shape (m, ...), got {tuple(reference.shape)}")
     y = _features(reference, features)
     if kind == "sliced_w2":
         return _OfFeatures(_Sliced(y, seed), features)
@@ -90,6 +103,7 @@ class _Sliced:
         return sliced_wasserstein(x, self.y, generator=torch.Generator(self.y.device).manual_seed(self.seed))
 
 
+@checks.arguments(**_SAMPLING)
 @dataclass(frozen=True)
 class SampleMetric:
     """See :func:`sample_metric`."""
@@ -99,12 +113,6 @@ class SampleMetric:
     n: int
     seed: int
     batch: int | None = None
-
-    def __post_init__(self) -> None:
-        checks.integer("n", self.n, least=1)
-        checks.integer("seed", self.seed, least=0)
-        if self.batch is not None:
-            checks.integer("batch", self.batch, least=1)
 
     def __call__(self, model: Any) -> float:
         """The metric of n samples of the model."""
@@ -128,6 +136,7 @@ class SampleMetric:
         )
 
 
+@checks.arguments(**_SAMPLING)
 def sample_metric(sampler: Sampler, metric: Metric, n: int, seed: int, *, batch: int | None = None) -> SampleMetric:
     """An objective: the metric of n samples, drawn with the same noise at every call.
 

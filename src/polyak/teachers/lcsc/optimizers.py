@@ -211,8 +211,9 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }
 
 
+OPTIMIZER = checks.Choice(*OPTIMIZERS) | checks.Function("a function (K, evals, population, generator) -> search", 4)
+
+
 def optimizer_named(given: str | Optimizer) -> Optimizer:
     """A search by its name, or a function that makes one."""
-    if callable(given):
-        return given
-    return OPTIMIZERS[checks.one_of("optimizer", given, OPTIMIZERS)]
+    return given if callable(given) else OPTIMIZERS[given]

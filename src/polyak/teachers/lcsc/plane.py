@@ -1,4 +1,4 @@
-"""The metric's landscape on the plane through three checkpoints, by which the paper motivates the search."""
+"""The metric on the plane through three checkpoints, as the paper draws it to motivate the search."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from torch import Tensor, nn
 
 from polyak.core import checks
 from polyak.teachers.lcsc.bank import CheckpointBank
-from polyak.teachers.lcsc.objective import Evaluator, Objective
+from polyak.teachers.lcsc.objective import OBJECTIVE, Evaluator, Objective
+from polyak.teachers.lcsc.sources import CHECKPOINT
 
 
+@checks.arguments(
+    theta0=CHECKPOINT, theta1=CHECKPOINT, theta2=CHECKPOINT,
+    grid=checks.Each(checks.Numbers(1), words="(values of x, values of y)"), objective=OBJECTIVE, model=checks.module | None,
+)  # fmt: skip
 def landscape(
     theta0: Any,
     theta1: Any,
@@ -34,8 +39,12 @@ def landscape(
     """
     if len(grid) != 2:
         raise ValueError(f"grid must be (values of x, values of y), got {len(grid)} parts")
-    xs, ys = ([checks.real(f"grid[{i}][{j}]", v) for j, v in enumerate(part)] for i, part in enumerate(grid))
-    evaluator = Evaluator(CheckpointBank([theta0, theta1, theta2]), model)
+    xs, ys = ([float(v) for v in part] for part in grid)
+    try:
+        bank = CheckpointBank([theta0, theta1, theta2])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"theta0, theta1, theta2: {error}") from None
+    evaluator = Evaluator(bank, model)
     values = torch.empty(len(xs), len(ys), dtype=torch.float64)
     for i, x in enumerate(xs):
         for j, y in enumerate(ys):

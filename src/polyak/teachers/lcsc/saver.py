@@ -43,6 +43,10 @@ class CheckpointSaver:
         ...     saver(model, step)
     """
 
+    @checks.arguments(
+        folder=checks.path, every=checks.Integer(1), keep=checks.Integer(2) | None, start=checks.Integer(0),
+        format=checks.Choice(*_SUFFIXES),
+    )  # fmt: skip
     def __init__(
         self,
         folder: str | Path,
@@ -53,10 +57,7 @@ class CheckpointSaver:
         format: str = "safetensors",
     ) -> None:
         self.folder = Path(folder)
-        self.every = checks.integer("every", every, least=1)
-        self.keep = None if keep is None else checks.integer("keep", keep, least=2)
-        self.start = checks.integer("start", start, least=0)
-        self.suffix = _SUFFIXES[checks.one_of("format", format, _SUFFIXES)]
+        self.every, self.keep, self.start, self.suffix = every, keep, start, _SUFFIXES[format]
         self._steps = 0
 
     def __call__(self, model: nn.Module | Mapping[str, Any], step: int | None = None) -> Path | None:

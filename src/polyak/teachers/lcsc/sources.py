@@ -1,4 +1,4 @@
-"""Where checkpoints lie: in memory, in safetensors or torch files (whole or in shards), in torch.distributed.checkpoint folders.
+"""Reading checkpoints: from memory, safetensors or torch files (whole or in shards), torch.distributed.checkpoint folders.
 
 A source says what a checkpoint holds without reading its weights, and hands them out one tensor at a time.
 """
@@ -52,6 +52,30 @@ class Source(ABC):
         """A context manager; it gives a function from an entry's name to its value."""
 
 
+class MissingError(FileNotFoundError, ValueError):
+    """A path that leads nowhere."""
+
+
+CHECKPOINT = checks.Map(words="a state dict") | checks.path | checks.Instance(Source, words="a Source")
+
+
+class _Checkpoints(checks.Kind):
+    words = "a path or a list of checkpoints"
+
+    def like(self, value: Any) -> bool:
+        return checks.path.like(value) or checks.Stream().like(value)
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            raise TypeError(f"{name} must be several state dicts in a list, got one state dict")
+        if checks.path.like(super().__call__(name, value)):
+            return checks.path(name, value)
+        return [CHECKPOINT(f"{name}[{i}]", item) for i, item in enumerate(value)]
+
+
+CHECKPOINTS = _Checkpoints()
+
+
 def describe(value: Any) -> tuple[tuple[int, ...], torch.dtype] | None:
     """A layout's line for a value."""
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else None
@@ -78,7 +102,7 @@ class Files(Source):
         self.name, self.files, self.entry = name, files, entry
         for file in files:
             if not file.is_file():
-                raise FileNotFoundError(f"checkpoint {name}: there is no file {file}")
+                raise MissingError(f"checkpoint {name}: there is no file {file}")
         self._where: dict[str, Path] = {}
 
     def layout(self) -> Layout:
@@ -203,15 +227,13 @@ def source(item: Any, index: int, entry: str | None) -> Source:
         return item
     if isinstance(item, Mapping):
         return Memory(item, f"number {index}")
-    if not isinstance(item, (str, Path)):
-        raise TypeError(f"checkpoint {index} must be a state dict, a path or a Source, got {type(item).__name__}")
     path = Path(item)
     if path.is_dir():
         if (path / ".metadata").is_file():
             return Distributed(path, entry)
         path = _weights_in(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {index}: there is no file or folder {path}")
+        raise MissingError(f"checkpoints[{index}]: there is no file or folder {path}")
     if path.name.endswith(".index.json"):
         return Files(str(path), _shards(path), entry)
     checks.one_of(f"the suffix of checkpoint {path}", path.suffix, [".safetensors", *TORCH_FILES])
@@ -254,7 +276,7 @@ def _is_checkpoint(folder: Path) -> bool:
 def checkpoints_in(folder: Path) -> list[Path]:
     """A folder's checkpoints, its sub-folders or its files, by the numbers in their names: step-900 before step-1000."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"checkpoints must be a list, or a folder that holds several, got {folder}")
+        raise MissingError(f"checkpoints must be a list, or a folder that holds several, got {folder}")
     inside = [p for p in folder.iterdir() if not p.name.startswith(".")]
     folders = [p for p in inside if p.is_dir() and _is_checkpoint(p)]
     if not folders and any(p.name.endswith(".index.json") for p in inside):

@@ -1,4 +1,4 @@
-"""Our solvers as diffusers schedulers.
+"""polyak's solvers as schedulers of diffusers.
 
     pipe = DiffusionPipeline.from_pretrained(...)
     solver = DPMSolver(order=2, form="data", method="multistep")

@@ -1,4 +1,4 @@
-"""What a pipeline hands to a step, in our words: the network's output as a prediction, of the state before it was rounded."""
+"""A pipeline's network output as a prediction, at the state before it was rounded to half precision."""
 
 from __future__ import annotations
 

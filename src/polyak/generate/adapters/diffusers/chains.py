@@ -1,4 +1,4 @@
-"""The schedules of chains of betas, with samples scaled or not."""
+"""Noise schedules of discrete chains of betas (as DDPM's), with samples scaled or not."""
 
 from __future__ import annotations
 

@@ -26,12 +26,19 @@ from polyak.generate.adapters.diffusers.resolve import entries, resolve
 from polyak.generate.adapters.diffusers.runs import Ground, evaluations_per_step
 from polyak.generate.adapters.diffusers.values import plain, same, snapshot
 from polyak.generate.process import Discrete, Flow, ProbabilityPath
-from polyak.generate.solver import Solver
+from polyak.generate.process.path import GRID, PATH
+from polyak.generate.solver import SOLVER, Solver
 
 
 class Configured(ConfigMixin):
     """What a scheduler makes of its configuration."""
 
+    @checks.arguments(
+        solver=SOLVER | checks.Map() | None,
+        process=PATH | checks.Map() | None,
+        origin=checks.text | None,
+        grid=GRID | None,
+    )
     def __init__(
         self,
         *,

@@ -1,4 +1,4 @@
-"""A leg of a run whose solver is a coroutine: asked from outside, and told again in copies what it was told."""
+"""A segment of a run whose solver is a coroutine: driven one prediction at a time; copies are replayed the same ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What others do to a planned scheduler's public tensors: told by identity and version, without looking at values."""
+"""Detects edits of a scheduler's public tensors (``timesteps``, ``sigmas``) by identity and version, not by values."""
 
 from __future__ import annotations
 

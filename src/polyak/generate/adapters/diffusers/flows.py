@@ -1,4 +1,4 @@
-"""The schedules of flows: of flow matching schedulers, and of chains with ``use_flow_sigmas``."""
+"""Noise schedules of flow matching schedulers, and of chains with ``use_flow_sigmas``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process of the user's own in the place of the one that a configuration makes: which of its options act.
+"""A user's own process in place of the one that a configuration defines, and which of the configuration's options still act.
 
 What makes a process is replaced, and kept for going back. All else acts, or is refused by name.
 """

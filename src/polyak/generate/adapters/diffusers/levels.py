@@ -1,4 +1,4 @@
-"""The noise levels of diffusers' schedulers: betas, their products, and levels spaced in the ways that options name.
+"""The noise levels of diffusers' schedulers: betas, their cumulative products, and the spacings that options select.
 
 Where a timestep is found from a level and then rounded, single precision decides which one it is. Tables are therefore in
 float32, as diffusers has them.

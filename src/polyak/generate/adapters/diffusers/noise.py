@@ -1,4 +1,4 @@
-"""Noise at given timesteps, and the chain that it comes from: for training, image to image and inpainting."""
+"""``add_noise``: noise at given timesteps, for training, image to image and inpainting."""
 
 from __future__ import annotations
 

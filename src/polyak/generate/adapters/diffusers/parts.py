@@ -1,4 +1,4 @@
-"""Solvers and processes in a scheduler's configuration: what JSON can hold, and back."""
+"""Solvers and processes as entries of a scheduler's configuration: to JSON, and back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 from typing import Any
 
+from polyak.core import checks
 from polyak.generate.adapters.diffusers.levels import ChainLevels
 from polyak.generate.adapters.diffusers.values import plain
 from polyak.generate.process import Discrete, ProbabilityPath
@@ -46,13 +47,20 @@ def load(given: Any, kind: type[Solver] | type[ProbabilityPath]) -> Any:
             f"the configuration was saved with a {name} from elsewhere, {given['class']}, which is not loaded from a file: "
             f"pass {name}="
         )
-    if not isinstance(given, dict) or "part" not in given:
-        raise ValueError(f"{name} must be a {kind.__name__}, got {given!r}")
+    if not isinstance(given, dict) or not isinstance(given.get("part"), str):
+        raise ValueError(f"{name} must be a {kind.__name__}, got {checks.shown(given)}")
     module, _, found_name = given["part"].partition(":")
     homes = (
         [f"{ROOM}{module}", ROOM.rstrip(".")] if module.isidentifier() or module == LEVELS else []
     )  # parts of older versions have moved
-    found = next((f for f in (getattr(importlib.import_module(h), found_name, None) for h in homes) if f), None)
+    found = next((f for f in (getattr(_module(h), found_name, None) for h in homes) if f), None)
     if not (isinstance(found, type) and issubclass(found, kind)):
-        raise ValueError(f"no {kind.__name__} is called {given['part']!r}")
+        raise ValueError(f"{name}: no {kind.__name__} is called {given['part']!r}")
     return found(**{k: v for k, v in given.items() if k != "part"})
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return None

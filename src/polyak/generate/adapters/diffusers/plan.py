@@ -1,4 +1,4 @@
-"""From a scheduler's configuration to what a run needs: the process, what the network's output is, what corrects it.
+"""From a scheduler's configuration to what a run needs: the process, the kind of prediction, the correction of data.
 
 :func:`read` is a pure function. It refuses what it cannot take, by name; :mod:`.schedule` then finds the times of a run.
 """

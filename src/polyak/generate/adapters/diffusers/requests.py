@@ -1,4 +1,4 @@
-"""What a run was asked for, and what is planned of it: times, and what the network is told at each."""
+"""What ``set_timesteps`` asked for, and the plan made of it: the run's times, and the network's timestep at each."""
 
 from __future__ import annotations
 

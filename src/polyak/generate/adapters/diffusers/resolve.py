@@ -1,4 +1,4 @@
-"""Whose configuration it is, what it says, and whether somebody changed it."""
+"""Which scheduler class a configuration is of, what its options are, and whether somebody has changed them since."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A solver that is asked from outside, one evaluation at a time, and can be copied, pickled and started anywhere.
+"""A run that a pipeline steps from outside, one evaluation at a time. It can be copied, pickled and started at any timestep.
 
 A run is a sequence of legs: the solver on its grid, and first-order steps where the solver cannot go (onto clean data, at an
 infinite lam, for the rest of a step in whose middle a run begins).

@@ -1,4 +1,4 @@
-"""The times of a run, and what the network is told at each, for every kind of configuration."""
+"""The times of a run, and the timestep that the network is given at each, for every kind of configuration."""
 
 from __future__ import annotations
 

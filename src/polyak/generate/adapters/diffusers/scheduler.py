@@ -1,4 +1,4 @@
-"""The scheduler: a plan, and a run that a pipeline's model answers."""
+"""PolyakScheduler: a scheduler for diffusers pipelines that steps with any solver of polyak."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ from polyak.generate.adapters.diffusers.runs import Driven, Ground, Leg, begin_a
 from polyak.generate.adapters.diffusers.schedule import Request, Schedule
 from polyak.generate.prediction import edm_input_scaling
 from polyak.generate.process import Discrete, Flow, Process
-from polyak.generate.solver import Solver
+from polyak.generate.process.path import PATH
+from polyak.generate.solver import SOLVER, Solver
 
 
+@checks.arguments(prev_sample=checks.tensor, pred_original_sample=checks.tensor | None)
 @dataclass
 class PolyakSchedulerOutput(BaseOutput):
     """What a step gives: the next point to ask the model at, and the clean data predicted at the last one.
@@ -358,6 +360,7 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         return PolyakSchedulerOutput(*given) if return_dict else tuple(given)
 
 
+@checks.arguments(solver=SOLVER, process=PATH, prediction_type=checks.text)
 def as_diffusers(solver: Solver, process: Process, prediction_type: str = "epsilon", **options: Any) -> PolyakScheduler:
     """A diffusers scheduler for a solver and a process; ``options`` are those of :class:`PolyakScheduler`."""
     return PolyakScheduler(solver=solver, process=process, prediction_type=prediction_type, **options)

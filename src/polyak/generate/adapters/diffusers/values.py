@@ -1,4 +1,4 @@
-"""Values of options: whether two are the same, copies of them, and numbers that JSON can hold."""
+"""Values of options: equality, copies, and numbers that JSON can hold."""
 
 from __future__ import annotations
 

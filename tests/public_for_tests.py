@@ -1,0 +1,292 @@
+"""Every public name of the package, and a right call of each: for the test that spoils their arguments.
+
+A name is public if it is in the ``__all__`` of a module whose path has no underscore, or stands in a module of ``polyak.core``, or
+in one of those by which a claim is declared.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import socket
+import typing
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import polyak
+import polyak.generate as G
+import polyak.optim as O
+from polyak.claims.optim.lion import CLAIM
+from polyak.core import integrators, schedules
+from polyak.core.exact import Gaussian
+from polyak.lab import Store
+from polyak.lab.claim import Criterion
+from polyak.lab.compare.rows import Setup
+from polyak.optim import apo
+
+DECLARING = ("lab.claim", "lab.criteria")
+
+# What has no arguments that a user gives, and why.
+NOT_CALLED = {
+    "core.checks": "the checks themselves",
+    "core.launch": "kernels are made and launched by the engine alone",
+    "generate.process.Moment": "a float",
+    "lab.workers": "processes that the lab starts",
+    "lab.store": "rows of the database",
+    "lab.SamplingTask": "what a task file gives is looked at where it is read, and is a TaskError in words",
+    "lab.TrainingTask": "likewise",
+}
+
+
+def modules():
+    for found in pkgutil.walk_packages(polyak.__path__, "polyak."):
+        short = found.name.removeprefix("polyak.")
+        if not any(part.startswith("_") or part in ("claims", "cli") for part in short.split(".")):
+            module = importlib.import_module(found.name)
+            if hasattr(module, "__all__") or short.startswith("core.") or short in DECLARING:
+                yield short, module
+
+
+def public():
+    """Name -> what is called, of every public class and function."""
+    found, seen = {}, set()
+    for short, module in modules():
+        own = [n for n, v in vars(module).items() if n[0] != "_" and getattr(v, "__module__", "") == module.__name__]
+        for name in getattr(module, "__all__", own):
+            made = getattr(module, name)
+            skipped = any(
+                f"{short}.{name}".startswith(f"{prefix}.") or f"{short}.{name}" == prefix for prefix in NOT_CALLED
+            )
+            abstract = (
+                getattr(made, "_is_protocol", False)
+                or typing.is_typeddict(made)
+                or (isinstance(made, type) and issubclass(made, Exception))
+            )
+            if inspect.isroutine(made) or inspect.isclass(made):
+                if id(made) not in seen and not skipped and not abstract:
+                    found[f"{short}.{name}"] = made
+                seen.add(id(made))
+    return found
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+
+def weights():
+    return [nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(4))]
+
+
+def wrapped():
+    model = net()
+    return dict(model=model, base=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def lion():
+    optimizer = O.Lion(weights(), weight_decay=0.1)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    return optimizer
+
+
+def denoiser():
+    return G.Denoiser(lambda x, t: x * 0.1, G.VP())
+
+
+def pairs(count=2):
+    return dict.fromkeys(("logp_w", "logp_l", "ref_w", "ref_l"), torch.full((count,), -1.0))
+
+
+X, LAW, VP = torch.ones(6, 2), Gaussian([0.0, 0.0]), G.VP()
+STATES = [{"w": torch.full((3,), float(i))} for i in range(4)]
+LISTS = ("params", "grads", "exp_avgs", "exp_avg_diffs", "exp_avg_sqs", "neg_pre_grads")
+
+
+def field(x, t):
+    return -x
+
+
+# Arguments that mean the same wherever they are.
+COMMON = {"params": weights, "model": net}
+
+# Right calls of these take long, work in place, or begin what has to be ended: they are only spoilt.
+TOO_LONG = {
+    "core.momentum.ema_", "core.momentum.heavy_ball_", "optim.adan.adan_step", "optim.apo.train_round", "generate.check_solver",
+    "optim.monna.Peers", "lab.Store", "lab.collect", "lab.compare", "lab.pictures.drawn", "lab.run",
+    "lab.run_many",
+}  # fmt: skip
+
+# What a call needs at least: name -> arguments. What is not here can be called without any.
+NEEDS = {
+    "core.distances.KernelDistance": lambda: dict(y=X, kernel=lambda x, y: x @ y.T),
+    "core.distances.gaussian_kernel": lambda: dict(bandwidth=1.0),
+    "core.distances.gaussian_w2": lambda: dict(mean1=[0.0], cov1=[[1.0]], mean2=[0.0], cov2=[[1.0]]),
+    "core.distances.precision_recall": lambda: dict(real=X, generated=X, k=2),
+    "core.elementwise.axpy": lambda: dict(a=2.0, x=X, y=X),
+    "core.elementwise.where": lambda: dict(condition=X > 0, a=X, b=X),
+    "core.exact.Mixture": lambda: dict(means=[[0.0], [1.0]], covariances=1.0),
+    "core.exact.Gaussian": lambda: dict(mean=[0.0, 1.0]),
+    "core.integrators.Tableau": lambda: dict(nodes=(0.0,), matrix=(), weights=(1.0,)),
+    "core.integrators.runge_kutta": lambda: dict(tableau=integrators.HEUN, f=field, x=X, t=0.0, dt=0.1),
+    "core.integrators.leapfrog": lambda: dict(acceleration=lambda q: -q, q=X, p=X, dt=0.1),
+    "core.integrators.euler_maruyama": lambda: dict(drift=field, diffusion=field, x=X, t=0.0, dt=0.1, noise=X),
+    "core.linalg.sherman_morrison": lambda: dict(P=torch.eye(2), v=torch.ones(2)),
+    "core.momentum.Average": lambda: dict(beta=0.9),
+    "core.momentum.bias_correction": lambda: dict(beta=0.9, step=2),
+    "core.momentum.nesterov_estimate": lambda: dict(momentum=X, gradient=X, previous=X, beta=0.9),
+    "core.projection.row_sums": lambda: dict(t=X, view="layer"),
+    "core.projection.row_norms": lambda: dict(t=X, view="layer"),
+    "core.projection.cosines": lambda: dict(a=X, b=X, view="layer"),
+    "core.schedules.Warmup": lambda: dict(after=schedules.Constant(), steps=3),
+    "generate.Change": lambda: dict(x=X),
+    "generate.Denoiser": lambda: dict(model=lambda x, t: x, process=VP),
+    "generate.Discrete": lambda: dict(betas=[0.01, 0.02, 0.03]),
+    "generate.Evaluator": lambda: dict(denoiser=denoiser()),
+    "generate.Memory": lambda: dict(steps=0),
+    "generate.Prediction": lambda: dict(output=X, x=X, t=0.5, process=VP),
+    "generate.Query": lambda: dict(x=X, t=0.5),
+    "generate.Stage": lambda: dict(t=1.0, to=0.5, view="x0", base=1.0, value=0.5),
+    "generate.SteeringState": lambda: dict(logw=torch.zeros(1, 2), log_z=torch.zeros(1)),
+    "generate.Step": lambda: dict(x=X, s=1.0, t=0.5, index=0, last=False),
+    "generate.check_process": lambda: dict(process=VP),
+    "generate.problems.path_rmse": lambda: dict(x=X, y=X),
+    "generate.check_solver": lambda: dict(solver=G.DDIM()),
+    "generate.dpm_step": lambda: dict(x=X, s=0.5, t=0.4, values=[X, X], r=[0.5], process=VP),
+    "generate.drive": lambda: dict(run=(x for x in ()), answer=lambda query: None),
+    "generate.resume": lambda: dict(
+        solver=G.DDIM(), step=G.Step(X, 1.0, 0.5, 0, False), times=[1.0, 0.5, 0.1], process=VP
+    ),
+    "generate.sample": lambda: dict(denoiser=denoiser(), x_T_or_shape=(2, 3), solver=G.DDIM(), steps=2),
+    "generate.invert": lambda: dict(denoiser=denoiser(), x=X, solver=G.DDIM(), steps=2),
+    "generate.adapters.diffusers.PolyakScheduler": lambda: dict(solver=G.DDIM()),
+    "generate.adapters.diffusers.PolyakSchedulerOutput": lambda: dict(prev_sample=X),
+    "generate.adapters.diffusers.as_diffusers": lambda: dict(solver=G.DDIM(), process=VP),
+    "generate.problems.ExactDenoiser": lambda: dict(law=LAW, process=VP),
+    "generate.problems.gaussian_flow": lambda: dict(law=LAW, process=VP, x=X, s=0.5, t=0.4),
+    "generate.problems.kde": lambda: dict(points=X, bandwidth=0.1),
+    "generate.problems.reference": lambda: dict(denoiser=denoiser(), x_T=X, nfe=30),
+    "generate.problems.reference_path": lambda: dict(denoiser=denoiser(), x_T=X, times=[1.0, 0.5], nfe=30),
+    "generate.process.Moments": lambda: dict(path=VP, times=[1.0, 0.5]),
+    "generate.process.check_batch": lambda: dict(t=0.5, x=X),
+    "generate.process.expand": lambda: dict(coefficient=0.5, x=X),
+    "generate.process.standard_normal": lambda: dict(shape=(2, 3)),
+    "generate.process.wide": lambda: dict(device=torch.device("cpu")),
+    "optim.SGDP": lambda: dict(params=weights(), lr=0.1),
+    "optim.LionK": lambda: dict(params=weights(), kappa="sign"),
+    "optim.MKOR": wrapped,
+    "optim.MKORH": wrapped,
+    "optim.MoNNA": lambda: dict(params=weights(), lr=0.1, f=0),
+    "optim.Info": lambda: dict(name="adan", part="polyak.optim.adan:Adan", says="it"),
+    "optim.create": lambda: dict(name="adan", params=weights()),
+    "optim.info": lambda: dict(name="adan"),
+    "optim.adamp.effective_step": lambda: dict(optimizer=lion()),
+    "optim.adamp.radial_fraction": lambda: dict(optimizer=lion()),
+    "optim.adan.adan_step": lambda: dict({n: [torch.ones(2)] for n in LISTS}, state_steps=[torch.ones(())], lr=0.1),
+    "optim.apo.APOCallback": lambda: dict(apo=apo.APO()),
+    "optim.apo.ExtrapolatedLogits": lambda: dict(previous=net(), alpha=0.3),
+    "optim.apo.ExtrapolatedPolicy": lambda: dict(current=net(), previous=net(), alpha=0.3),
+    "optim.apo.FrozenPolicy": lambda: dict(model=net(), weights={"a": X}),
+    "optim.apo.RoundReport": lambda: dict(loss=[1.0], accuracy=[1.0], margin=[1.0], degenerate=0),
+    "optim.apo.Rounds": lambda: dict(trained=X, extrapolated=X),
+    "optim.apo.collate": lambda: dict(examples=[dict(prompt_ids=[1], chosen_ids=[2], rejected_ids=[3])]),
+    "optim.apo.exponent": lambda: dict(alpha=0.3, T=2),
+    "optim.apo.extrapolate_": lambda: dict(model={"a": X.clone()}, previous={"a": X.clone()}, alpha=0.3),
+    "optim.apo.iterate_dpo": lambda: dict(
+        trainer_factory=lambda model, ref, pairs: None, rounds=1, sampler=lambda model, t: None,
+        labeler=lambda responses: None, apo=apo.APO(), model=net(),
+    ),
+    "optim.apo.sequence_logps": lambda: dict(
+        logits=torch.zeros(1, 2, 3), labels=torch.zeros(1, 2).long(), mask=torch.ones(1, 2)
+    ),
+    "optim.apo.tabular": lambda: dict(reward=torch.zeros(2), ref=torch.tensor([0.5, 0.5]), beta=1.0, alpha=0.3, T=2),
+    "optim.apo.train_round": lambda: dict(model=net(), reference=net(), batches=[[]], optimizer=torch.optim.SGD),
+    "optim.apo.losses.PreferenceLoss": lambda: dict(loss=X, chosen_rewards=X, rejected_rewards=X),
+    "optim.apo.losses.dpo_loss": lambda: dict(pairs(), beta=0.1),
+    "optim.apo.losses.ipo_loss": lambda: dict(pairs(), tau=0.1),
+    "optim.apo.losses.sppo_loss": lambda: dict(pairs(), eta=1.0),
+    "optim.lion.Lyapunov": lambda: dict.fromkeys(("H", "energy", "gap", "feasibility", "delta1", "delta2"), 0.0),
+    "optim.lion.bound": lambda: dict(optimizer=lion()),
+    "optim.lion.lyapunov": lambda: dict(optimizer=lion(), loss=1.0),
+    "optim.lion.kappa.Lp": lambda: dict(p=2.0),
+    "optim.lion.kappa.TopK": lambda: dict(k=2),
+    "optim.lion.kappa.named": lambda: dict(kappa="l1"),
+    "optim.monna.Batches": lambda: dict(x=X, y=X, split=torch.tensor([[0, 1]]), size=1),
+    "optim.monna.Mixer": lambda: dict(name="own", rule=lambda own, others, f: own, centred=True),
+    "optim.monna.Peers": lambda: dict(rank=0, size=1, listener=socket.socket(), find=lambda rank: None),
+    "optim.monna.Simulator": lambda: dict(model=net(), batches=[], n=3, f=1, lr=0.1),
+    "optim.monna.agreement": lambda: dict(n=5, f=1, faulty=1),
+    "optim.monna.dirichlet_split": lambda: dict(labels=torch.tensor([0, 1, 1]), workers=1, alpha=1.0),
+    "optim.monna.mixer": lambda: dict(rule="nna"),
+    "optim.monna.nna": lambda: dict(own=X[0], others=X, f=1),
+    "optim.monna.self_centered_clip": lambda: dict(own=X[0], x=X, tau=1.0),
+    "optim.monna.reduction": lambda: dict(before=X, after=X),
+    "optim.monna.attacks.View": lambda: dict(honest=X, f=1, mix=lambda x: x, flipped=lambda change: X[0], lr=0.1),
+    "optim.monna.attacks.line_search": lambda: dict(objective=lambda z: -z),
+    "optim.spam.spam_param_groups": lambda: dict(model=net(), density=0.5),
+    "optim.spam.clip_spikes_": lambda: dict(grads=[X.clone()], exp_avg_sqs=[X.clone()]),
+    "teachers.CheckpointBank": lambda: dict(checkpoints=STATES),
+    "teachers.CheckpointSaver": lambda: dict(folder="checkpoints", every=1),
+    "teachers.LCSC": lambda: dict(checkpoints=STATES, objective=lambda weights: 1.0),
+    "teachers.Result": lambda: dict(
+        coefficients=X, value=1.0, heldout=None, history=X, tried=X, finalists=(), failures=0
+    ),
+    "teachers.combine": lambda: dict(checkpoints=STATES, coefficients=[0.25] * 4),
+    "teachers.ema_coefficients": lambda: dict(k=4, rate=0.9),
+    "teachers.landscape": lambda: dict(
+        theta0=STATES[0], theta1=STATES[1], theta2=STATES[2], grid=([0.0], [0.0]), objective=lambda weights: 1.0
+    ),
+    "teachers.metric_to": lambda: dict(reference=X),
+    "teachers.sample_metric": lambda: dict(
+        sampler=lambda model, n, generator: X, metric=lambda x: 0.0, n=4, seed=0
+    ),
+    "lab.claim.Arm": lambda: dict(name="adan", label="Adan", role="method"),
+    "lab.claim.Claim": lambda: {f.name: getattr(CLAIM, f.name) for f in dataclasses.fields(CLAIM)},
+    "lab.claim.Criterion": lambda: {f.name: getattr(CLAIM.criteria[0], f.name) for f in dataclasses.fields(Criterion)},
+    "lab.claim.Erratum": lambda: dict(what="a", where="b", effect="c", test="d"),
+    "lab.claim.Measurement": lambda: dict(values={}),
+    "lab.claim.Metric": lambda: dict(name="loss", label="Loss"),
+    "lab.claim.Paper": lambda: dict(title="A", year=2000),
+    "lab.claim.Plot": lambda: dict(x="step", y="loss"),
+    "lab.claim.Scale": lambda: dict(name="small", says="minutes", seeds=5),
+    "lab.claim.Task": lambda: dict(name="toy", label="Toy"),
+    "lab.claim.Trial": lambda: dict(claim="adan", scale="small", task="toy", arm="adan", seed=0),
+    "lab.claim.check_claim": lambda: dict(claim=CLAIM),
+    "lab.claim.check_rules": lambda: dict(claim=CLAIM),
+    "lab.criteria.Ask": lambda: dict(metrics=CLAIM.metrics),
+    "lab.Comparison": lambda: dict(setup=Setup.__new__(Setup), tasks=()),
+    "lab.Progress": lambda: dict(claim="adan", done=0, total=1, cached=0, running=(), elapsed=0.0, eta_seconds=None),
+    "lab.collect": lambda: dict(claim=CLAIM, store=Store.__new__(Store)),
+    "lab.compare": lambda: dict(tasks="task.py", arms="adan"),
+    "lab.judge": lambda: dict(claim=CLAIM, trials=[], seeds=[0]),
+    "lab.run": lambda: dict(claim=CLAIM, store=Store.__new__(Store)),
+    "lab.run_many": lambda: dict(claims=[CLAIM], store=Store.__new__(Store)),
+    "lab.verdict": lambda: dict(criteria=[]),
+    "lab.pictures.described": lambda: dict(figure=Figure(), text="a line"),
+    "lab.pictures.drawn": lambda: dict(claim=CLAIM),
+    "lab.pictures.name": lambda: dict(axes=Figure().subplots(), x=0.0, y=0.0, text="here"),
+    "teachers.lcsc.Finalist": lambda: dict(coefficients=X, value=1.0, heldout=1.0),
+}  # fmt: skip
+NEEDS |= {f"core.distances.{n}": lambda: dict(x=X, y=X) for n in (
+    "wasserstein_1d", "sliced_wasserstein", "minus_distance", "cubic_kernel", "energy_distance", "mmd",
+    "kernel_inception_distance", "frechet_distance",
+)}  # fmt: skip
+NEEDS |= {f"core.distances.{n}": lambda: dict(y=X) for n in ("median_distance", "FrechetDistance")}
+NEEDS |= {f"core.elementwise.{n}": lambda: dict(x=X) for n in ("sqrt", "absolute", "sign", "exp", "tanh")}
+NEEDS |= {f"core.elementwise.{n}": lambda: dict(x=X, y=X) for n in ("minimum", "maximum")}
+NEEDS |= {
+    f"core.integrators.{n}": lambda: dict(f=field, x=X, t=0.0, dt=0.1) for n in ("euler", "heun", "midpoint", "rk4")
+}
+NEEDS |= {f"core.momentum.{n}": lambda: dict(average=X.clone(), value=X, beta=0.9) for n in ("ema", "ema_tree", "ema_")}
+NEEDS |= {f"core.momentum.{n}": lambda: dict(velocity=X.clone(), gradient=X, beta=0.9) for n in (
+    "heavy_ball", "nesterov", "heavy_ball_tree", "heavy_ball_"
+)}  # fmt: skip
+NEEDS |= {f"core.projection.{n}": lambda: dict(u=X, w=X, view="layer") for n in ("radial", "project_out")}
+NEEDS |= {f"core.schedules.{n}": lambda: dict(start=1.0, end=0.1, steps=3) for n in ("Linear", "Cosine", "Exponential")}
+NEEDS |= {f"optim.{n}": lambda: dict(params=weights()) for n in ("Adan", "AdamP", "Lion", "SPAM")}
+NEEDS |= {f"optim.lion.kappa.{n}": lambda: dict(e=0.5) for n in ("DeadZone", "Huber", "Relativistic")}
+NEEDS |= {"optim.lion.kappa.Entropic": lambda: dict(a=0.5)}
+NEEDS |= {f"optim.lion.kappa.{n}": lambda: dict(u=X) for n in ("polar_svd", "polar_newton_schulz")}
+NEEDS |= {f"optim.monna.{n}": lambda: dict(x=X) for n in ("mean", "median", "geometric_median")}
+NEEDS |= {f"optim.monna.{n}": lambda: dict(x=X, f=1) for n in ("trimmed_mean", "krum", "multi_krum", "mva", "nnm")}
