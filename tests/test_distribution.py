@@ -17,6 +17,7 @@ import polyak
 
 ROOT = Path(__file__).parents[1]
 pytest.importorskip("hatchling")
+pytestmark = pytest.mark.xdist_group("distribution")  # one worker builds and installs
 # torch and the others come from the environment that runs the tests, so that nothing is fetched.
 _FOUND = [find_spec(name) for name in ("hatchling", "torch", "typer")]
 LIBRARIES = sorted({str(Path(spec.origin).parents[1]) for spec in _FOUND if spec is not None and spec.origin})

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.xdist_group("rooms")  # one worker starts the process
+
 # What only the lab needs, and what is imported where it is used.
 HEAVY = (
     "typer", "rich", "optuna", "matplotlib", "sklearn", "scipy", "jinja2",

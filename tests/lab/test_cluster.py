@@ -36,7 +36,8 @@ pytestmark = [
 ]
 
 
-QUICK = {"health_check_period_ms": 1000}  # dead nodes are noticed sooner
+# Dead nodes are noticed sooner. One that is only slow is not taken for dead: its end would end this process, too.
+PATIENT = {"health_check_period_ms": 1000, "health_check_timeout_ms": 600_000, "worker_register_timeout_seconds": 600}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def nodes() -> Iterator[Any]:
     from ray.cluster_utils import Cluster as Nodes
 
     made = Nodes(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": QUICK}
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": PATIENT}
     )
     for _ in range(2):
         made.add_node(num_cpus=1)
@@ -71,9 +72,12 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], list[Any]]
 
 def tasks(nodes: Any, name: str) -> list[psutil.Process]:
     """The processes of these nodes that run a task or actor; another test process may have nodes of its own."""
-    raylets = [node.all_processes["raylet"][0].process.pid for node in nodes.list_all_nodes()]
+    return [task for node in nodes.list_all_nodes() for task in tasks_on(node, name)]
+
+
+def tasks_on(node: Any, name: str) -> list[psutil.Process]:
     found = []
-    for child in (child for pid in raylets for child in psutil.Process(pid).children()):
+    for child in psutil.Process(node.all_processes["raylet"][0].process.pid).children():
         with suppress(psutil.NoSuchProcess):
             if "".join(child.cmdline())[:30].startswith(f"ray::{name}"):
                 found.append(child)
@@ -135,7 +139,7 @@ class _Recorder:
 
 
 def test_a_node_that_dies_in_the_middle_costs_nothing(nodes: Any, here: Any, tmp_path: Path) -> None:
-    claim = examples.slow(seeds=4, sleep=1.0)
+    claim = examples.slow(seeds=4, sleep=3.0)
     victim = nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()
     killed: list[Progress] = []
@@ -143,7 +147,7 @@ def test_a_node_that_dies_in_the_middle_costs_nothing(nodes: Any, here: Any, tmp
 
     def kill(p: Progress) -> None:
         if p.done >= 3 and len(p.running) == 3 and not killed:  # one on each node
-            until(lambda: len(tasks(nodes, "_trial")) == 3)
+            until(lambda: tasks_on(victim, "_trial"))
             killed.append(p)
             nodes.remove_node(victim, allow_graceful=False)
 

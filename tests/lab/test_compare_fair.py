@@ -172,13 +172,13 @@ def test_a_trial_has_one_thread_whatever_the_file_says(tmp_path: Path) -> None:
 def test_what_is_made_from_a_set_is_the_same_in_every_process() -> None:
     """A vocabulary, for one; else arms whose trials run in different workers would have other data."""
     words = 'list({f"word {i}" for i in range(50)})'
-    assert call_apart(eval, words, timeout=60) == call_apart(eval, words, timeout=60)
+    assert call_apart(eval, words, timeout=3000) == call_apart(eval, words, timeout=3000)
     assert os.environ.get("PYTHONHASHSEED") == BEFORE
 
 
 def test_the_workers_of_a_loader_start_as_they_do_in_a_script() -> None:
     """Where these are forked, spawned ones would import torch at every epoch, on the clock, and could take no lambda."""
-    assert call_apart(multiprocessing.get_start_method, timeout=60) == multiprocessing.get_all_start_methods()[0]
+    assert call_apart(multiprocessing.get_start_method, timeout=3000) == multiprocessing.get_all_start_methods()[0]
 
 
 def test_the_code_of_what_an_arm_is_made_around_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,7 @@ def leaking(folder: Path, text: str, name: str) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("leak", LEAKS)
 def test_what_a_loss_keeps_is_found_and_named(tmp_path: Path, leak: str) -> None:
     text, says = LEAKS[leak]

@@ -29,6 +29,8 @@ from polyak.lab.store import InFlight
 
 from .tasks_for_tests import REGRESSION, SAMPLING, write
 
+pytestmark = pytest.mark.xdist_group("browser")  # the worker that draws the pages makes the comparison, once
+
 ARMS = "adamw,adan:betas=(0.9, 0.9, 0.99),sgd:momentum=0.9:lr=0.1:weight_decay=0"
 GIVEN: dict[str, Any] = {"budget": "20steps", "seeds": 2, "trials": 3, "points": 4, "jobs": 2, "progress": False}
 TOTAL = 3 * 2 * 2 + 2 * 3  # nothing is tuned of SGD
@@ -342,7 +344,6 @@ def test_a_time_for_all_samplers_holds_the_drawings_on_the_way(tmp_path, monkeyp
 
 
 @pytest.mark.browser
-@pytest.mark.xdist_group("browser")
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("part", ["complete", "so far"])
 def test_in_a_browser(chromium, home, served: Callable[[Pages], Any], width, part):
@@ -370,7 +371,6 @@ def test_in_a_browser(chromium, home, served: Callable[[Pages], Any], width, par
 
 
 @pytest.mark.browser
-@pytest.mark.xdist_group("browser")
 def test_a_budget_of_many_words_fits_a_phone(chromium, whole, tmp_path):
     [compared] = read(whole[0])
     compared.result  # noqa: B018 (made before the budget is another)
