@@ -31,11 +31,11 @@ def arguments(**kinds: Kind) -> Callable[[T], T]:
 
     def declare(made: Any) -> Any:
         if not isinstance(made, type):
-            return _checked(made, kinds, skip=1 if "." in made.__qualname__.rpartition("<locals>")[2] else 0)
+            return _checked(made, kinds)
         if issubclass(made, tuple):  # a NamedTuple, which is made by __new__
-            made.__new__ = staticmethod(_checked(made.__new__, kinds, skip=1))
+            made.__new__ = staticmethod(_checked(made.__new__, kinds))
         else:
-            made.__init__ = _checked(vars(made)["__init__"], kinds, skip=1)
+            made.__init__ = _checked(vars(made)["__init__"], kinds)
         return made
 
     return declare
@@ -43,12 +43,12 @@ def arguments(**kinds: Kind) -> Callable[[T], T]:
 
 def operands(**kinds: Kind) -> Callable[[T], T]:
     """As :func:`arguments`, of a function that does arithmetic and nothing else: what cannot be done is a ValueError."""
-    return lambda made: _checked(made, kinds, skip=0, joint=True)
+    return lambda made: _checked(made, kinds, joint=True)
 
 
-def _checked(function: Any, kinds: Mapping[str, Kind], *, skip: int, joint: bool = False) -> Any:
+def _checked(function: Any, kinds: Mapping[str, Kind], *, joint: bool = False) -> Any:
     parameters = list(inspect.signature(function).parameters.values())
-    if missing := kinds.keys() - {p.name for p in parameters[skip:] if p.kind in _NAMED}:
+    if missing := kinds.keys() - {p.name for p in parameters if p.kind in _NAMED}:
         raise TypeError(f"{function.__qualname__} has no argument {sorted(missing)[0]!r} to declare")
     checked = _written(function, parameters, kinds, joint)
     functools.update_wrapper(checked, function)
@@ -82,8 +82,8 @@ def _written(function: Any, parameters: list[inspect.Parameter], kinds: Mapping[
         lines += [
             "    try:",
             f"        {call}",
-            "    except _UNFIT as error:",
-            f"        raise _unfit(error, {{{named}}}) from None",
+            "    except _UNFIT as _error:",
+            f"        raise _unfit(_error, {{{named}}}) from None",
         ]
     else:
         lines.append(f"    {call}")

@@ -208,9 +208,11 @@ class Operand(Kind):
 
     def __call__(self, name: str, value: Any) -> Any:
         kind = type(value)
-        if kind is float or (kind.__module__.startswith("polyak") and isinstance(value, float)):
+        if kind is float or (isinstance(value, float) and kind.__module__.startswith("polyak")):
             # A time of a run is a float that knows more: it stays what it is.
-            if not self.number.low < value < self.number.high:
+            if self.number is measured:
+                self.quick.add(kind)
+            elif not self.number.low < value < self.number.high:
                 self.number(name, value)
             return value
         if not real.like(value):
