@@ -287,7 +287,7 @@ CRITERIA = (
     *(
         TRAINED.at_least(
             f"network_accuracy_{wd}", -0.01, f"Lion with wd {wd} is at most one point of accuracy below AdamW",
-            arm=f"network_lion_{wd}", minus="network_adamw", metric="accuracy",
+            arm=f"network_lion_{wd}", minus="network_adamw", metric="accuracy", gating=True,
         )
         for wd in (1, 3)
     ),
@@ -307,7 +307,7 @@ CLAIM = Claim(
     scales=(
         Scale(
             "small", "three convex problems whose constrained minima are known, and a small network: a minute on two cores", 5,
-            first_seed=200, options={"steps": 20_000, "lr": 1e-2, "last_lr": 1e-5, "watched_lr": 0.1, "watched_steps": 500},
+            first_seed=300, options={"steps": 20_000, "lr": 1e-2, "last_lr": 1e-5, "watched_lr": 0.1, "watched_steps": 500},
         ),
     ),
     tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial, picture=pictures.picture,
@@ -326,7 +326,8 @@ CLAIM = Claim(
         "seeds below 10, they raise H under every K. More is asked of Lion-K, too: the theory's term of second order is taken "
         "exactly, f(x') - f(x) - <g, x' - x>, and not by its bound Lip |x' - x|^2 / 2.",
         "The nuclear K takes exact polar factors in place of Newton-Schulz iterations.",
-        "The network's weights start inside the bound, so that they stay there by arithmetic.",
+        "The network's weights start inside the bound, so that they stay there by arithmetic. What is asked of its accuracy is our "
+        "own question, what the bound costs; it was only reported before, on seeds 200 to 204, and counts from seed 300 on.",
         "Here the gradient's sign is the usual one; the paper's momentum is minus this one. The explicit step of size lr is the "
         "paper's implicit one of size lr / (1 - lr wd).",
         "Until 2026-11-30 criteria on what training reaches asked every seed, so that more seeds made passing harder. Before this "
