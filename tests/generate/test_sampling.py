@@ -387,7 +387,7 @@ class NotGaussian(EDM):
         ({"solver": DDIM(), "steps": 3, "nfe": 3}, "give either steps or nfe"),
         ({"solver": DDIM(), "steps": 0}, "steps must be at least 1, got 0"),
         ({"solver": RK4(), "nfe": 3}, "nfe must be at least 4, got 3"),
-        ({"solver": DDIM(), "steps": 3, "grid": "cubic"}, "kind must be one of"),
+        ({"solver": DDIM(), "steps": 3, "grid": "cubic"}, "grid must be one of"),
         ({"solver": DDIM(), "steps": 3, "grid": [1.0, 0.5]}, "grid holds the times; leave out steps and nfe"),
         ({"solver": DDIM(), "grid": [1.0]}, "at least 2 times"),
         ({"solver": DDIM(), "grid": [1.0, 0.5, 0.5]}, r"decrease strictly, got times\[1\]=0.5, times\[2\]=0.5"),

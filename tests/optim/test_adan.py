@@ -474,7 +474,7 @@ def test_functional_form_with_steps_of_their_own_and_a_clip(foreach):
 
 def test_functional_form_bad_input():
     p, s, c = [torch.ones(2)], [torch.zeros(2)], [torch.tensor(0.0)]
-    with pytest.raises(ValueError, match="exp_avg_sq has 0 tensors where params has 1"):
+    with pytest.raises(ValueError, match="exp_avg_sqs has 0 tensors where params has 1"):
         adan_step(p, p, s, s, [], s, c, lr=0.1)
     with pytest.raises(ValueError, match="grads has 2 tensors"):
         adan_step(p, p * 2, s, s, s, s, c, lr=0.1)

@@ -93,8 +93,8 @@ def _written(function: Any, parameters: list[inspect.Parameter], kinds: Mapping[
 
 
 def _unfit(error: Exception, given: Mapping[str, Any]) -> Exception:
-    """What is raised where arithmetic on these arguments ended in an error; those of machines stay what they are."""
-    if type(error) not in _UNFIT:
+    """What is raised where arithmetic on these arguments ended in an error; those of machines and of traces stay what they are."""
+    if type(error) not in _UNFIT or any(hasattr(value, "elementwise") for value in given.values()):
         return error
     return ValueError(f"{', '.join(f'{name}={shown(value)}' for name, value in given.items())}: {error}")
 
