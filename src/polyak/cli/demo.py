@@ -70,7 +70,7 @@ def demo(
     _head(told, "Pictures, curves and all numbers:", f"{page}  ({time.monotonic() - begun:.0f} s)")
     _head(told, "Try next:")
     for command, says in next_steps(task):
-        _say(told, f"{command:<62} {says}")
+        _say(told, f"{command:<66} {says}")
     if show_it:
         webbrowser.open(page.resolve().as_uri())
 
@@ -156,7 +156,7 @@ def sample(tell: Callable[[str], None]) -> Sampled:
         "DPM-Solver++": (DPMSolver(order=3, form="data", method="multistep"), "logsnr"),
     }
     images, errors = {"exact": exact}, {}
-    tell("How far a digit is from the one that endless evaluations give, after")
+    tell("Distance to the exact digit, after")
     for name, (solver, grid) in solvers.items():
         made = {n: run(denoiser, noise, solver=solver, nfe=n, grid=grid) for n in BUDGETS}
         images[name], errors[name] = made[SHOWN], [path_rmse(x, exact) for x in made.values()]
@@ -185,7 +185,7 @@ def mosaic(sampled: Sampled) -> Any:
     figure, axes = panels(len(titles), rows=len(titles), titles=titles, frame=False, height=92 * len(titles))
     for axis, images in zip(axes, sampled.images.values(), strict=True):
         padded = torch.nn.functional.pad(images[:ROW].clamp(-1, 1), (1, 1, 1, 1), value=-1.0)
-        axis.imshow(torch.cat(list(padded), dim=1), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
+        axis.imshow(torch.cat(list(padded), dim=1).numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     return described(
         figure, "Handwritten digits drawn from the same noise: exactly, and by three solvers in few evaluations."
     )
