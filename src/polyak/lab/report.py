@@ -23,7 +23,7 @@ ROLES = {
     "baseline": "the paper's baseline",
     "method": "the paper's method",
     "ablation": "a variant, to see what matters",
-    "control": "a negative control: the method without its key ingredient",
+    "control": "a negative control: it must not pass",
 }
 FEW = 3  # criteria that are shown without a fold
 TILES = 12  # pictures at the top of an index

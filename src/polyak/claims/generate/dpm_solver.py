@@ -181,7 +181,7 @@ ARMS = (
     _arm("heun_time", "Heun in t", "baseline", {"solver": "heun", "grid": "time"}, "classical, order 2, uniform grid"),
     Arm(
         "rk3_time", "RK3 in t", "control", {"solver": "rk3", "grid": "time"},
-        says="DPM-Solver-3's order and nodes without the exponential integrator: the paper's RK3 (t); uniform grid",
+        says="without the exponential integrator: the paper's RK3 (t); uniform grid",
     ),
     Arm(
         "rk3_lambda", "RK3 in half log-SNR", "ablation", {"solver": "rk3_lambda", "grid": "logsnr"},
