@@ -83,7 +83,7 @@ def test_the_wheel_has_the_package_and_nothing_else(built: tuple[Path, Path]) ->
     source = ROOT / "src" / "polyak"
     ours = {f"polyak/{p.relative_to(source)}" for p in source.rglob("*") if p.is_file() and p.suffix != ".pyc"}
     assert {name for name in names if name.startswith("polyak/")} == ours
-    assert {Path(name).suffix for name in ours} <= {".py", ".c", ".json", ".html", ".css", ".js", ".typed"}
+    assert {Path(name).suffix for name in ours} <= {".py", ".c", ".json", ".html", ".css", ".js", ".typed", ".txt"}
     assert not [name for name in ours if "test" in name or name.endswith("sqlite3")]
 
 

@@ -357,7 +357,7 @@ def test_arguments_are_checked(tmp_path: Path, task: Path) -> None:
     refused("seeds must be at least 1, got 0", seeds=0)
     refused("trials must be at least 1, got 0", trials=0)
     refused("points must be at least 2, got 1", points=1)
-    refused("deadline must be > 0", deadline=0)
+    refused("deadline must be in \\(0", deadline=0)
     refused("device must be 'cpu', 'cuda' or 'cuda:N'", device="tpu")
     refused("budget must be a time for all", budget="soon")
     refused("budget for training is a time or a count like 500steps, got 20 evaluations", budget="20nfe")

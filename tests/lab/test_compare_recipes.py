@@ -305,10 +305,10 @@ def task(seed, device):
 
 
 def test_two_optimizers_step_as_they_would_alone(tmp_path: Path) -> None:
-    path = write(tmp_path, TWO, "two.py")
+    path = write(tmp_path, TWO, "two_optimizers.py")
     fixed = {"weight_decay": 0.1, "rest": "torch.optim:AdamW", "rest.lr": 0.02}
     curve, _ = trial(path, "torch.optim:Muon", seed=1, lr=0.05, fixed=fixed)
-    made = __import__("two").task(1, "cpu")
+    made = __import__("two_optimizers").task(1, "cpu")
     model = made["model"]
     muon = torch.optim.Muon([model[0].weight], lr=0.05, weight_decay=0.1)
     adamw = torch.optim.AdamW([model[0].bias, *model[2].parameters()], lr=0.02, weight_decay=0.1)

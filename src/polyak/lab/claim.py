@@ -130,7 +130,7 @@ class Metric:
 
 
 @checks.arguments(
-    x=checks.text, y=checks.text, title=_WORDS, x_label=_WORDS, log_x=checks.flag, log_y=checks.flag
+    x=_WORDS, y=checks.text, title=_WORDS, x_label=_WORDS, log_x=checks.flag, log_y=checks.flag
 )  # fmt: skip
 @dataclass(frozen=True)
 class Plot:
