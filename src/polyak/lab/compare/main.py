@@ -125,6 +125,8 @@ def compare(
     for file in files:
         add_folder(file)  # arms may be beside the tasks
     # What is asked for is understood before any task is imported, which may take minutes.
+    if not isinstance(budget, str):
+        raise ValueError(f"budget must be {budgets.FORMS}, in words, got {checks.shown(budget)}")
     spend = budgets.parse(budget, 1)
     asked = _asked(arms, baseline, spend)
     if spend.unit == "seconds" and processes > 1:
