@@ -44,7 +44,7 @@ _ARM = checks.text | checks.Function("a class", classes=True)
 
 
 @checks.arguments(
-    tasks=checks.anything, arms=checks.text | checks.Each(_ARM, least=1), budget=checks.anything,
+    tasks=checks.anything, arms=checks.anything, budget=checks.anything,
     seeds=checks.Integer(1, limits.MOST["seeds"]), trials=checks.Integer(1, limits.MOST["trials"]), baseline=checks.text | None,
     target=checks.real | None, points=checks.Integer(2, limits.MOST["points"]), device=checks.text,
     jobs=checks.Integer(1, limits.MOST["jobs"]) | None, deadline=checks.Number(0, limits.MOST_SECONDS, "(]") | None,
