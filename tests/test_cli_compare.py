@@ -129,8 +129,8 @@ OF_BOTH = [
     (("--nproc-per-trial", "0"), "--nproc-per-trial must be at least 1"),
     (("--nproc-per-trial", "100000"), "--nproc-per-trial must be at most 1024"),
     (("--device", "gpu"), "got 'gpu'"),
-    (("--cluster", "auto", "--gpus-per-trial", "inf"), "gpus must be finite"),
-    (("--cluster", "auto", "--gpus-per-trial", "-1"), "gpus must be >= 0"),
+    (("--cluster", "auto", "--gpus-per-trial", "inf"), "gpus must be finite, got inf"),
+    (("--cluster", "auto", "--gpus-per-trial", "-1"), "gpus must be in [0, 1024], got -1"),
 ]
 
 

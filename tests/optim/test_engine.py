@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from references_for_tests import assert_same, give, gradients, normal, parameters, run, snapshot
-from systems_for_tests import CLASSES, LAUNCHED, SYSTEMS
+from systems_for_tests import CLASSES, LAUNCHED, SYSTEMS, THOROUGH
 
 from polyak.core.elementwise import absolute, axpy, exp, maximum, minimum, sign, sqrt, tanh, where
 from polyak.optim import LionK
@@ -242,7 +242,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", sorted(CHANGES))
-@makers
+@pytest.mark.parametrize("name", sorted(THOROUGH))
 @compared
 def test_nothing_goes_stale(backend, name, change):
     def meddle(t, params, optimizer):

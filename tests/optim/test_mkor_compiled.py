@@ -44,7 +44,7 @@ def assert_alike(first, second, atol=1e-14):
 @pytest.mark.parametrize(
     ("make", "inputs", "backend"),
     [
-        (lambda: mlp(3, 4, 2), batches(5), "aot_eager"),
+        (lambda: mlp(3, 4, 2), batches(5), "eager"),
         (conv_net, images(5), "eager"),
     ],
 )

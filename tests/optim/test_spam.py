@@ -13,7 +13,7 @@ from references_for_tests import assert_same, give, gradients, normal, numbers, 
 from polyak.optim import SPAM
 from polyak.optim.spam import SpikeMonitor, clip_spikes_, spam_param_groups, warmup_scale
 
-SHAPES = [(3,), (40, 30), (), (17, 5)]
+SHAPES = [(3,), (30, 30), (), (17, 5)]
 CLOSE = 1e-12  # float64, a few dozen operations a step on numbers of order one
 QUICK = dict(reset_interval=8, warmup_steps=4, grace=3, threshold=6.0)
 BACKENDS = {"eager": dict(foreach=False), "compiled": {}, "foreach": dict(foreach=True), "kernel": dict(fused=True)}
@@ -84,7 +84,7 @@ def reference(params, steps, options, absent=()):
 @pytest.mark.parametrize("capturable", [False, True])
 def test_trajectory_equals_the_equations(backend, options, capturable):
     params = parameters(SHAPES)
-    steps = spiky(SHAPES, 27)
+    steps = spiky(SHAPES, 20)
     absent = {(0, 1), (7, 2), (12, 2)}  # the third has no gradient at the first reset
     expected, clipped = reference(numbers(params), steps, options, absent)
     optimizer = SPAM(params, capturable=capturable, **options, **backend)
@@ -337,11 +337,11 @@ def test_decay_of_masked_tensors(backend):
 
 
 @pytest.mark.parametrize("density", [1.0, 0.25])
-@pytest.mark.parametrize("before", [6, 7, 8, 13])
+@pytest.mark.parametrize("before", [6, 7, 8])
 def test_a_checkpoint_across_a_reset(density, before, backend):
     shapes = [(40, 30), (17, 25)]
     params, optimizer = sparse(density, **QUICK, **backend)
-    steps = spiky(shapes, 20)
+    steps = spiky(shapes, 14)
     run(optimizer, params, steps[:before])
     file = io.BytesIO()
     torch.save(optimizer.state_dict(), file)
