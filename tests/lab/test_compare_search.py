@@ -109,6 +109,38 @@ def test_it_goes_beyond_an_end_where_the_best_is(best: float, side: str) -> None
     assert max(ends) <= 1e-1
 
 
+def test_one_option_is_halved_about_the_best() -> None:
+    """What is found does not depend on where in its range the best rate is: a tree-structured Parzen estimator's would."""
+    step = 10**0.5  # of the grid of six
+
+    def valley(best: float) -> Callable[[dict[str, float]], float]:
+        return lambda point: math.log(point["lr"] / best) ** 2
+
+    def rates(low: float, better: str = "lower", sign: float = 1.0) -> list[float]:
+        f = valley(4e-3)
+        search = Search({"lr": Range(low, 1e3 * low)}, 10, better, 10)  # type: ignore[arg-type]
+        return [p["lr"] for p in drive(search, lambda p: sign * f(p))]
+
+    asked = rates(1e-4)
+    assert asked[6:8] == pytest.approx([3.162e-3 * step**0.5, 3.162e-3 * step**-0.5], rel=2e-3)
+    assert asked[8] == pytest.approx(3.162e-3 * step**0.25, rel=2e-3)
+    assert asked[9] == pytest.approx(3.162e-3 * step**0.125, rel=2e-3)
+    for k in (-1, 1, 2):
+        moved = rates(1e-4 * step**k)
+        assert moved[6:] == pytest.approx(asked[6:], rel=3e-3), "whichever grid point of its range it is"
+    assert rates(1e-4, "higher", -1.0) == asked
+    plain = drive(Search({"scale": Range(-4.0, 4.0)}, 10, "lower", 10), lambda p: (p["scale"] - 0.5) ** 2)
+    best = min(plain, key=lambda p: abs(p["scale"] - 0.5))
+    assert abs(best["scale"] - 0.5) < 0.2
+
+
+def test_halving_goes_on_beside_trials_that_were_stopped_or_diverged() -> None:
+    search = Search({"lr": Range(1e-4, 1e-1)}, 10, "lower", 10)
+    asked = drive(search, lambda p: math.inf if p["lr"] > 2e-3 else math.log(p["lr"] / 4e-3) ** 2)
+    assert 1e-3 < asked[search.best]["lr"] <= 2e-3
+    assert len(asked) == 10
+
+
 def test_what_is_asked_follows_from_what_was_told() -> None:
     assert drive(Search(SPACE, 12, "lower", 10), bowl(3e-3)) == drive(Search(SPACE, 12, "lower", 10), bowl(3e-3))
 

@@ -3,10 +3,12 @@
 An arm's first trials are a grid of its learning rate over its whole range (all else at its centre), which also gives the curve of
 its sensitivity. Where the grid begins follows from the seed and the task, so that what it happens to miss is noise between seeds,
 and no lasting gain or loss of one arm. One or two trials are the middle of the range, or of its halves. While the best rate is the
-largest or smallest that was tried, the next trial goes one step of the grid beyond, whichever arm it is. The rest are asked of a
-tree-structured Parzen estimator, one after the other, and may be stopped early by the median rule: a trial that is worse, at a
-point of its budget, than the median of the earlier ones was there. The grid runs to its end. What is asked follows from what was
-told alone, in order, so that a run that was interrupted asks the same again.
+largest or smallest that was tried, the next trial goes one step of the grid beyond, whichever arm it is. Where nothing but this
+rate is tuned, the rest halve the wider gap beside the best one: what is found then does not depend on where in its range the
+best rate is, which would be a lasting gain of one arm. Where there is more to tune, the rest are asked of a tree-structured Parzen
+estimator. They come one after the other, and may be stopped early by the median rule: a trial that is worse, at a point of its
+budget, than the median of the earlier ones was there. The grid runs to its end. What is asked follows from what was told alone, in
+order, so that a run that was interrupted asks the same again.
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ class Search:
             for point in self._grid():
                 self._note(point)
             return list(self._points_asked)
-        return [self._next(self._beyond())]
+        return [self._next(self._beyond() or self._between())]
 
     def _grid(self) -> list[dict[str, Any]]:
         centre, first = {name: r.centre for name, r in self.space.items()}, self.space[self._first]
@@ -115,6 +117,31 @@ class Search:
             return None
         self.space[self._first] = replace(r, low=min(r.low, value), high=max(r.high, value))
         return {**best, self._first: value}
+
+    def _between(self) -> dict[str, Any] | None:
+        """The middle of the wider gap beside the best point, or of the better side's; None where more than one option is tuned."""
+        r = self.space[self._first]
+        if len(self.space) > 1 or r.whole or self.grid < 2:
+            return None
+        best = self._points_asked[self.best][self._first]
+        scale = math.log if r.log else float
+        loss = {"minimize": 1.0, "maximize": -1.0}[self._direction]
+        sides = []
+        for point, value in zip(self._points_asked, self._values, strict=True):
+            other = point[self._first]
+            if other != best:
+                sides.append((scale(other) - scale(best), math.inf if value is None else loss * value, other))
+        nearest = [
+            min(side, key=lambda each: abs(each[0]))
+            for side in ([each for each in sides if each[0] < 0], [each for each in sides if each[0] > 0])
+            if side
+        ]
+        if not nearest:
+            return None
+        widest = max(abs(gap) for gap, _, _ in nearest)
+        # Gaps are of short numbers: equal ones differ by their rounding.
+        _, _, other = min((each for each in nearest if abs(each[0]) > 0.9 * widest), key=lambda each: each[1])
+        return {self._first: math.sqrt(best * other) if r.log else (best + other) / 2}
 
     def _note(self, point: Mapping[str, Any]) -> dict[str, Any]:
         # Short numbers read well, and are the same however they were come by.
