@@ -109,8 +109,20 @@ def test_a_part_that_is_not_there_is_named() -> None:
 
 def test_further_sources_count() -> None:
     alone = versions.fingerprint(examples.make())
-    assert versions.fingerprint(examples.make(sources=("polyak.core.checks",))) != alone
+    assert versions.fingerprint(examples.make(sources=("polyak.core.momentum",))) != alone
     assert versions.fingerprint(examples.make("another name")) == alone
+
+
+def test_checks_of_arguments_count_only_where_they_are_named() -> None:
+    from polyak import claims
+
+    for slug in ("lion", "dpm_solver"):
+        closure = versions._closure(claims.load(slug))
+        assert any(name.startswith("polyak.core.") for name in closure)
+        assert not any(name.startswith("polyak.core.checks") for name in closure)
+    assert versions.fingerprint(examples.make(sources=("polyak.core.checks.kinds",))) != versions.fingerprint(
+        examples.make()
+    )
 
 
 def test_libraries_that_workers_load_first() -> None:

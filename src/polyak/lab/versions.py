@@ -25,6 +25,7 @@ from polyak.lab.claim import Claim
 # The lab carries trials out and judges them; of it only the data decides what a trial yields. Pictures decide nothing.
 _LAB, _LAB_DATA = "polyak.lab", "polyak.lab.data"
 _PICTURES = "polyak.claims._pictures"
+_CHECKS = "polyak.core.checks"
 # What a claim says in words, for people: no trial reads it.
 _WORDS = frozenset(("summary", "says", "paper", "departures", "errata", "picture", "usage"))
 # Their versions are stored in any case, or their code counts.
@@ -104,8 +105,9 @@ def fingerprint(claim: Claim) -> str:
     It covers the modules of the trial function and of the part, ``claim.sources``, and all modules that these import from
     polyak (or from the package that they are in), directly or not. Where a package is named, all of its files count; where a
     name is taken from a package, only the file that defines it does, so that a room's list of re-exports ties no system to
-    another. The lab does not count, except for its data. Comments, docstrings, layout, the claim's words for people and its
-    picture change nothing, nor does the version of Python that reads the files.
+    another. The lab does not count, except for its data, nor do the checks of arguments (``polyak.core.checks``), which refuse
+    and compute nothing: a new kind of argument would make all systems' results old. Comments, docstrings, layout, the claim's
+    words for people and its picture change nothing, nor does the version of Python that reads the files.
     """
     return _digest(_closure(claim))
 
@@ -242,7 +244,7 @@ def _imported(name: str, path: Path, tops: Container[str]) -> list[tuple[str, Pa
     found: list[tuple[str, Path]] = []
     for level, module, names in _read(path).imports:
         source = _absolute(name, path, level, module)
-        if source.partition(".")[0] not in tops:
+        if source.partition(".")[0] not in tops or _within(source, _CHECKS):
             continue
         if not names and source != "polyak":
             # "import polyak" alone names the house, not all that is in it. "import a.b" runs a, too, and may use all of it.
@@ -250,7 +252,7 @@ def _imported(name: str, path: Path, tops: Container[str]) -> list[tuple[str, Pa
             found += _files(whole) or _files(source)  # a folder without an __init__.py is run by no import
         for taken, _ in names:
             found += _taken(source, taken)
-    return found
+    return [(name, path) for name, path in found if not _within(name, _CHECKS)]
 
 
 def _taken(module: str, name: str) -> list[tuple[str, Path]]:
