@@ -13,7 +13,7 @@ import typer
 
 import polyak
 from polyak import claims
-from polyak.cli import compare, demo, new, serving, shared, terminal
+from polyak.cli import compare, demo, new, serving, shared, terminal, train
 from polyak.cli.shared import (
     INTERRUPTED,
     ClusterAt,
@@ -360,6 +360,7 @@ def report(
 
 
 app.command()(demo.demo)
+app.command()(train.train)
 app.command("compare")(compare.compare)
 app.command("init-task")(compare.init_task)
 app.command()(serving.serve)
