@@ -7,8 +7,10 @@ in one of those by which a claim is declared.
 import dataclasses
 import importlib
 import inspect
+import os
 import pkgutil
 import socket
+import tempfile
 import typing
 
 import torch
@@ -95,6 +97,16 @@ def denoiser():
     return G.Denoiser(lambda x, t: x * 0.1, G.VP())
 
 
+def unet():
+    return importlib.import_module("polyak.generate.networks").unet(4, width=8, levels=1, classes=2)
+
+
+def saved():
+    path = os.path.join(tempfile.mkdtemp(), "net.safetensors")
+    importlib.import_module("polyak.generate.networks").save_denoiser(path, unet(), VP)
+    return path
+
+
 def pairs(count=2):
     return dict.fromkeys(("logp_w", "logp_l", "ref_w", "ref_l"), torch.full((count,), -1.0))
 
@@ -115,7 +127,7 @@ COMMON = {"params": weights, "model": net}
 TOO_LONG = {
     "core.momentum.ema_", "core.momentum.heavy_ball_", "optim.adan.adan_step", "optim.apo.train_round", "generate.check_solver",
     "optim.monna.Peers", "lab.Store", "lab.collect", "lab.compare", "lab.pictures.drawn", "lab.run",
-    "lab.run_many",
+    "lab.run_many", "generate.networks.load_denoiser", "generate.networks.save_denoiser",
 }  # fmt: skip
 
 # What a call needs at least: name -> arguments. What is not here can be called without any.
@@ -153,6 +165,16 @@ NEEDS = {
     "generate.check_process": lambda: dict(process=VP),
     "generate.problems.path_rmse": lambda: dict(x=X, y=X),
     "generate.check_solver": lambda: dict(solver=G.DDIM()),
+    "generate.denoising_loss": lambda: dict(denoiser=denoiser(), x0=X),
+    "generate.train_denoiser": lambda: dict(network=unet(), images=torch.ones(4, 1, 4, 4), process=VP, steps=1, batch=2),
+    "generate.networks.ImageNetwork": lambda: dict(model=net()),
+    "generate.networks.dit": lambda: dict(size=4, width=8, depth=1),
+    "generate.networks.unet": lambda: dict(size=4, width=8, levels=1),
+    "generate.networks.image_denoiser": lambda: dict(network=unet(), process=VP),
+    "generate.networks.load_denoiser": lambda: dict(path=saved()),
+    "generate.networks.save_denoiser": lambda: dict(
+        path=os.path.join(tempfile.mkdtemp(), "net.safetensors"), network=unet(), process=VP
+    ),
     "generate.dpm_step": lambda: dict(x=X, s=0.5, t=0.4, values=[X, X], r=[0.5], process=VP),
     "generate.drive": lambda: dict(run=(x for x in ()), answer=lambda query: None),
     "generate.resume": lambda: dict(

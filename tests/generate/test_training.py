@@ -103,11 +103,10 @@ def learned() -> tuple[ImageNetwork, list[float], torch.Tensor]:
     patterns = torch.where(torch.eye(8)[:, :, None].bool().any(1)[None] ^ torch.arange(8).gt(3)[:, None], 1.0, -1.0)
     patterns = torch.stack([patterns.expand(1, 8, 8), -patterns.expand(1, 8, 8)])
     data, labels = patterns.repeat(8, 1, 1, 1), torch.tensor([0, 1]).repeat(8)
-    trained: Any = train_denoiser(
+    trained = train_denoiser(
         network, data, Flow(), "flow", labels=labels, none=2, steps=100, batch=16, lr=5e-3, ema=0.9,
         generator=torch.Generator().manual_seed(0), progress=lambda step, loss: losses.append(loss),
     )  # fmt: skip
-    trained.made = network.made
     return trained, losses, patterns
 
 

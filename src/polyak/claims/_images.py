@@ -81,11 +81,9 @@ def train(recipe: Recipe, device: str = "cpu", progress: Callable[[int, float], 
     with torch.random.fork_rng([] if device == "cpu" else None):
         torch.manual_seed(recipe.seed)  # initial weights come from torch's global generator
         make: Any = {"unet": unet, "dit": dit}[recipe.network]
-        network = make(x.shape[-1], width=recipe.width, classes=CLASSES).to(device)
+        network: ImageNetwork = make(x.shape[-1], width=recipe.width, classes=CLASSES).to(device)
     process, prediction, sigma_data = recipe.noise
-    trained: Any = train_denoiser(
+    return train_denoiser(
         network, x, process, prediction, labels=y, none=CLASSES, steps=recipe.steps, batch=recipe.batch, lr=recipe.lr,
         sigma_data=sigma_data, generator=torch.Generator(device).manual_seed(recipe.seed), progress=progress,
     )  # fmt: skip
-    trained.made = network.made
-    return trained

@@ -6,8 +6,8 @@ Example:
     >>> denoiser = Denoiser(network, VP())  # network(x, t) predicts the noise
     >>> x = sample(denoiser, (16, 3, 32, 32), solver=DPMSolver(), nfe=12, generator=torch.Generator().manual_seed(0))
 
-Problems with known answers are in ``polyak.generate.problems``, schedulers for diffusers in
-``polyak.generate.adapters.diffusers``.
+Problems with known answers are in ``polyak.generate.problems``, small networks to train in ``polyak.generate.networks``,
+schedulers for diffusers in ``polyak.generate.adapters.diffusers``.
 """
 
 from polyak.generate.checking import check_process, check_solver
@@ -41,6 +41,7 @@ from polyak.generate.runge_kutta import RK4, Euler, Heun, RungeKutta
 from polyak.generate.sampling import SamplingInfo, invert, sample
 from polyak.generate.solver import Change, Query, Solver, Step, drive, resume
 from polyak.generate.steering import Steering, SteeringState
+from polyak.generate.training import denoising_loss, train_denoiser
 
 __all__ = [
     "CFG",
@@ -83,9 +84,11 @@ __all__ = [
     "TrigFlow",
     "check_process",
     "check_solver",
+    "denoising_loss",
     "dpm_step",
     "drive",
     "invert",
     "resume",
     "sample",
+    "train_denoiser",
 ]

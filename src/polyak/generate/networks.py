@@ -31,6 +31,8 @@ from polyak.generate.prediction import DIALECT, Denoiser
 from polyak.generate.process import Process
 from polyak.generate.process.path import PATH
 
+__all__ = ["ImageNetwork", "dit", "image_denoiser", "load_denoiser", "save_denoiser", "unet"]
+
 _SHAPE: dict[str, checks.Kind] = dict(
     size=checks.Integer(4, 4096), channels=checks.Integer(1, 4096), classes=checks.Integer(0, 1_000_000),
     time_scale=checks.positive,
@@ -175,7 +177,7 @@ def _diffusers() -> Any:
         raise ImportError("this network is made of diffusers' parts: pip install 'polyak[diffusers]'") from error
 
 
-_PATH = checks.text | checks.Instance(Path, words="a path")
+_PATH = checks.Path()
 _FORMAT = "polyak denoiser 1"
 
 
@@ -223,6 +225,7 @@ def load_denoiser(path: str | Path, *, label: int | None = None, device: torch.d
         A :class:`Denoiser`, whose ``process`` and ``prediction`` are the file's.
 
     Raises:
+        FileNotFoundError: no file.
         ValueError: not such a file, or a class that the network does not know.
     """
     with _safetensors()[0].safe_open(path, "pt", device=str(device or "cpu")) as file:
@@ -259,7 +262,8 @@ def image_denoiser(
     if label is None:
         return Denoiser(network, process, prediction, sigma_data=sigma_data)
     wanted = torch.as_tensor(label)
-    if wanted.is_floating_point() or bool(((wanted < 0) | (wanted >= network.classes)).any()):
+    whole = not (wanted.is_floating_point() or wanted.is_complex() or wanted.dtype == torch.bool)
+    if not whole or bool(((wanted < 0) | (wanted >= network.classes)).any()):
         raise ValueError(f"label must be in [0, {network.classes}), the network's classes, got {label!r}")
 
     def of_class(x: Tensor, t: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,12 @@ from polyak.generate.prediction import DIALECT, Denoiser, Prediction
 from polyak.generate.process import Process, standard_normal
 from polyak.generate.process.path import PATH
 
+Net = TypeVar("Net", bound=nn.Module)
 P_MEAN, P_STD = -1.2, 1.2  # of ln s (EDM, table 1)
 
 
 @checks.arguments(
-    denoiser=checks.Instance(Denoiser, words="a Denoiser"), x0=checks.Tensor(floating=True, least_ndim=1),
+    denoiser=checks.Instance(Denoiser, words="a Denoiser"), x0=checks.Tensor(floating=True, least_ndim=2),
     t=checks.Tensor(floating=True, ndim=1) | None, p_mean=checks.real, p_std=checks.non_negative,
     generator=checks.Instance(torch.Generator, words="a torch.Generator") | None,
 )  # fmt: skip
@@ -98,7 +99,7 @@ def _draw(denoiser: Denoiser, n: int, device: Any, mean: float, std: float, gene
     progress=checks.Function("a function (step, loss)", 2) | None,
 )  # fmt: skip
 def train_denoiser(
-    network: nn.Module,
+    network: Net,
     images: Tensor,
     process: Process,
     prediction: str = "epsilon",
@@ -113,7 +114,7 @@ def train_denoiser(
     sigma_data: float = 0.5,
     generator: torch.Generator | None = None,
     progress: Callable[[int, float], None] | None = None,
-) -> nn.Module:
+) -> Net:
     """Train a network to denoise, with Adam, a warmup over 5 % of the steps and a cosine to zero.
 
     Args:
@@ -130,6 +131,8 @@ def train_denoiser(
     Returns:
         The network with averaged weights, in evaluation mode; a copy.
     """
+    if not images.numel():
+        raise ValueError(f"images must not be empty, got shape {tuple(images.shape)}")
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"labels must have one class for each of the {len(images)} images, got {len(labels)}")
     nothing = 0 if labels is None else int(labels.max()) + 1 if none is None else none
@@ -157,5 +160,4 @@ def train_denoiser(
             kept.update_parameters(network)
         if progress is not None and step % max(1, steps // 50) == 0:
             progress(step, loss.item())
-    trained = copy.deepcopy(network if kept is None else kept.module)
-    return trained.eval()
+    return copy.deepcopy(cast(Net, network if kept is None else kept.module)).eval()
