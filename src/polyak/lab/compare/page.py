@@ -258,8 +258,8 @@ _FEW = {
     2: "two values of the learning rate, all else at the centre of its range",
 }
 _GRID = (
-    "a grid of the learning rate over its range, then beyond it while the best is at its end, then Optuna's TPE over all that is "
-    "tuned; the last ones may be stopped early by the median rule"
+    "a grid of the learning rate over its range, then beyond it while the best is at its end, then halves of the gap beside "
+    "the best, or Optuna's TPE where more is tuned; the last ones may be stopped early by the median rule"
 )
 
 
