@@ -166,9 +166,9 @@ def _shown_by(test: str) -> str:
 
 
 def example_strip() -> str:
-    """The strip of the published criterion with the most seeds, with its words; "" where nothing is published."""
+    """The strip of the published effect with the most seeds, with its words; "" where nothing is published."""
     published = [(c, r) for slug, c in claims.catalogue().items() if (r := claims.published(slug))]
-    outcomes = [(c, o) for c, r in published for o in r.criteria if o.gating and o.low < o.high]
+    outcomes = [(c, o) for c, r in published for o in r.criteria if o.gating and o.kind == "effect" and o.low < o.high]
     if not outcomes:
         return ""
     claim, outcome = max(outcomes, key=lambda found: len(found[1].per_seed))
