@@ -24,7 +24,8 @@ from polyak.generate import DDIM, EDM, VP, Denoiser, DPMSolver, Euler, Flow, Heu
 
 STEPS = 30
 LEVELS = EDM(sigma_min=0.03, sigma_max=14.6)  # x0 + sigma eps, the range of the chain that diffusers' schedulers have
-SHAPE = (2, 4, 64, 64)  # latents of two pictures of 512 x 512
+# Latents of two pictures of 1024 x 1024, and 64 small pictures.
+SHAPES = ((2, 4, 128, 128), (64, 3, 32, 32))
 
 
 def contenders() -> dict[str, tuple[Any, Any, str, Any]]:
@@ -104,10 +105,10 @@ def captured(run: Callable[[], Any], generator: torch.Generator) -> Callable[[],
     return graph.replay
 
 
-def rows(device: str, repeat: int) -> list[dict[str, Any]]:
+def rows(device: str, repeat: int, shape: tuple[int, ...]) -> list[dict[str, Any]]:
     from polyak.generate.adapters.diffusers import PolyakScheduler
 
-    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     output = 0.5 * x
     found = []
     for name, (solver, process, kind, theirs) in contenders().items():
@@ -153,12 +154,13 @@ def main() -> None:
     devices = [given.device] if given.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found = {}
     for device in devices:
-        found[device] = rows(device, given.repeat)
         name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {given.threads} thread(s)"
-        print(
-            f"\n{name}, torch {torch.__version__}; milliseconds for each of {STEPS} steps' evaluations, state {SHAPE}\n"
-        )
-        print(table(found[device]))
+        for shape in SHAPES:
+            found[f"{device} {shape}"] = done = rows(device, given.repeat, shape)
+            print(
+                f"\n{name}, torch {torch.__version__}; {STEPS} steps, milliseconds for each evaluation, state {shape}\n"
+            )
+            print(table(done))
     if given.json:
         with open(given.json, "w") as file:
             json.dump(found, file, indent=1)
