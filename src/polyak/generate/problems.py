@@ -75,9 +75,14 @@ def kde(points: Tensor, bandwidth: float, labels: Tensor | Sequence[int] | None 
 
 
 _LAW = checks.Instance(Mixture, words="a Mixture")
-PROCESS = checks.Instance(Process, words="a Process of Gaussian noise (an instance, not the class)")
+PROCESS = checks.Instance(Process, words="a Process with alpha and sigma (an instance, not the class)")
 _DENOISER = checks.Instance(Denoiser, words="a Denoiser")
 _NFE = checks.Integer(30, 1_000_000)
+
+
+def _need_gaussian(process: Process, what: str) -> None:
+    if not process.is_gaussian:
+        raise ValueError(f"process must have Gaussian noise: {what} exact for Gaussian noise only, got {process!r}")
 
 
 class ExactDenoiser(Denoiser):
@@ -93,10 +98,7 @@ class ExactDenoiser(Denoiser):
 
     @checks.arguments(law=_LAW, process=PROCESS, unconditional=_LAW | None)
     def __init__(self, law: Mixture, process: Process, *, unconditional: Mixture | None = None) -> None:
-        if not process.is_gaussian:
-            raise ValueError(
-                f"process must have Gaussian noise: these denoisers are exact for Gaussian noise only, got {process!r}"
-            )
+        _need_gaussian(process, "these denoisers are")
         super().__init__(
             self._posterior(law, process),
             process,
@@ -128,6 +130,7 @@ def gaussian_flow(law: Gaussian, process: Process, x: Tensor, s: float, t: float
     """The exact solution at t of the probability-flow ODE that is at x (shape (B, d)) at s."""
     if x.ndim != 2 or x.shape[1] != law.dim:
         raise ValueError(f"x must have shape (B, {law.dim}), got {tuple(x.shape)}")
+    _need_gaussian(process, "this solution is")
     s, t = process.check_time("s", s), process.check_time("t", t)
     return law.flow(x, (process.alpha(s), process.sigma(s)), (process.alpha(t), process.sigma(t)))
 
