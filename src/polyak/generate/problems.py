@@ -29,6 +29,7 @@ from polyak.core.distances import (
 )
 from polyak.core.exact import Gaussian, Mixture
 from polyak.generate.dpm_solver import DPMSolver
+from polyak.generate.pfgmpp import PFGMPP
 from polyak.generate.prediction import Denoiser, Network
 from polyak.generate.process import Process
 from polyak.generate.process.path import TIMES
@@ -39,6 +40,7 @@ __all__ = [
     "ExactDenoiser",
     "Gaussian",
     "Mixture",
+    "StudentDenoiser",
     "energy_distance",
     "frechet_distance",
     "gaussian_flow",
@@ -121,6 +123,36 @@ class ExactDenoiser(Denoiser):
     def score(self, x: Tensor, t: float | Tensor) -> Tensor:
         """``grad log p_t(x)``, x's shape."""
         return self.law.score(x, self.process.alpha(t), self.process.sigma(t))
+
+
+class StudentDenoiser(Denoiser):
+    """The optimal denoiser of a data set, each point as likely as any, under PFGM++'s noise, for x of shape (B, d).
+
+    ``sum_k w_k y_k`` with ``w_k ~ (|x - y_k|^2 + r^2)^(-(d + D) / 2)``. One evaluation costs O(B n d).
+
+    Args:
+        points: the data, (n, d).
+        process: the noising process.
+    """
+
+    process: PFGMPP
+
+    @checks.arguments(
+        points=checks.array, process=checks.Instance(PFGMPP, words="a PFGMPP (an instance, not the class)")
+    )
+    def __init__(self, points: Tensor, process: PFGMPP) -> None:
+        points = torch.as_tensor(points, dtype=torch.float64)
+        if points.ndim != 2 or 0 in points.shape:
+            raise ValueError(f"points must have shape (n, d), got {tuple(points.shape)}")
+        super().__init__(self._posterior, process, "sample")
+        self.points = points
+
+    def _posterior(self, x: Tensor, t: float | Tensor) -> Tensor:
+        points = self.points.to(x.device)
+        return (self.process.posterior_weights(x, points, t) @ points).to(x.dtype)
+
+    def _run(self, model: Network, x: Tensor, t: float | Tensor) -> Tensor:
+        return model(x, t)  # type: ignore[arg-type]  # the time itself, as for ExactDenoiser
 
 
 @checks.arguments(
