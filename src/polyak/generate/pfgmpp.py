@@ -144,8 +144,7 @@ class PFGMPP(EDM):
 
         ``~ (|x - y|^2 + r^2)^(-(N + D) / 2)``, in logarithms. Memory O(B n), time O(B n N).
         """
-        if x.ndim == 0 or x.shape[1:] != data.shape[1:] or not len(data):
-            raise ValueError(f"data must have shape {('n', *x.shape[1:])} with n > 0, got {tuple(data.shape)}")
+        _check_points("data", data, "x", x)
         self._check_size(x.shape)
         rows, points = (part.to(wide(x.device)).reshape(len(part), math.prod(x.shape[1:])) for part in (x, data))
         squared = torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -208,6 +207,12 @@ def _chi2(degrees: float, n: int, generator: Generators | None, device: torch.de
     return 2 * torch._standard_gamma(shape, generator=generator).to(device)
 
 
+def _check_points(name: str, points: Tensor, other: str, x: Tensor) -> None:
+    if not (x.ndim and points.ndim and len(points)) or points.shape[1:] != x.shape[1:]:
+        shapes = f"{tuple(points.shape)} for {other} of shape {tuple(x.shape)}"
+        raise ValueError(f"{name} must hold at least one sample of {other}'s shape, got {shapes}")
+
+
 def _odds(own: Tensor, extra: Tensor, clip: float | None) -> Tensor:
     """``R^2 / r^2 = b / (1 - b)`` with ``b = own / (own + extra)``."""
     odds = own / extra
@@ -227,8 +232,8 @@ def _log_ratio(D: float, n: int) -> float:
 
 @checks.arguments(
     denoiser=MODEL, y=checks.Tensor(floating=True, least_ndim=1), process=checks.Instance(PFGMPP, words="a PFGMPP"),
-    P_mean=checks.real, P_std=checks.non_negative, sigma_data=checks.positive | None, generator=checks.generators | None,
-    reference=checks.floating | None,
+    P_mean=checks.Number(-30, 30), P_std=checks.Number(0, 8), sigma_data=checks.Number(1e-6, 1e6) | None,
+    generator=checks.generators | None, reference=checks.floating | None,
 )  # fmt: skip
 def pfgmpp_loss(
     denoiser: Model,
@@ -260,6 +265,8 @@ def pfgmpp_loss(
     own: ProbabilityPath | None = getattr(denoiser, "process", None)
     if own is not None and own != process:
         raise ValueError(f"process must be the denoiser's own, {own!r}, got {process!r}")
+    if reference is not None:
+        _check_points("reference", reference, "y", y)
     sd = getattr(denoiser, "sigma_data", 0.5) if sigma_data is None else sigma_data
     normal = standard_normal(y.shape[:1], generator=generator, dtype=_work(y.dtype), device=y.device)
     sigma = (P_std * normal + P_mean).exp()
@@ -283,6 +290,7 @@ def stf_target(x: Tensor, reference: Tensor, sigma: float | Tensor, process: PFG
     Args:
         x: noised data, (B, ...). reference: clean data, (n, ...). sigma: a number or (B,).
     """
+    _check_points("reference", reference, "x", x)
     weights = process.posterior_weights(x, reference, sigma)
     return (weights @ reference.to(weights).flatten(1)).reshape(x.shape).to(x.dtype)
 
