@@ -255,7 +255,7 @@ SOLVERS = (
 
 
 @pytest.mark.parametrize(("solver", "bound"), SOLVERS, ids=repr)
-@pytest.mark.parametrize("D", [1.0, 4.0, 64.0, INF])
+@pytest.mark.parametrize("D", [1.0, 4.0, INF])
 def test_every_ode_solver_keeps_the_quantiles_of_the_student_law(D: float, solver: Any, bound: float) -> None:
     """On the line the field moves mass without changing its order: x(sigma) is the same quantile at every sigma."""
     process = PFGMPP(D, sigma_min=0.1, sigma_max=3.0)
@@ -361,10 +361,6 @@ def test_it_is_a_process(D: float) -> None:
     assert process == PFGMPP(D) != PFGMPP(D, sigma_max=81.0)
     assert torch.equal(process.grid(7, "karras", end=0), EDM().grid(7, "karras", end=0))
     assert dataclasses.replace(process, sigma_max=300.0).D == D
-
-
-def test_a_solver_is_looked_at_on_it() -> None:
-    check_solver(Heun(), PFGMPP(2.5, sigma_min=0.05, sigma_max=5.0))
 
 
 STOCHASTIC = (DDIM(1.0), DPMSolverSDE())
@@ -574,7 +570,9 @@ def test_no_noise_injected_is_the_solver_itself(solver: Any) -> None:
 
 
 def test_a_solver_without_noise_passes_as_a_solver() -> None:
-    check_solver(inject_noise(DPMSolverMultistep(order=2, form="data"), 0.0))
+    check_solver(
+        inject_noise(DPMSolverMultistep(order=2, form="data"), 0.0), PFGMPP(2.5, sigma_min=0.05, sigma_max=5.0)
+    )
 
 
 def test_noise_is_injected_before_every_step_and_sigma_stays() -> None:
@@ -668,23 +666,19 @@ def test_a_refused_draw_leaves_the_generator_as_it_was() -> None:
 
 def test_what_float16_cannot_hold_is_refused_or_clamped_and_counted() -> None:
     x0 = torch.zeros(500, 64, dtype=torch.float16)
-    x, _ = PFGMPP(1.0).perturb(x0.float(), 500.0, generator=rng())
-    beyond = int((x.abs() > 65504).sum())
-    assert beyond
-    with pytest.raises(ValueError, match=rf"{beyond} of 32000 elements are beyond 65504.*draw in a wider dtype"):
-        PFGMPP(1.0).perturb(x0.float().half(), 500.0, generator=_half_like(x0))
-    with pytest.warns(RuntimeWarning, match="of 32000 elements are beyond 65504, .*, and were clamped"):
+    with pytest.raises(
+        ValueError, match=r"D=1: \d+ of 32000 elements are beyond 65504.*draw in a wider dtype, or give clip="
+    ):
+        PFGMPP(1.0).perturb(x0, 500.0, generator=rng())
+    with pytest.warns(RuntimeWarning, match="elements are beyond 65504, .*, and were clamped") as said:
         made = PFGMPP(1.0, clip=1e-9).prior((500, 64), generator=rng(), dtype=torch.float16)
     assert made.dtype == torch.float16
-    assert bool(made.isfinite().all())
-    assert made.abs().max() == 65504
+    assert f"{int((made.abs() == 65504).sum())} of 32000" in str(said[0].message)
+    wide = PFGMPP(1.0).prior((500, 64), generator=rng(), dtype=torch.float32)
+    assert bool(((made.abs() == 65504) == (wide.abs() > 65503)).double().mean() > 0.999)
     assert PFGMPP(128.0).prior((500, 64), generator=rng(), dtype=torch.float16).isfinite().all()
     with pytest.raises(ValueError, match="beyond"):
         PFGMPP(0.02).prior((500, 2), generator=rng(), dtype=torch.float32)
-
-
-def _half_like(x: Tensor) -> torch.Generator:
-    return rng()
 
 
 @pytest.mark.gpu

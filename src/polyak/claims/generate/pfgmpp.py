@@ -341,9 +341,9 @@ CLAIM = Claim(
         ),
     ),
     usage=(
-        "from polyak.generate import PFGMPP, Denoiser, Heun, pfgmpp_loss, sample\n\n"
-        'denoiser = Denoiser(network, process := PFGMPP(D=128), "edm")  # network(c_in x, ln(sigma) / 4), as EDM\'s\n'
-        "pfgmpp_loss(denoiser, images, process).backward()\n"
-        "x = sample(denoiser, (16, 3, 32, 32), solver=Heun(), grid=process.grid(18, \"karras\", end=0))"
+        "from polyak.generate import PFGMPP, Denoiser, Heun, sample\n\n"
+        "process = PFGMPP(D=128)\n"
+        'denoiser = Denoiser(network, process, "edm")  # EDM\'s networks; trained by pfgmpp_loss(denoiser, images, process)\n'
+        'x = sample(denoiser, (16, 3, 32, 32), solver=Heun(), grid=process.grid(18, "karras", end=0))'
     ),
 )  # fmt: skip
