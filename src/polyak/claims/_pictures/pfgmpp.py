@@ -19,7 +19,7 @@ def picture():
 
     titles = ("Noise, N = 64", "Paths, D = 1", "Paths, D = inf")
     figure, (radii, *planes) = panels(3, titles=titles, height=225)
-    ratio = torch.linspace(0.3, 3.2, 300, dtype=torch.float64)  # R / (sigma sqrt(N))
+    ratio = torch.linspace(0.3, 3.2, 120, dtype=torch.float64)  # R / (sigma sqrt(N))
     x = (ratio * math.sqrt(N))[:, None] * torch.eye(1, N, dtype=torch.float64)
     sphere = math.log(2) + N / 2 * math.log(math.pi) - math.lgamma(N / 2)
     for (D, label, at), color in zip(SHOWN, (SERIES[1], SERIES[2], SERIES[0]), strict=True):
@@ -36,7 +36,7 @@ def picture():
         process = PFGMPP(D, 2, sigma_min=0.01, sigma_max=3.0)
         start = process.prior((PATHS, 2), generator=torch.Generator().manual_seed(103), dtype=torch.float64)
         record = Recorder()
-        sample(StudentDenoiser(ring, process), start, solver=Heun(), steps=30, grid="logsnr", callback=record)
+        sample(StudentDenoiser(ring, process), start, solver=Heun(), steps=15, grid="logsnr", callback=record)
         for path in torch.stack([start, *record.states]).transpose(0, 1):
             one.plot(*path.T, color=color, linewidth=0.9, alpha=0.8)
         one.plot(*ring.T, linestyle="none", marker="o", markersize=4, color=INK)
@@ -46,5 +46,5 @@ def picture():
         figure,
         "Left: the radius of the noise in 64 dimensions, for 4, 64 and infinitely many extra dimensions. The fewer there are, the "
         "wider it spreads. Middle and right: 40 paths from noise of the same level to 8 points on a circle. With one extra "
-        "dimension many start far outside of the picture; with infinitely many, which is diffusion, none does.",
+        "dimension many start far outside of the picture; with infinitely many, which is diffusion, hardly any.",
     )

@@ -342,8 +342,7 @@ CLAIM = Claim(
     ),
     usage=(
         "from polyak.generate import PFGMPP, Denoiser, Heun, sample\n\n"
-        "process = PFGMPP(D=128)\n"
-        'denoiser = Denoiser(network, process, "edm")  # EDM\'s networks; trained by pfgmpp_loss(denoiser, images, process)\n'
-        'x = sample(denoiser, (16, 3, 32, 32), solver=Heun(), grid=process.grid(18, "karras", end=0))'
+        'denoiser = Denoiser(network, PFGMPP(D=128), "edm")  # EDM\'s networks, trained by pfgmpp_loss\n'
+        'x = sample(denoiser, (16, 3, 32, 32), solver=Heun(), grid=denoiser.process.grid(18, "karras", end=0))'
     ),
 )  # fmt: skip
