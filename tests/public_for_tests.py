@@ -162,6 +162,13 @@ NEEDS = {
     "generate.Stage": lambda: dict(t=1.0, to=0.5, view="x0", base=1.0, value=0.5),
     "generate.SteeringState": lambda: dict(logw=torch.zeros(1, 2), log_z=torch.zeros(1)),
     "generate.Step": lambda: dict(x=X, s=1.0, t=0.5, index=0, last=False),
+    "generate.inject_noise": lambda: dict(solver=G.Heun(), alpha=0.1),
+    "generate.pfgmpp_loss": lambda: dict(
+        denoiser=G.Denoiser(lambda x, t: x * 0.1, G.PFGMPP(), "edm"), y=X, process=G.PFGMPP(), reference=X
+    ),
+    "generate.quantize_weights": lambda: dict(module=net(), bits=4),
+    "generate.stf_target": lambda: dict(x=X, reference=X, sigma=0.5, process=G.PFGMPP()),
+    "generate.problems.StudentDenoiser": lambda: dict(points=X, process=G.PFGMPP()),
     "generate.check_process": lambda: dict(process=VP),
     "generate.problems.path_rmse": lambda: dict(x=X, y=X),
     "generate.check_solver": lambda: dict(solver=G.DDIM()),

@@ -24,6 +24,7 @@ from polyak.generate.dpm_solver import (
 from polyak.generate.evaluate import DynamicThresholding, Evaluator
 from polyak.generate.guidance import CFG, Guidance
 from polyak.generate.linear import LinearSolver, Memory, Stage
+from polyak.generate.pfgmpp import PFGMPP, inject_noise, pfgmpp_loss, quantize_weights, stf_target
 from polyak.generate.prediction import Denoiser, Prediction, PredictionLike
 from polyak.generate.process import (
     EDM,
@@ -48,6 +49,7 @@ __all__ = [
     "DDIM",
     "EDM",
     "OU",
+    "PFGMPP",
     "RK4",
     "VE",
     "VP",
@@ -87,8 +89,12 @@ __all__ = [
     "denoising_loss",
     "dpm_step",
     "drive",
+    "inject_noise",
     "invert",
+    "pfgmpp_loss",
+    "quantize_weights",
     "resume",
     "sample",
+    "stf_target",
     "train_denoiser",
 ]

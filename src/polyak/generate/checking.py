@@ -24,13 +24,15 @@ from polyak.generate.process import VP, Process, expand
 from polyak.generate.solver import SOLVER, Change, Query, Solver, Step, drive, resume
 
 _LAW = Mixture([[-1.0], [0.6]], [0.25, 0.09], [0.4, 0.6])
-_PROCESS = checks.Instance(Process, words="a Process of Gaussian noise (an instance, not the class)")
+_PROCESS = checks.Instance(Process, words="a Process with alpha and sigma (an instance, not the class)")
 _EPS = torch.finfo(torch.float64).eps
 
 
 @checks.arguments(process=_PROCESS, points=checks.Integer(2, 1_000_000))
 def check_process(process: Process, *, points: int = 33) -> None:
-    """Look at a Gaussian process: schedules, their derivatives and inverse, grids, what it draws, and that it compares by value.
+    """Look at a process: schedules, their derivatives and inverse, grids, what it draws, and that it compares by value.
+
+    Of one whose noise is not Gaussian all but the forward SDE and the deviation of its prior, which it need not have.
 
     Args:
         process: its lam must be finite within (t_min, t_max).
@@ -90,6 +92,8 @@ def _derivatives(process: Process, t: Tensor, low: float, high: float) -> None:
         _close(slope(t), (after - before) / (2 * h), t, f"{name} must be the derivative", 1e-4, noise)
     alpha, sigma, drift = process.alpha(t), process.sigma(t), process.drift(t)
     _close(drift * alpha, process.dalpha(t), t, "drift must be alpha' / alpha", 1e-6)
+    if not process.is_gaussian:
+        return
     squared = 2 * sigma * process.dsigma(t) - 2 * drift * sigma**2
     _close(process.diffusion2(t), squared, t, "diffusion2 must be d sigma^2/dt - 2 f sigma^2", 1e-6)
 
@@ -106,6 +110,8 @@ def _draws(process: Process, t: Tensor) -> None:
     _hold(
         drawn.shape == (n, 1) and drawn.dtype == torch.float64, "prior must follow the shape and dtype that it is given"
     )
+    if not process.is_gaussian:
+        return
     alpha, sigma, std = process.alpha(process.t_max), process.sigma(process.t_max), process.prior_std
     # Five standard errors of a standard deviation, and of a mean.
     _hold(abs(drawn.std().item() / std - 1) < 5 / math.sqrt(2 * n), f"prior must have the std prior_std={std:g}")

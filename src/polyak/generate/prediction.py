@@ -208,6 +208,8 @@ def weights_at(
     kind: str, view: str, process: ProbabilityPath, t: float | Tensor, sigma_data: float = 0.5
 ) -> tuple[Any, Any]:
     """:func:`weights` at a time of a process; ValueError where the view is not determined."""
+    if "score" in (kind, view) and not process.is_gaussian:
+        raise ValueError(f"{process!r} has no Gaussian noise, hence no score from its predictions")
     if _OWN.get(view) == kind:
         return 0.0, 1.0
     try:
@@ -251,11 +253,7 @@ class Prediction:
         self.sigma_data = sigma_data
         self._views: dict[str, Tensor] = {}
         if kind == "score":
-            self._need_gaussian()
-
-    def _need_gaussian(self) -> None:
-        if not self.process.is_gaussian:
-            raise ValueError(f"{self.process!r} has no Gaussian noise, hence no score from its predictions")
+            weights_at(kind, "score", process, self.t)  # refused where the noise is not Gaussian
 
     def weights(self, view: str) -> tuple[Any, Any]:
         """``(a, b)`` of ``view = a x + b output``: numbers, or for a time for each row tensors of shape (B,) in float64.
@@ -263,8 +261,6 @@ class Prediction:
         Args:
             view: "x0", "eps", "score", "v" or "flow".
         """
-        if view == "score":
-            self._need_gaussian()
         return weights_at(self.kind, view, self.process, self.t, self.sigma_data)
 
     def view(self, name: str) -> Tensor:

@@ -29,6 +29,7 @@ from polyak.core.distances import (
 )
 from polyak.core.exact import Gaussian, Mixture
 from polyak.generate.dpm_solver import DPMSolver
+from polyak.generate.pfgmpp import PFGMPP
 from polyak.generate.prediction import Denoiser, Network
 from polyak.generate.process import Process
 from polyak.generate.process.path import TIMES
@@ -39,6 +40,7 @@ __all__ = [
     "ExactDenoiser",
     "Gaussian",
     "Mixture",
+    "StudentDenoiser",
     "energy_distance",
     "frechet_distance",
     "gaussian_flow",
@@ -75,9 +77,14 @@ def kde(points: Tensor, bandwidth: float, labels: Tensor | Sequence[int] | None 
 
 
 _LAW = checks.Instance(Mixture, words="a Mixture")
-PROCESS = checks.Instance(Process, words="a Process of Gaussian noise (an instance, not the class)")
+PROCESS = checks.Instance(Process, words="a Process with alpha and sigma (an instance, not the class)")
 _DENOISER = checks.Instance(Denoiser, words="a Denoiser")
 _NFE = checks.Integer(30, 1_000_000)
+
+
+def _need_gaussian(process: Process, what: str) -> None:
+    if not process.is_gaussian:
+        raise ValueError(f"process must have Gaussian noise: {what} exact for Gaussian noise only, got {process!r}")
 
 
 class ExactDenoiser(Denoiser):
@@ -93,10 +100,7 @@ class ExactDenoiser(Denoiser):
 
     @checks.arguments(law=_LAW, process=PROCESS, unconditional=_LAW | None)
     def __init__(self, law: Mixture, process: Process, *, unconditional: Mixture | None = None) -> None:
-        if not process.is_gaussian:
-            raise ValueError(
-                f"process must have Gaussian noise: these denoisers are exact for Gaussian noise only, got {process!r}"
-            )
+        _need_gaussian(process, "these denoisers are")
         super().__init__(
             self._posterior(law, process),
             process,
@@ -121,6 +125,36 @@ class ExactDenoiser(Denoiser):
         return self.law.score(x, self.process.alpha(t), self.process.sigma(t))
 
 
+class StudentDenoiser(Denoiser):
+    """The optimal denoiser of a data set, each point as likely as any, under PFGM++'s noise, for x of shape (B, d).
+
+    ``sum_k w_k y_k`` with ``w_k ~ (|x - y_k|^2 + r^2)^(-(d + D) / 2)``. One evaluation costs O(B n d).
+
+    Args:
+        points: the data, (n, d).
+        process: the noising process.
+    """
+
+    process: PFGMPP
+
+    @checks.arguments(
+        points=checks.array, process=checks.Instance(PFGMPP, words="a PFGMPP (an instance, not the class)")
+    )
+    def __init__(self, points: Tensor, process: PFGMPP) -> None:
+        points = torch.as_tensor(points, dtype=torch.float64)
+        if points.ndim != 2 or 0 in points.shape:
+            raise ValueError(f"points must have shape (n, d), got {tuple(points.shape)}")
+        super().__init__(self._posterior, process, "sample")
+        self.points = points
+
+    def _posterior(self, x: Tensor, t: float | Tensor) -> Tensor:
+        points = self.points.to(x.device)
+        return (self.process.posterior_weights(x, points, t) @ points).to(x.dtype)
+
+    def _run(self, model: Network, x: Tensor, t: float | Tensor) -> Tensor:
+        return model(x, t)  # type: ignore[arg-type]  # the time itself, as for ExactDenoiser
+
+
 @checks.arguments(
     law=checks.Instance(Gaussian, words="a Gaussian"), process=PROCESS, x=checks.floating, s=checks.real, t=checks.real
 )
@@ -128,6 +162,7 @@ def gaussian_flow(law: Gaussian, process: Process, x: Tensor, s: float, t: float
     """The exact solution at t of the probability-flow ODE that is at x (shape (B, d)) at s."""
     if x.ndim != 2 or x.shape[1] != law.dim:
         raise ValueError(f"x must have shape (B, {law.dim}), got {tuple(x.shape)}")
+    _need_gaussian(process, "this solution is")
     s, t = process.check_time("s", s), process.check_time("t", t)
     return law.flow(x, (process.alpha(s), process.sigma(s)), (process.alpha(t), process.sigma(t)))
 
