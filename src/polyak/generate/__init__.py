@@ -10,6 +10,7 @@ Problems with known answers are in ``polyak.generate.problems``, schedulers for 
 ``polyak.generate.adapters.diffusers``.
 """
 
+from polyak.generate.apg import APG, APGState, normalized_guidance
 from polyak.generate.checking import check_process, check_solver
 from polyak.generate.ddim import DDIM
 from polyak.generate.dpm_solver import (
@@ -43,6 +44,7 @@ from polyak.generate.solver import Change, Query, Solver, Step, drive, resume
 from polyak.generate.steering import Steering, SteeringState
 
 __all__ = [
+    "APG",
     "CFG",
     "DDIM",
     "EDM",
@@ -50,6 +52,7 @@ __all__ = [
     "RK4",
     "VE",
     "VP",
+    "APGState",
     "Change",
     "CosineVP",
     "DPMSolver",
@@ -86,6 +89,7 @@ __all__ = [
     "dpm_step",
     "drive",
     "invert",
+    "normalized_guidance",
     "resume",
     "sample",
 ]
