@@ -49,12 +49,13 @@ class _Momentum(checks.Number):
         return number
 
 
-_MOMENTUM = _Momentum()
+MOMENTUM = _Momentum()
+SCALE = checks.Number(-1e30, 1e30)  # what single precision holds
 _ROWS = checks.Tensor(floating=True, least_ndim=2)
 
 
 @checks.arguments(
-    momentum=_MOMENTUM,
+    momentum=MOMENTUM,
     steps=checks.Integer(1) | None,
     step=checks.Integer(0),
     average=_ROWS | None,
@@ -113,7 +114,7 @@ def project(v0: Tensor, v1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @checks.arguments(
-    pred_cond=_ROWS, pred_uncond=_ROWS | None, scale=checks.real,
+    pred_cond=_ROWS, pred_uncond=_ROWS | None, scale=SCALE,
     state=checks.Instance(APGState, words="an APGState") | None, eta=checks.fraction, norm_threshold=checks.real,
 )  # fmt: skip
 def normalized_guidance(
@@ -202,7 +203,7 @@ def _check_alike(**two: Tensor) -> None:
 
 
 @checks.arguments(
-    scale=checks.real, eta=checks.fraction, norm_threshold=checks.Choice("auto") | checks.real, momentum=_MOMENTUM | None,
+    scale=SCALE, eta=checks.fraction, norm_threshold=checks.Choice("auto") | checks.real, momentum=MOMENTUM | None,
     base=checks.Choice("cond", "uncond"), space=checks.Choice("x0", "pred"), update=checks.Choice("step", "every"),
     start=checks.fraction, stop=checks.fraction, rescale=checks.fraction, channelwise=checks.flag,
 )  # fmt: skip

@@ -13,17 +13,19 @@ from torch import Tensor
 
 from polyak.core import checks
 from polyak.generate.adapters.diffusers.scheduler import PolyakScheduler
-from polyak.generate.apg import APG, APGState
+from polyak.generate.apg import APG, MOMENTUM, SCALE, APGState
 from polyak.generate.evaluate import GUIDANCE, HALF
 from polyak.generate.guidance import Guidance
 
 NETWORKS = ("unet", "transformer", "transformer_2")
+_PIPE = checks.Like("a pipeline (it has a scheduler)", "scheduler")
 _MISSING = "pred_uncond is missing: APG needs both predictions; use guidance_scale=1 for none"
 
 
 class Guided:
     """What :func:`guide` did to a pipeline; :meth:`remove` undoes it, as does leaving a ``with`` block."""
 
+    @checks.arguments(pipe=_PIPE, guidance=GUIDANCE, networks=checks.Each(checks.module))
     def __init__(self, pipe: Any, guidance: Guidance, networks: Sequence[torch.nn.Module]) -> None:
         self.pipe, self.guidance = pipe, guidance
         self._handles = [network.register_forward_hook(self._heard) for network in networks]
@@ -112,11 +114,11 @@ class APGGuider(BaseGuidance):
 
     @register_to_config
     @checks.arguments(
-        guidance_scale=checks.real, eta=checks.fraction, norm_threshold=checks.real, momentum=checks.real | None,
+        guidance_scale=SCALE, eta=checks.fraction, norm_threshold=checks.real, momentum=MOMENTUM | None,
         base=checks.Choice("cond", "uncond"), space=checks.Choice("x0", "pred"), guidance_rescale=checks.fraction,
         start=checks.Number(0, 1, "[)"), stop=checks.fraction, enabled=checks.flag,
         scheduler=checks.Instance(PolyakScheduler, words="a PolyakScheduler") | None,
-        adaptive_projected_guidance_momentum=checks.real | None, adaptive_projected_guidance_rescale=checks.real | None,
+        adaptive_projected_guidance_momentum=MOMENTUM | None, adaptive_projected_guidance_rescale=checks.real | None,
         adaptive_projected_guidance_norm_dim=checks.Choice(None), use_original_formulation=checks.optional_flag,
     )  # fmt: skip
     def __init__(
