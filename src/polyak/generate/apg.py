@@ -327,12 +327,14 @@ class APG:
 
     def _difference(self, cond: Any, uncond: Any) -> tuple[Tensor, Tensor]:
         """``(D_c, D_c - D_u)``; without ``D_u`` where one number leads from the outputs to it."""
-        c = _precise(cond.x0)
         if not _one_affine(cond, uncond):
+            c = _precise(cond.x0)
             return c, c - _precise(uncond.x0)
-        _, b = cond.weights("x0")
-        d = _precise(cond.output) - _precise(uncond.output)
-        return c, d if b == 1 else d.mul_(b)
+        a, b = cond.weights("x0")
+        own, other = _precise(cond.output), _precise(uncond.output)
+        if a == 0 and b == 1:
+            return own, own - other
+        return torch.mul(_precise(cond.x), a).add_(own, alpha=b), torch.sub(own, other).mul_(b)
 
     def _of_data(self, cond: Any, uncond: Any, state: APGState, update: bool) -> Tensor:
         c, d = self._difference(cond, uncond)

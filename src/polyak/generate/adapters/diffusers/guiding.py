@@ -243,7 +243,7 @@ class APGGuider(BaseGuidance):
         if guided.kind == c.kind:
             return guided.output.to(cond.dtype)
         a, b = c.weights("x0")
-        return torch.add(guided.output, x, alpha=-a).div_(b).to(cond.dtype)
+        return torch.add(guided.output, x, alpha=-a).mul_(1 / b).to(cond.dtype)
 
     def _asked(self) -> tuple[int, float, bool, float]:
         if self.scheduler is None:

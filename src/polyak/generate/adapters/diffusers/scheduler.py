@@ -27,7 +27,7 @@ from polyak.generate.adapters.diffusers.runs import Driven, Ground, Leg, begin_a
 from polyak.generate.adapters.diffusers.schedule import Request, Schedule
 from polyak.generate.guidance import Guidance
 from polyak.generate.prediction import Prediction, edm_input_scaling
-from polyak.generate.process import Discrete, Flow, Process
+from polyak.generate.process import Discrete, Flow, Moments, Process
 from polyak.generate.process.path import PATH
 from polyak.generate.solver import SOLVER, Solver
 
@@ -154,6 +154,7 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         self.process, self._times, self._ground = made.process, made.times, ground
         self._asked = [t for leg in self._legs for t in leg.asked]
         self._starts = [first for leg in self._legs for first in leg.first]
+        self._moments: Moments | None = None
         levels, self._scales = self._levels([*self._asked, made.times[-1]])
         self.sigmas = levels.to(torch.float32)
 
@@ -306,7 +307,9 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         """The next evaluation: its index and time, whether it begins a step, and what scales its point for the network."""
         index = self._start_index(timestep) if self._step_index is None else self._step_index
         scaled = self._plan.input_data is not None and self._scales is not None
-        return index, self._asked[index], self._starts[index], self._scales[index] if scaled else 1.0  # type: ignore[index]
+        if self._moments is None:
+            self._moments = self.process.moments(self._asked)
+        return index, self._moments[index], self._starts[index], self._scales[index] if scaled else 1.0  # type: ignore[index]
 
     def read(self, output: Tensor, x: Tensor, t: float) -> Prediction:
         """The network's output at a point, as the configuration has it."""
