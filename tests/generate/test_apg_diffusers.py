@@ -169,6 +169,12 @@ def test_on_data_the_guider_is_our_own_loop(name: str, options: dict[str, Any], 
         assert torch.allclose(guided_by(guider, scheduler, x, 6, latents=latents), want, rtol=1e-8, atol=1e-9)
 
 
+def test_a_run_of_one_step_begins_anew_each_time() -> None:
+    scheduler = ours(*DIALECTS[0])
+    guider = APGGuider(5.0, momentum=-0.5, scheduler=scheduler)
+    assert torch.equal(*(guided_by(guider, scheduler, start(), 1) for _ in range(2)))
+
+
 def test_all_evaluations_of_a_heun_step_see_one_memory() -> None:
     scheduler = ours("FlowMatchEulerDiscreteScheduler", FLOW, Heun())
     want = reference(ours("FlowMatchEulerDiscreteScheduler", FLOW, Heun()), start(), APG(5.0, **OPTIONS))
@@ -351,6 +357,13 @@ def test_the_order_of_the_two_is_found_and_other_pipelines_are_refused() -> None
         return y
 
     assert torch.equal(run([0.8, -0.2], lambda c, u: u + 4 * (c - u)), want)
+    pipe.scheduler.set_timesteps(6)  # where the first two are equal, the next ones are looked at
+    for t, (first, second) in zip(pipe.scheduler.timesteps[:2], ((0.5, 0.5), (0.8, -0.2)), strict=True):
+        c, u = pipe.unet(torch.cat([x] * 2), t, [first] * 2 + [second] * 2)[0].chunk(2)
+        step = pipe.scheduler.step(u + 4 * (c - u), t, x)
+    assert pipe.scheduler._hearing.swapped
+    read = [pipe.scheduler.read(p, x, pipe.scheduler._asked[1]) for p in (c, u)]
+    assert torch.allclose(step.pred_original_sample, APG(5.0)(*read).x0)
     with pytest.raises(ValueError, match="does not ask for a prediction with and one without"):
         run([0.8, -0.2, 0.0], lambda c, u, v: u + 4 * (c - u))
     for other in (lambda c, u: (u + 4 * (c - u)).tanh(), lambda c, u: -(u + 4 * (c - u))):

@@ -82,16 +82,20 @@ def _without_variance(output: Tensor, given: Tensor) -> Tensor:
     return output.chunk(2, dim=1)[0] if learned else output
 
 
-def _order(c: Tensor, u: Tensor, given: Tensor) -> bool:
-    """Whether the two are the other way round; ValueError where what is given is no ``u + w (c - u)``. Waits for the device."""
+def _order(c: Tensor, u: Tensor, given: Tensor) -> bool | None:
+    """Whether the two are the other way round; None where they are equal. Waits for the device.
+
+    Raises:
+        ValueError: what is given is no ``u + w (c - u)``.
+    """
     c, u, g = (v.detach().float() for v in (c, u, given))
     d = c - u
     size = d.square().sum()
     w = (d * (g - u)).sum() / size
     off = (g - torch.lerp(u, c, w)).norm() / g.norm().clamp(min=torch.finfo(g.dtype).tiny)
     size, w, off = torch.stack([size, w, off]).tolist()
-    if size == 0:  # two equal predictions
-        return False
+    if size == 0:
+        return None
     if not off < _OFF[given.dtype in HALF]:
         raise ValueError(
             "the pipeline makes more of its two predictions than u + w (c - u), which another guidance would take the place of: "
