@@ -154,7 +154,7 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         self.process, self._times, self._ground = made.process, made.times, ground
         self._asked = [t for leg in self._legs for t in leg.asked]
         self._starts = [first for leg in self._legs for first in leg.first]
-        self._moments: Moments | None = None
+        self._points: Moments | None = None
         levels, self._scales = self._levels([*self._asked, made.times[-1]])
         self.sigmas = levels.to(torch.float32)
 
@@ -307,9 +307,9 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         """The next evaluation: its index and time, whether it begins a step, and what scales its point for the network."""
         index = self._start_index(timestep) if self._step_index is None else self._step_index
         scaled = self._plan.input_data is not None and self._scales is not None
-        if self._moments is None:
-            self._moments = self.process.moments(self._asked)
-        return index, self._moments[index], self._starts[index], self._scales[index] if scaled else 1.0  # type: ignore[index]
+        if self._points is None:
+            self._points = self.process.moments(self._asked)
+        return index, self._points[index], self._starts[index], self._scales[index] if scaled else 1.0  # type: ignore[index]
 
     def read(self, output: Tensor, x: Tensor, t: float) -> Prediction:
         """The network's output at a point, as the configuration has it."""
