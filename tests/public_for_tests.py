@@ -11,6 +11,7 @@ import os
 import pkgutil
 import socket
 import tempfile
+import types
 import typing
 
 import torch
@@ -107,6 +108,10 @@ def saved():
     return path
 
 
+def pipeline():
+    return types.SimpleNamespace(scheduler=None, unet=net())
+
+
 def pairs(count=2):
     return dict.fromkeys(("logp_w", "logp_l", "ref_w", "ref_l"), torch.full((count,), -1.0))
 
@@ -152,6 +157,11 @@ NEEDS = {
     "core.projection.row_norms": lambda: dict(t=X, view="layer"),
     "core.projection.cosines": lambda: dict(a=X, b=X, view="layer"),
     "core.schedules.Warmup": lambda: dict(after=schedules.Constant(), steps=3),
+    "generate.apg.contrast": lambda: dict(x=X),
+    "generate.apg.denoiser_post_cfg": lambda: dict(guidance=G.APG()),
+    "generate.apg.project": lambda: dict(v0=X, v1=X),
+    "generate.apg.saturation": lambda: dict(x=torch.ones(2, 3, 4)),
+    "generate.normalized_guidance": lambda: dict(pred_cond=X, pred_uncond=X, scale=2.0),
     "generate.Change": lambda: dict(x=X),
     "generate.Denoiser": lambda: dict(model=lambda x, t: x, process=VP),
     "generate.Discrete": lambda: dict(betas=[0.01, 0.02, 0.03]),
@@ -189,6 +199,9 @@ NEEDS = {
     ),
     "generate.sample": lambda: dict(denoiser=denoiser(), x_T_or_shape=(2, 3), solver=G.DDIM(), steps=2),
     "generate.invert": lambda: dict(denoiser=denoiser(), x=X, solver=G.DDIM(), steps=2),
+    "generate.adapters.diffusers.APGGuider": lambda: dict(space="pred"),
+    "generate.adapters.diffusers.Guided": lambda: dict(pipe=pipeline(), guidance=G.APG(), networks=[]),
+    "generate.adapters.diffusers.guide": lambda: dict(pipe=pipeline(), guidance=G.APG()),
     "generate.adapters.diffusers.PolyakScheduler": lambda: dict(solver=G.DDIM()),
     "generate.adapters.diffusers.PolyakSchedulerOutput": lambda: dict(prev_sample=X),
     "generate.adapters.diffusers.as_diffusers": lambda: dict(solver=G.DDIM(), process=VP),

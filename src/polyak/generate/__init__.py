@@ -10,6 +10,7 @@ Problems with known answers are in ``polyak.generate.problems``, small networks 
 schedulers for diffusers in ``polyak.generate.adapters.diffusers``.
 """
 
+from polyak.generate.apg import APG, APGState, normalized_guidance
 from polyak.generate.checking import check_process, check_solver
 from polyak.generate.ddim import DDIM
 from polyak.generate.dpm_solver import (
@@ -45,6 +46,7 @@ from polyak.generate.steering import Steering, SteeringState
 from polyak.generate.training import denoising_loss, train_denoiser
 
 __all__ = [
+    "APG",
     "CFG",
     "DDIM",
     "EDM",
@@ -53,6 +55,7 @@ __all__ = [
     "RK4",
     "VE",
     "VP",
+    "APGState",
     "Change",
     "CosineVP",
     "DPMSolver",
@@ -91,6 +94,7 @@ __all__ = [
     "drive",
     "inject_noise",
     "invert",
+    "normalized_guidance",
     "pfgmpp_loss",
     "quantize_weights",
     "resume",

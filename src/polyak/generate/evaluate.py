@@ -99,6 +99,7 @@ class Evaluator:
         self.guided: Any = None
         self.state = None if guidance is None else start_guidance(guidance, steps)
         self._paired_at = getattr(guidance, "paired_at", None)
+        self._tells = self._paired_at is not None and "state" in inspect.signature(self._paired_at).parameters
 
     def __call__(self, query: Query) -> Any:
         """The prediction at a query's point, of the query's x."""
@@ -107,7 +108,7 @@ class Evaluator:
             x = x.to(self.dtype)
         self.nfe += 1
         self.queries.append(t)
-        if self._paired(t):
+        if self._paired(query):
             first, second = self.denoiser.pair(x, t)  # type: ignore[union-attr]
             self.evaluations += 2
             cond, uncond = self._checked(first, query), self._checked(second, query)
@@ -127,10 +128,13 @@ class Evaluator:
             self.cond, self.uncond, self.guided = cond, uncond, prediction
         return prediction
 
-    def _paired(self, t: float) -> bool:
+    def _paired(self, query: Query) -> bool:
         if self.guidance is None:
             return False
-        return bool(self._paired_at(t)) if self._paired_at is not None else self.guidance.paired
+        if self._paired_at is None:
+            return self.guidance.paired
+        told = {"state": self.state, "first": query.first} if self._tells else {}
+        return bool(self._paired_at(query.t, **told))
 
     def _checked(self, prediction: Any, query: Query) -> Any:
         if type(prediction) is not Prediction and not isinstance(prediction, PredictionLike):

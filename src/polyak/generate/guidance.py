@@ -20,8 +20,9 @@ class Guidance(Protocol):
     """What sampling asks of a guidance.
 
     ``paired`` says whether the unconditional prediction is needed; where it is not, ``uncond`` is the conditional one. A
-    guidance that needs it at some times only also has ``paired_at(t) -> bool``. One whose ``init`` has an argument ``steps`` is
-    told the number of steps of the trajectory (None where the solver finds its steps itself).
+    guidance that needs it at some times only also has ``paired_at(t) -> bool``, or ``paired_at(t, state, first) -> bool``, which
+    is told its state, too, and whether the evaluation begins a step. One whose ``init`` has an argument ``steps`` is told the
+    number of steps of the trajectory (None where the solver finds its steps itself).
     """
 
     @property

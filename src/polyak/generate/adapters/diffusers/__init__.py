@@ -1,11 +1,13 @@
-"""polyak's solvers as schedulers of diffusers.
+"""polyak's solvers as schedulers of diffusers, and its guidance in its pipelines.
 
     pipe = DiffusionPipeline.from_pretrained(...)
     solver = DPMSolver(order=2, form="data", method="multistep")
     pipe.scheduler = PolyakScheduler.from_config(pipe.scheduler.config, solver=solver)
+    guide(pipe, APG(scale=12, norm_threshold=15, momentum=-0.5))
 
 :class:`PolyakScheduler` answers a solver's questions with what the pipeline's model says: the same coroutine that
-:func:`polyak.generate.sampling.sample` runs, hence the same numbers.
+:func:`polyak.generate.sampling.sample` runs, hence the same numbers. :func:`guide` lets a guidance take the place of the one inside
+a pipeline; :class:`APGGuider` is one for pipelines that have a place for it.
 """
 
 try:
@@ -13,6 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("polyak.generate.adapters.diffusers needs diffusers: pip install 'polyak[diffusers]'") from error
 
+from polyak.generate.adapters.diffusers.guiding import APGGuider, Guided, guide
 from polyak.generate.adapters.diffusers.scheduler import PolyakScheduler, PolyakSchedulerOutput, as_diffusers
 
-__all__ = ["PolyakScheduler", "PolyakSchedulerOutput", "as_diffusers"]
+__all__ = ["APGGuider", "Guided", "PolyakScheduler", "PolyakSchedulerOutput", "as_diffusers", "guide"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +35,17 @@ class Negated(Prediction):
         return Negated(self.output.to(x.dtype), x, self.t, self.process, self.kind, sigma_data=self.sigma_data)
 
 
+def said(plan: Plan, process: ProbabilityPath, output: Tensor, x: Tensor, t: float) -> Prediction:
+    """A network's output at (x, t), read as the configuration has it, without what was learned of variances."""
+    if plan.learned and output.shape[1] == 2 * x.shape[1]:
+        output = output.chunk(2, dim=1)[0]
+    kind = Prediction if plan.gain > 0 else Negated
+    return kind(output, x, t, process, plan.kind, sigma_data=plan.sigma_data)
+
+
+Guide = Callable[[Callable[[Tensor], Prediction]], Prediction]
+
+
 def predicted(
     plan: Plan,
     process: ProbabilityPath,
@@ -43,6 +55,7 @@ def predicted(
     x: Tensor,
     t: float,
     clipped_eps: bool,
+    guide: Guide | None = None,
 ) -> Prediction:
     """The prediction that a network's output is.
 
@@ -52,13 +65,19 @@ def predicted(
         x: the state, shape (B, C, ...).
         t: its time.
         clipped_eps: whether the noise, too, is that of the clipped data.
+        guide: makes the prediction of others than the output, each of which it has read.
     """
-    if plan.learned and output.shape[1] == 2 * x.shape[1]:
-        output = output.chunk(2, dim=1)[0]
-    kind: type[Prediction] = Prediction if plan.gain > 0 else Negated
-    if kind is Negated and not tabled(solver):  # which may read the output itself
-        kind, output = Prediction, -output
-    made = kind(output, x, t, process, plan.kind, sigma_data=plan.sigma_data)
+
+    def read(output: Tensor) -> Prediction:
+        made = said(plan, process, output, x, t)
+        # A coroutine may read the output itself.
+        return (
+            made
+            if plan.gain > 0 or tabled(solver)
+            else Prediction(-made.output, x, t, process, made.kind, sigma_data=plan.sigma_data)
+        )
+
+    made = read(output) if guide is None else guide(read)
     if corrector is None:
         return made
     x0 = corrector(made.x0, t)

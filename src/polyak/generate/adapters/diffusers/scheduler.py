@@ -17,15 +17,17 @@ from torch import Tensor
 
 from polyak.core import checks
 from polyak.generate.adapters.diffusers import schedule
-from polyak.generate.adapters.diffusers.answers import kept_exactly, predicted, unrounded
+from polyak.generate.adapters.diffusers.answers import kept_exactly, predicted, said, unrounded
 from polyak.generate.adapters.diffusers.configured import Configured
 from polyak.generate.adapters.diffusers.edits import Watch, is_part, times_of_levels
+from polyak.generate.adapters.diffusers.hearing import Hearing
 from polyak.generate.adapters.diffusers.noise import Noising
 from polyak.generate.adapters.diffusers.options import STEPS
 from polyak.generate.adapters.diffusers.runs import Driven, Ground, Leg, begin_at, compose
 from polyak.generate.adapters.diffusers.schedule import Request, Schedule
-from polyak.generate.prediction import edm_input_scaling
-from polyak.generate.process import Discrete, Flow, Process
+from polyak.generate.guidance import Guidance
+from polyak.generate.prediction import Prediction, edm_input_scaling
+from polyak.generate.process import Discrete, Flow, Moments, Process
 from polyak.generate.process.path import PATH
 from polyak.generate.solver import SOLVER, Solver
 
@@ -75,6 +77,7 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012 - diffusers' own convention
     order = 1
+    _hearing: Hearing | None = None
 
     def _unplanned(self) -> None:
         labels, levels = schedule.training(self._plan)
@@ -92,6 +95,7 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         made.__dict__.update(self.__dict__)
         shared = {id(leg.ground.process): leg.ground.process for leg in self._legs}
         made._driven = copy.deepcopy(self._driven, shared)
+        made._hearing = copy.deepcopy(self._hearing)
         return made
 
     def __len__(self) -> int:
@@ -150,6 +154,7 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         self.process, self._times, self._ground = made.process, made.times, ground
         self._asked = [t for leg in self._legs for t in leg.asked]
         self._starts = [first for leg in self._legs for first in leg.first]
+        self._points: Moments | None = None
         levels, self._scales = self._levels([*self._asked, made.times[-1]])
         self.sigmas = levels.to(torch.float32)
 
@@ -238,6 +243,8 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         self._begin_index: int | None = None
         self._driven: Driven | None = None
         self._exact: Tensor | None = None
+        if self._hearing is not None:
+            self._hearing.begin(None)
         self._watch()
 
     @property
@@ -279,6 +286,34 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         index = self._start_index(timestep)
         self._driven = Driven(begin_at(self._legs, index, self._ground) if index else self._legs, self._ground)
         self._step_index = index
+        if self._hearing is not None:
+            self._hearing.begin(sum(self._starts[index:]))
+
+    # --- guidance
+
+    def hear(self, output: Tensor, guidance: Guidance) -> None:
+        """Take note of what the network said: the next step guides by it, instead of going by what it is given."""
+        if self._hearing is None or self._hearing.guidance != guidance:
+            self._hearing = Hearing(guidance)
+            if self._step_index is not None:
+                self._hearing.begin(sum(self._starts[self._step_index :]))
+        self._hearing.outputs.append(output)
+
+    def deafen(self) -> None:
+        """Steps go by what they are given again."""
+        self._hearing = None
+
+    def asks(self, timestep: Any) -> tuple[int, float, bool, float]:
+        """The next evaluation: its index and time, whether it begins a step, and what scales its point for the network."""
+        index = self._start_index(timestep) if self._step_index is None else self._step_index
+        scaled = self._plan.input_data is not None and self._scales is not None
+        if self._points is None:
+            self._points = self.process.moments(self._asked)
+        return index, self._points[index], self._starts[index], self._scales[index] if scaled else 1.0  # type: ignore[index]
+
+    def read(self, output: Tensor, x: Tensor, t: float) -> Prediction:
+        """The network's output at a point, as the configuration has it."""
+        return said(self._plan, self.process, output, x, t)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample as the model wants it: scaled where the origin's samples are, and for preconditioned networks."""
@@ -341,6 +376,8 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         if self._driven.done:
             raise ValueError("the run is complete; call set_timesteps before the next one")
         run, x = self._driven, unrounded(sample, self._exact)
+        hearing = self._hearing
+        guide = None if hearing is None else hearing.guide(model_output, self._starts[self._step_index])  # type: ignore[index]
         prediction = predicted(
             self._plan,
             self.process,
@@ -350,6 +387,7 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
             x,
             run.t,
             bool(use_clipped_model_output),
+            guide,
         )
         facts = self._plan.facts
         gives_x0 = (facts.gives_x0 or (return_dict and facts.family != "flow")) and isinstance(self.process, Process)
