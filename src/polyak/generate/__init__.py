@@ -23,6 +23,15 @@ from polyak.generate.dpm_solver import (
 )
 from polyak.generate.evaluate import DynamicThresholding, Evaluator
 from polyak.generate.guidance import CFG, Guidance
+from polyak.generate.kinetic_optimal import (
+    KineticOptimal,
+    Separation,
+    conditional_flow_matching_loss,
+    gaussian_separation,
+    kinetic_energy,
+    reparametrize,
+    separation_function,
+)
 from polyak.generate.linear import LinearSolver, Memory, Stage
 from polyak.generate.prediction import Denoiser, Prediction, PredictionLike
 from polyak.generate.process import (
@@ -67,6 +76,7 @@ __all__ = [
     "Flow",
     "Guidance",
     "Heun",
+    "KineticOptimal",
     "LinearSolver",
     "Memory",
     "Prediction",
@@ -76,6 +86,7 @@ __all__ = [
     "Query",
     "RungeKutta",
     "SamplingInfo",
+    "Separation",
     "Solver",
     "Stage",
     "Steering",
@@ -84,11 +95,16 @@ __all__ = [
     "TrigFlow",
     "check_process",
     "check_solver",
+    "conditional_flow_matching_loss",
     "denoising_loss",
     "dpm_step",
     "drive",
+    "gaussian_separation",
     "invert",
+    "kinetic_energy",
+    "reparametrize",
     "resume",
     "sample",
+    "separation_function",
     "train_denoiser",
 ]
