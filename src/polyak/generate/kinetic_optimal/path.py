@@ -224,4 +224,4 @@ def kinetic_energy(path: Process, separation: Separation | Callable[[Tensor], Te
         speed = (
             (alpha * dalpha + sigma * dsigma).square() + metric * (dalpha * sigma - alpha * dsigma).square()
         ) / square
-        return (speed * turn.sin()).sum().item() * span * math.pi / (2 * n)
+        return (speed * turn.sin()).sum().item() * span * math.sin(math.pi / (2 * n))  # the cells' lengths in t

@@ -20,6 +20,7 @@ _MOST = 1e4  # snr beyond which 1 - lambda has too few digits to be multiplied b
 _LEAST = 1e-15  # of 1 - lambda in a table, whose logarithm is interpolated
 _ENTRIES = 1 << 22  # of the largest matrix of distances
 _ROWS = 256  # that a network is given at once
+_SNR = checks.Number(0, infinite=True)
 _OFF = 0.01  # how far from mean 0 and mean square 1 data are taken to be normalised
 
 
@@ -107,7 +108,7 @@ class Separation:
         if isinstance(snr, Tensor):
             return self._at(snr.to("cpu", torch.float64)).to(snr)
         with unwatched():
-            return self._at(torch.tensor(checks.between("snr", snr, 0.0, math.inf), dtype=torch.float64)).item()
+            return self._at(torch.tensor(_SNR("snr", snr), dtype=torch.float64)).item()
 
     def _at(self, snr: Tensor) -> Tensor:
         first, last = self.snr[0], self.snr[-1]
@@ -202,6 +203,8 @@ def _moments(name: str, points: Tensor, h: float) -> tuple[Tensor, float]:
     """The mean and the variance per dimension of a data set, (n, d), with a bandwidth."""
     if not bool(points.isfinite().all()):
         raise ValueError(f"{name} must be finite, got NaN or infinity")
+    if not points.numel():
+        raise ValueError(f"{name} must not be empty, got shape {tuple(points.shape)}")
     mean = points.mean(0)
     variance = (points - mean).square().mean().item() + h**2
     if len(points) < 2 or not variance:
