@@ -204,8 +204,8 @@ CLAIM = Claim(
     ),
     usage=(
         "from polyak.generate import Denoiser, Euler, KineticOptimal, sample, separation_function\n\n"
-        "images = torch.randn(100, 64)  # yours, of mean 0 and mean square 1\n"
-        "process = KineticOptimal(separation_function(images, n_samples=500), t_max=0.999)\n"
+        "images = torch.randn(1000, 64)  # yours, of mean 0 and mean square 1\n"
+        "process = KineticOptimal(separation_function(images, n_samples=200), t_max=0.999)\n"
         "x = sample(Denoiser(network, process, \"flow\"), (16, 64), solver=Euler(), steps=8)  # network(x, t) predicts dx/dt"
     ),
 )  # fmt: skip

@@ -94,7 +94,7 @@ class KineticOptimal(Process):
         if t_min >= t_max:
             raise ValueError(f"t_max must be above t_min={t_min:g}, got {t_max!r}")
         with unwatched():
-            metric = _metric(separation, torch.linspace(0, math.pi / 2, n, dtype=torch.float64))
+            metric = _metric(separation, torch.linspace(0, math.pi / 2, n, dtype=torch.float64, device="cpu"))
             speed = (metric + _FLOOR * (1 - metric)).sqrt()
             # From either end, so that neither alpha nor sigma is a difference.
             self._arcs = _Arc.of(speed), _Arc.of(speed.flip(0))
@@ -124,7 +124,7 @@ class KineticOptimal(Process):
 
     @property
     def prior_std(self) -> float:
-        return self._radius(torch.tensor(self.t_max, dtype=torch.float64)).item()
+        return self._radius(torch.tensor(self.t_max, dtype=torch.float64, device="cpu")).item()
 
     def _arc(self, device: torch.device, data: bool) -> _Arc:
         """The table from the noise end, or from the data end."""
@@ -215,7 +215,7 @@ def kinetic_energy(path: Process, separation: Separation | Callable[[Tensor], Te
     if not path.is_gaussian:
         raise ValueError(f"path must have Gaussian noise, which {path!r} has not")
     with unwatched():
-        turn = math.pi * (torch.arange(n, dtype=torch.float64) + 0.5) / n
+        turn = math.pi * (torch.arange(n, dtype=torch.float64, device="cpu") + 0.5) / n
         span = path.t_max - path.t_min
         t = path.t_min + span * torch.sin(turn / 2).square()
         alpha, sigma, dalpha, dsigma = path.alpha(t), path.sigma(t), path.dalpha(t), path.dsigma(t)

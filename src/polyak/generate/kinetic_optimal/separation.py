@@ -108,7 +108,7 @@ class Separation:
         if isinstance(snr, Tensor):
             return self._at(snr.to("cpu", torch.float64)).to(snr)
         with unwatched():
-            return self._at(torch.tensor(_SNR("snr", snr), dtype=torch.float64)).item()
+            return self._at(torch.tensor(_SNR("snr", snr), dtype=torch.float64, device="cpu")).item()
 
     def _at(self, snr: Tensor) -> Tensor:
         first, last = self.snr[0], self.snr[-1]
@@ -138,7 +138,7 @@ class _OfSpectrum(Separation):
 
     def __init__(self, spectrum: Tensor) -> None:
         self.spectrum = spectrum
-        snr = torch.logspace(-2, 4, 61, dtype=torch.float64)
+        snr = torch.logspace(-2, 4, 61, dtype=torch.float64, device="cpu")
         super().__init__(snr, self._at(snr))
 
     def _at(self, snr: Tensor) -> Tensor:
@@ -231,11 +231,11 @@ def _normal(like: Tensor, generator: torch.Generator | None) -> Tensor:
 def _default_grid(n: int | None, d: int, h: float) -> Tensor:
     """Of a law or a data set of n points, normalised."""
     most = max(20.0, 10 / h) if h else 20.0
-    grid = torch.logspace(math.log10(0.02), math.log10(most), 40, dtype=torch.float64)
+    grid = torch.logspace(math.log10(0.02), math.log10(most), 40, dtype=torch.float64, device="cpu")
     if n is None:
         return grid
     jump = math.log10(2 * math.log(max(n, 2)) / d) / 2
-    return torch.cat([grid, torch.logspace(jump - 0.3, jump + 0.3, 20, dtype=torch.float64)]).unique()
+    return torch.cat([grid, torch.logspace(jump - 0.3, jump + 0.3, 20, dtype=torch.float64, device="cpu")]).unique()
 
 
 def _combined(square: Tensor, error: Tensor) -> Tensor:
@@ -310,7 +310,7 @@ def separation_function(
         x1 = _drawn(flat, h, n_samples, generator)
         reconstruct = _best(Mixture(flat, h**2)) if data is None else _trained(_gaussian(given), data)
     scale, d = math.sqrt(variance), x1.shape[1]
-    if abs(variance - 1) > _OFF or bool(mean.square().mean() > _OFF**2):
+    if abs(variance - 1) > _OFF or bool(mean.square().mean() > _OFF):
         warnings.warn(
             f"the data have mean square {variance:.4g} about their mean, whose own is {mean.square().mean().item():.2g}; "
             "the separation function is that of (data - shift) / scale",
