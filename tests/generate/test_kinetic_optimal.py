@@ -329,6 +329,14 @@ def test_paths_are_compared_by_value() -> None:
     assert "phi_total=" in repr(KO)
 
 
+def test_tables_on_other_devices_do_not_travel() -> None:
+    process = copy.deepcopy(KO)
+    assert process.alpha(torch.tensor([0.5], device="meta")).device.type == "meta"
+    assert list(process._on) == [torch.device("meta")]
+    assert pickle.loads(pickle.dumps(process))._on == {}
+    assert process == KO
+
+
 def test_types_follow_the_time() -> None:
     t = torch.tensor([0.0, 0.3, 1.0])
     for schedule in (KO.alpha, KO.sigma, KO.dalpha, KO.dsigma, KO.lam):
@@ -480,6 +488,7 @@ def test_what_cannot_be_is_refused_by_name(make: Callable[[], Any], message: str
 def test_an_estimate_below_its_bound_is_refused_and_within_its_error_is_raised() -> None:
     raised = Separation([0.5, 1.0, 2.0], [0.19, 0.49, 0.85], [0.01, 0.01, 0.01])
     assert raised.values.tolist() == [0.2, 0.5, 0.85]
+    assert Separation([0.5, 1.0, 2.0], [0.7, 0.66, 0.9], [0.02, 0.02, 0.02]).values.tolist() == [0.7, 0.7, 0.9]
     # Fewer draws than a heavy tail needs: by chance below what is possible.
     with pytest.raises(ValueError, match=r"got 0.19 \+- 0.001 at snr=0.5: the separation estimate is inconsistent"):
         Separation([0.5, 1.0], [0.19, 0.5], [0.001, 0.001])

@@ -203,7 +203,7 @@ CLAIM = Claim(
         "is then large: networks are trained from alpha / sigma = 0.03 on, along all paths.",
     ),
     usage=(
-        "from polyak.generate import Denoiser, Euler, KineticOptimal, sample, separation_function\n\n"
+        "from polyak.generate import Denoiser, Euler, KineticOptimal, sample, separation_function\n"
         "images = torch.randn(1000, 64)  # yours, of mean 0 and mean square 1\n"
         "process = KineticOptimal(separation_function(images, n_samples=200), t_max=0.999)\n"
         "x = sample(Denoiser(network, process, \"flow\"), (16, 64), solver=Euler(), steps=8)  # network(x, t) predicts dx/dt"

@@ -52,7 +52,7 @@ class Separation:
 
     Args:
         snr: increasing values of g = alpha / sigma, at least two.
-        values: lambda there; what is below the bound, or falls, within five standard errors is raised.
+        values: lambda there. What is below the bound by up to five standard errors is raised to it, what falls to what was before.
         stderr: standard errors of the values; left out, none.
 
     Attributes:
