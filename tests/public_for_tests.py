@@ -117,6 +117,7 @@ def pairs(count=2):
 
 
 X, LAW, VP = torch.ones(6, 2), Gaussian([0.0, 0.0]), G.VP()
+SEPARATION = G.gaussian_separation([2.0, 0.5, 0.5])
 STATES = [{"w": torch.full((3,), float(i))} for i in range(4)]
 LISTS = ("params", "grads", "exp_avgs", "exp_avg_diffs", "exp_avg_sqs", "neg_pre_grads")
 
@@ -166,9 +167,11 @@ NEEDS = {
     "generate.Denoiser": lambda: dict(model=lambda x, t: x, process=VP),
     "generate.Discrete": lambda: dict(betas=[0.01, 0.02, 0.03]),
     "generate.Evaluator": lambda: dict(denoiser=denoiser()),
+    "generate.KineticOptimal": lambda: dict(separation=SEPARATION),
     "generate.Memory": lambda: dict(steps=0),
     "generate.Prediction": lambda: dict(output=X, x=X, t=0.5, process=VP),
     "generate.Query": lambda: dict(x=X, t=0.5),
+    "generate.Separation": lambda: dict(snr=[0.5, 2.0], values=[0.3, 0.85]),
     "generate.Stage": lambda: dict(t=1.0, to=0.5, view="x0", base=1.0, value=0.5),
     "generate.SteeringState": lambda: dict(logw=torch.zeros(1, 2), log_z=torch.zeros(1)),
     "generate.Step": lambda: dict(x=X, s=1.0, t=0.5, index=0, last=False),
@@ -182,7 +185,12 @@ NEEDS = {
     "generate.check_process": lambda: dict(process=VP),
     "generate.problems.path_rmse": lambda: dict(x=X, y=X),
     "generate.check_solver": lambda: dict(solver=G.DDIM()),
+    "generate.conditional_flow_matching_loss": lambda: dict(model=lambda x, t: -x, x1=X, process=VP),
     "generate.denoising_loss": lambda: dict(denoiser=denoiser(), x0=X),
+    "generate.gaussian_separation": lambda: dict(spectrum=[2.0, 0.5]),
+    "generate.kinetic_energy": lambda: dict(path=VP, separation=SEPARATION),
+    "generate.reparametrize": lambda: dict(denoiser=denoiser(), old_process=VP, new_process=G.Flow()),
+    "generate.separation_function": lambda: dict(data_or_denoiser=torch.eye(3), snr=[0.5, 2.0], n_samples=16),
     "generate.train_denoiser": lambda: dict(network=unet(), images=torch.ones(4, 1, 4, 4), process=VP, steps=1, batch=2),
     "generate.networks.ImageNetwork": lambda: dict(model=net()),
     "generate.networks.dit": lambda: dict(size=4, width=8, depth=1),

@@ -8,7 +8,22 @@ from typing import Any
 import pytest
 import torch
 
-from polyak.generate import EDM, OU, VE, VP, CosineVP, Discrete, Flow, Process, Query, Solver, Step, TrigFlow
+from polyak.generate import (
+    EDM,
+    OU,
+    VE,
+    VP,
+    CosineVP,
+    Discrete,
+    Flow,
+    KineticOptimal,
+    Process,
+    Query,
+    Solver,
+    Step,
+    TrigFlow,
+    gaussian_separation,
+)
 from polyak.generate.problems import ExactDenoiser, Mixture
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -22,6 +37,7 @@ PROCESSES: dict[str, Process] = {
     "TrigFlow": TrigFlow(t_min=1e-3, t_max=0.999),
     "OU": OU(),
     "Discrete": Discrete(BETAS),
+    "KineticOptimal": KineticOptimal(gaussian_separation([2.0, 0.7, 0.3]), t_min=1e-3, t_max=0.999),
 }
 every_process = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 

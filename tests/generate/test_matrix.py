@@ -37,9 +37,14 @@ STOCHASTIC: dict[str, Solver] = {
 }
 # The second coordinate has no spread, so that the guided difference (0, 0.8) is at right angles to the prediction: then every
 # guidance below makes of the two laws the third one, exactly.
-COND, UNCOND = Gaussian([0.7, 0.0], [0.5, 1e-12]), Gaussian([0.7, -0.8], [0.5, 1e-12])
-GUIDED = Gaussian([0.7, 1.6], [0.5, 1e-12])
-GUIDANCES: dict[str, Any] = {"CFG": CFG(3.0)}
+COND, UNCOND = Gaussian([0.7, 0.0], [0.5, 0.0]), Gaussian([0.7, -0.8], [0.5, 0.0])
+GUIDED = Gaussian([0.7, 1.6], [0.5, 0.0])
+GUIDANCES: dict[str, Any] = {
+    "CFG": CFG(3.0),
+    "APG": generate.APG(3.0),
+    "APG, eta=1": generate.APG(3.0, eta=1.0),
+    "APG, threshold": generate.APG(5.0, norm_threshold=0.4),  # half of the difference, twice the scale
+}
 
 
 def exported(kind: Any) -> set[type]:

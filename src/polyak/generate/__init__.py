@@ -24,6 +24,15 @@ from polyak.generate.dpm_solver import (
 )
 from polyak.generate.evaluate import DynamicThresholding, Evaluator
 from polyak.generate.guidance import CFG, Guidance
+from polyak.generate.kinetic_optimal import (
+    KineticOptimal,
+    Separation,
+    conditional_flow_matching_loss,
+    gaussian_separation,
+    kinetic_energy,
+    reparametrize,
+    separation_function,
+)
 from polyak.generate.linear import LinearSolver, Memory, Stage
 from polyak.generate.pfgmpp import PFGMPP, inject_noise, pfgmpp_loss, quantize_weights, stf_target
 from polyak.generate.prediction import Denoiser, Prediction, PredictionLike
@@ -72,6 +81,7 @@ __all__ = [
     "Flow",
     "Guidance",
     "Heun",
+    "KineticOptimal",
     "LinearSolver",
     "Memory",
     "Prediction",
@@ -81,6 +91,7 @@ __all__ = [
     "Query",
     "RungeKutta",
     "SamplingInfo",
+    "Separation",
     "Solver",
     "Stage",
     "Steering",
@@ -89,16 +100,21 @@ __all__ = [
     "TrigFlow",
     "check_process",
     "check_solver",
+    "conditional_flow_matching_loss",
     "denoising_loss",
     "dpm_step",
     "drive",
+    "gaussian_separation",
     "inject_noise",
     "invert",
+    "kinetic_energy",
     "normalized_guidance",
     "pfgmpp_loss",
     "quantize_weights",
+    "reparametrize",
     "resume",
     "sample",
+    "separation_function",
     "stf_target",
     "train_denoiser",
 ]
