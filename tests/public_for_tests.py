@@ -150,6 +150,8 @@ NEEDS = {
     "generate.Stage": lambda: dict(t=1.0, to=0.5, view="x0", base=1.0, value=0.5),
     "generate.SteeringState": lambda: dict(logw=torch.zeros(1, 2), log_z=torch.zeros(1)),
     "generate.Step": lambda: dict(x=X, s=1.0, t=0.5, index=0, last=False),
+    "generate.ab_coefficients": lambda: dict(k=2),
+    "generate.artifact_score": lambda: dict(latents=torch.ones(1, 2, 4, 4), mean=[0.0, 0.0], std=[1.0, 1.0]),
     "generate.check_process": lambda: dict(process=VP),
     "generate.problems.path_rmse": lambda: dict(x=X, y=X),
     "generate.check_solver": lambda: dict(solver=G.DDIM()),
@@ -159,6 +161,8 @@ NEEDS = {
         solver=G.DDIM(), step=G.Step(X, 1.0, 0.5, 0, False), times=[1.0, 0.5, 0.1], process=VP
     ),
     "generate.sample": lambda: dict(denoiser=denoiser(), x_T_or_shape=(2, 3), solver=G.DDIM(), steps=2),
+    "generate.stability_limit": lambda: dict(method="hb", k=2),
+    "generate.stability_region": lambda: dict(method="hb", k=2, beta=0.5, grid=X),
     "generate.invert": lambda: dict(denoiser=denoiser(), x=X, solver=G.DDIM(), steps=2),
     "generate.adapters.diffusers.PolyakScheduler": lambda: dict(solver=G.DDIM()),
     "generate.adapters.diffusers.PolyakSchedulerOutput": lambda: dict(prev_sample=X),

@@ -22,6 +22,16 @@ from polyak.generate.dpm_solver import (
     dpm_step,
 )
 from polyak.generate.evaluate import DynamicThresholding, Evaluator
+from polyak.generate.ghvb import (
+    GHVB,
+    HeavyBall,
+    HeavyBallDPM,
+    Nesterov,
+    ab_coefficients,
+    artifact_score,
+    stability_limit,
+    stability_region,
+)
 from polyak.generate.guidance import CFG, Guidance
 from polyak.generate.linear import LinearSolver, Memory, Stage
 from polyak.generate.prediction import Denoiser, Prediction, PredictionLike
@@ -46,6 +56,7 @@ __all__ = [
     "CFG",
     "DDIM",
     "EDM",
+    "GHVB",
     "OU",
     "RK4",
     "VE",
@@ -65,9 +76,12 @@ __all__ = [
     "Evaluator",
     "Flow",
     "Guidance",
+    "HeavyBall",
+    "HeavyBallDPM",
     "Heun",
     "LinearSolver",
     "Memory",
+    "Nesterov",
     "Prediction",
     "PredictionLike",
     "ProbabilityPath",
@@ -81,6 +95,8 @@ __all__ = [
     "SteeringState",
     "Step",
     "TrigFlow",
+    "ab_coefficients",
+    "artifact_score",
     "check_process",
     "check_solver",
     "dpm_step",
@@ -88,4 +104,6 @@ __all__ = [
     "invert",
     "resume",
     "sample",
+    "stability_limit",
+    "stability_region",
 ]
