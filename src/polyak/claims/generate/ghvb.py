@@ -311,8 +311,8 @@ CLAIM = Claim(
         ),
     ),
     usage=(
-        "from polyak.generate import CFG, GHVB, VP, Denoiser, sample\n\n"
-        "denoiser = Denoiser(network, VP(), unconditional=free)\n"
-        "x = sample(denoiser, (16, 4, 64, 64), solver=GHVB(4, 0.8), steps=10, grid='time', guidance=CFG(7.5))"
+        "from polyak.generate import GHVB, VP, Denoiser, sample\n\n"
+        "denoiser = Denoiser(network, VP())  # network(x, t) predicts the noise\n"
+        "x = sample(denoiser, (16, 3, 32, 32), solver=GHVB(4, 0.8), steps=12)"
     ),
 )  # fmt: skip

@@ -24,6 +24,7 @@ from polyak.generate.process.path import unwatched
 from polyak.generate.solver import step_count
 
 Form = tuple[float, ...]  # a linear combination, by its weights
+_TOGETHER = 128  # steps whose weights are found at once
 _OPTIONS: dict[str, checks.Kind] = dict(
     order=K, beta=BETA, spacing=checks.Choice("constant", "variable"), start=checks.Choice("lower", "rk")
 )
@@ -238,10 +239,9 @@ class _OfValues(_Momentum):
         if self.beta == 1:
             values = [g, *past]
             return _mix(weights, values), values[: self.order - 1]
-        velocity, *older = past or [g]  # v_(-1) = g_0
-        values = [g, *older]
+        values = [g, *past[1:]]
         mix = _mix(weights, values)
-        velocity = _mix((1 - self.beta, self.beta), (velocity, mix)) if past else g
+        velocity = _mix((1 - self.beta, self.beta), (past[0], mix)) if past else g  # v_(-1) = g_0
         return self._direction(velocity, mix), [velocity, *values[: self.order - 1]]
 
     def _seeded(self, shift: Tensor, average: Tensor) -> list[Tensor]:
@@ -310,23 +310,26 @@ class GHVB(_Momentum):
         if self.spacing == "constant":
             return super()._weights(levels)
         every = torch.tensor(levels, dtype=torch.float64, device="cpu")
-        weights = []
-        for i, length in enumerate(every.diff()):
-            count = min(i + 1, self.order)
-            nodes = (every[: i + 1] - every[i]) / length
-            # Row j: what v_(i-j) is of the values so far.
-            ages = torch.arange(i, -1, -1.0, dtype=torch.float64, device="cpu")
-            averages = torch.stack([self._averages(ages - j) for j in range(count)])
-            powers = torch.stack([nodes**n for n in range(count)])
-            means = 1 / torch.arange(1.0, count + 1, dtype=torch.float64, device="cpu")
-            weights.append(tuple(torch.linalg.solve(powers @ averages.T, means).tolist()))
-        return weights
+        steps = torch.arange(len(levels) - 1, device="cpu")
+        return [row for some in steps.split(_TOGETHER) for row in self._exact(every, some)]
 
-    def _averages(self, ages: Tensor) -> Tensor:
-        """The weights of values of these ages in v; the first value is also that before it."""
-        made = torch.where(ages < 0, 0.0, (1 - self.beta) ** ages.clamp(min=0) * self.beta)
-        made[0] = (1 - self.beta) ** ages[0]
-        return made
+    def _exact(self, levels: Tensor, steps: Tensor) -> list[Form]:
+        """The weights for which M(v) is the mean over a step of every polynomial g that as many averages can tell."""
+        k, keep = self.order, 1 - self.beta
+        orders, values = torch.arange(k, device="cpu"), torch.arange(int(steps[-1]) + 1, device="cpu")
+        # What v_(n-j) is of the values so far, the first of which is also what is before it.
+        ages = steps[:, None, None] - orders[:, None] - values
+        averages = keep ** ages.clamp(min=0).double() * (ages >= 0)
+        averages[..., 1:] *= self.beta
+        here, there = levels[steps, None], levels[steps + 1, None]
+        nodes = (levels[values] - here) / (there - here)
+        moments = nodes[:, None] ** orders[:, None] @ averages.mT
+        # While there are fewer averages than k, the others weigh 0.
+        absent = orders > steps[:, None]
+        moments = moments.masked_fill(absent[:, None] | absent[..., None], 0.0) + absent.double().diag_embed()
+        means = (1 / (orders + 1).double()).masked_fill(absent, 0.0)
+        weights = torch.linalg.solve(moments, means).tolist()
+        return [tuple(row[: step + 1]) for row, step in zip(weights, steps.tolist(), strict=True)]
 
     def _seeded(self, shift: Tensor, average: Tensor) -> list[Tensor]:
         return list(average.flip(0)[1:])
