@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from polyak.generate import DDIM, EDM, VP, Denoiser, DPMSolver, Euler, Flow, Heun, sample
+from polyak.generate import DDIM, EDM, GHVB, VP, Denoiser, DPMSolver, Euler, Flow, HeavyBall, Heun, sample
 
 STEPS = 30
 LEVELS = EDM(sigma_min=0.03, sigma_max=14.6)  # x0 + sigma eps, the range of the chain that diffusers' schedulers have
@@ -50,6 +50,9 @@ def contenders() -> dict[str, tuple[Any, Any, str, Any]]:
             "epsilon",
             d.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
         ),
+        # diffusers has PLMS, the method without momentum.
+        "PLMS4 with HB": (HeavyBall(4, 0.8), VP(), "epsilon", d.PNDMScheduler(skip_prk_steps=True)),
+        "GHVB 3.8": (GHVB(4, 0.8), VP(), "epsilon", d.PNDMScheduler(skip_prk_steps=True)),
         "Heun": (Heun(), LEVELS, "epsilon", d.HeunDiscreteScheduler()),
         "Euler": (Euler(), LEVELS, "epsilon", d.EulerDiscreteScheduler()),
         "Heun, flow": (Heun(), Flow(), "flow", d.FlowMatchHeunDiscreteScheduler()),

@@ -182,6 +182,8 @@ NEEDS = {
     "generate.quantize_weights": lambda: dict(module=net(), bits=4),
     "generate.stf_target": lambda: dict(x=X, reference=X, sigma=0.5, process=G.PFGMPP()),
     "generate.problems.StudentDenoiser": lambda: dict(points=X, process=G.PFGMPP()),
+    "generate.ab_coefficients": lambda: dict(k=2),
+    "generate.artifact_score": lambda: dict(latents=torch.ones(1, 2, 4, 4), mean=[0.0, 0.0], std=[1.0, 1.0]),
     "generate.check_process": lambda: dict(process=VP),
     "generate.problems.path_rmse": lambda: dict(x=X, y=X),
     "generate.check_solver": lambda: dict(solver=G.DDIM()),
@@ -206,6 +208,8 @@ NEEDS = {
         solver=G.DDIM(), step=G.Step(X, 1.0, 0.5, 0, False), times=[1.0, 0.5, 0.1], process=VP
     ),
     "generate.sample": lambda: dict(denoiser=denoiser(), x_T_or_shape=(2, 3), solver=G.DDIM(), steps=2),
+    "generate.stability_limit": lambda: dict(method="hb", k=2),
+    "generate.stability_region": lambda: dict(method="hb", k=2, beta=0.5, grid=X),
     "generate.invert": lambda: dict(denoiser=denoiser(), x=X, solver=G.DDIM(), steps=2),
     "generate.adapters.diffusers.APGGuider": lambda: dict(space="pred"),
     "generate.adapters.diffusers.Guided": lambda: dict(pipe=pipeline(), guidance=G.APG(), networks=[]),

@@ -81,7 +81,7 @@ def test_combine_follows_the_first_dtype_and_keeps_its_inputs() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(3, 5), (2, 4, 40, 40)])
-@pytest.mark.parametrize("case", ["two", "value", "history", "noise", "all"])
+@pytest.mark.parametrize("case", ["two", "value", "history", "noise", "mixed", "all"])
 def test_the_kernel_makes_what_pytorch_makes(case: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     triton = pytest.importorskip("triton")
     if torch.cuda.is_available() or not triton.knobs.runtime.interpret:
@@ -95,20 +95,25 @@ def test_the_kernel_makes_what_pytorch_makes(case: str, shape: tuple[int, ...], 
     value = (0.25, -1.5) if case in ("value", "all") else None
     drawn = (0.7, z) if case in ("noise", "all") else None
     also = [(1.0, 0.0), (0.5, 2.0)] if case in ("two", "all") else []
-    want = advance(x, output, 0.9, -0.4, rest, value=value, noise=drawn, also=also)
+    if case == "mixed":
+        rest = [(0.0, r1), (-1.7, r2)]
+    mixed = [(0.0, 0.2, 0.8, 0.0), (1.5, 0.0, 0.3, -0.6)] if case in ("mixed", "all") else []
+    want = advance(x, output, 0.9, -0.4, rest, value=value, noise=drawn, also=also, mixed=mixed)
     tensors = [x, output, *(t for _, t in rest), *([z] if drawn else [])]
     seen = _looked_at(tensors)
     assert seen is not None
     kept = [*([value] if value else []), *also]
     got, short = (
-        _fused(tensors, seen, [0.9, -0.4, *(c for c, _ in rest)], kept, 0.7 if drawn else None, mean)
+        _fused(tensors, seen, [0.9, -0.4, *(c for c, _ in rest)], kept, 0.7 if drawn else None, mean, mixed)
         for mean in (True, False)
     )
     assert short.mean is None
     assert torch.equal(short.next, got.next)
     assert len(got.also) == len(kept)
+    assert len(got.mixed) == len(want.mixed) == len(mixed)
     beside = [*([] if want.value is None else [want.value]), *want.also]
-    for a, b in ((got.next, want.next), (got.mean, want.mean), *zip(got.also, beside, strict=True)):
+    more = (*zip(got.also, beside, strict=True), *zip(got.mixed, want.mixed, strict=True))
+    for a, b in ((got.next, want.next), (got.mean, want.mean), *more):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             # Five terms of size about 1, each rounded once or twice more in one of the two.

@@ -23,6 +23,16 @@ from polyak.generate.dpm_solver import (
     dpm_step,
 )
 from polyak.generate.evaluate import DynamicThresholding, Evaluator
+from polyak.generate.ghvb import (
+    GHVB,
+    HeavyBall,
+    HeavyBallDPM,
+    Nesterov,
+    ab_coefficients,
+    artifact_score,
+    stability_limit,
+    stability_region,
+)
 from polyak.generate.guidance import CFG, Guidance
 from polyak.generate.kinetic_optimal import (
     KineticOptimal,
@@ -59,6 +69,7 @@ __all__ = [
     "CFG",
     "DDIM",
     "EDM",
+    "GHVB",
     "OU",
     "PFGMPP",
     "RK4",
@@ -80,10 +91,13 @@ __all__ = [
     "Evaluator",
     "Flow",
     "Guidance",
+    "HeavyBall",
+    "HeavyBallDPM",
     "Heun",
     "KineticOptimal",
     "LinearSolver",
     "Memory",
+    "Nesterov",
     "Prediction",
     "PredictionLike",
     "ProbabilityPath",
@@ -98,6 +112,8 @@ __all__ = [
     "SteeringState",
     "Step",
     "TrigFlow",
+    "ab_coefficients",
+    "artifact_score",
     "check_process",
     "check_solver",
     "conditional_flow_matching_loss",
@@ -115,6 +131,8 @@ __all__ = [
     "resume",
     "sample",
     "separation_function",
+    "stability_limit",
+    "stability_region",
     "stf_target",
     "train_denoiser",
 ]

@@ -44,6 +44,7 @@ _WEIGHTS = checks.Instance(tuple, words="a tuple of weights")
 @checks.arguments(
     t=checks.operand, to=checks.operand, view=checks.Choice("x0", "eps", "flow", "score", "v"), base=checks.operand,
     value=checks.operand, past=_WEIGHTS, std=checks.operand, keep=_WEIGHTS, first=checks.flag, last=checks.flag,
+    mixed=checks.Instance(tuple, words="a tuple of rows of weights"),
 )  # fmt: skip
 class Stage(NamedTuple):
     """One evaluation of a linear solver, and what is made of it:
@@ -57,8 +58,9 @@ class Stage(NamedTuple):
         t, to: the times of the evaluation and of y.
         view: what is read of the prediction: "x0", "eps" or "flow".
         base, value, past, std: the weights.
-        keep: which of (m, *remembered) are remembered after this stage.
+        keep: which of (m, *remembered) are remembered after this stage; -1 is the first one of what is mixed, -2 the second.
         first, last: whether it begins, and whether it completes a step.
+        mixed: further values that can be remembered, averages of past ones, say: for each the weights of (m, *remembered).
     """
 
     t: float
@@ -71,6 +73,7 @@ class Stage(NamedTuple):
     keep: tuple[int, ...] = ()
     first: bool = True
     last: bool = True
+    mixed: tuple[tuple[float, ...], ...] = ()
 
 
 class LinearSolver(Solver):
@@ -154,17 +157,20 @@ class Folded(NamedTuple):
     value: tuple[float, float] | None  # (a, b) of the value that is remembered
     std: float
     keep: tuple[int, ...]
+    mixed: tuple[tuple[float, ...], ...] = ()  # of the point, the output and what is remembered
 
 
 def folded(stage: Stage, weights: Callable[[str], tuple[float, float]]) -> Folded:
     """A stage for a prediction whose views are ``a x + b output`` with ``(a, b) = weights(view)``."""
     # Where the prediction is not read its view need not be determined.
-    a, b = weights(stage.view) if stage.value or 0 in stage.keep else (0.0, 0.0)
+    read = stage.value or 0 in stage.keep or any(row[0] for row in stage.mixed)
+    a, b = weights(stage.view) if read else (0.0, 0.0)
     of_x, base = stage.value * a, stage.base
     if stage.first:
         of_x, base = of_x + base, 0.0
     value = (a, b) if 0 in stage.keep else None
-    return Folded(of_x, stage.value * b, base, stage.past, value, stage.std, stage.keep)
+    mixed = tuple([(of_m * a, of_m * b, *past) for of_m, *past in stage.mixed])
+    return Folded(of_x, stage.value * b, base, stage.past, value, stage.std, stage.keep, mixed)
 
 
 def apply(
@@ -188,19 +194,26 @@ def apply(
     """
     if not (stage.past or stage.base or stage.std or stage.keep):
         return advance(x, output, stage.of_x, stage.of_output, also=also), ()
-    if any(stage.past[len(values) :]):
-        raise ValueError(f"a stage weighs {len(stage.past)} remembered values, and there are {len(values)}")
-    rest: list[tuple[float, Tensor]] = list(zip(stage.past, values, strict=False))
+    past = stage.past
+    if stage.mixed:  # which may weigh what the next point does not
+        past = (*past, *[0.0] * (max(map(len, stage.mixed)) - 2 - len(past)))
+    if any(past[len(values) :]) or any(any(row[2 + len(values) :]) for row in stage.mixed):
+        raise ValueError(f"a stage weighs {len(past)} remembered values, and there are {len(values)}")
+    rest: list[tuple[float, Tensor]] = list(zip(past, values, strict=False))
     if stage.base:
         rest.append((stage.base, start))
     noise = None
     if stage.std:
         noise = stage.std, standard_normal(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-    made = advance(x, output, stage.of_x, stage.of_output, rest, value=stage.value, noise=noise, mean=mean, also=also)
+    made = advance(
+        x, output, stage.of_x, stage.of_output, rest,
+        value=stage.value, noise=noise, mean=mean, also=also, mixed=stage.mixed,
+    )  # fmt: skip
     if not stage.keep:
         return made, ()
     known = (made.value, *values)
-    return made, tuple(known[i] for i in stage.keep if i < len(known))  # type: ignore[misc]
+    kept = [made.mixed[-1 - i] if i < 0 else known[i] for i in stage.keep if i < len(known)]
+    return made, tuple(kept)  # type: ignore[arg-type]
 
 
 def take_stage(

@@ -96,7 +96,7 @@ class Solver:
 
     Attributes:
         order: of accuracy, on the probability-flow ODE.
-        tapers: whether the whole run is, asymptotically, one order lower (its last steps are, or a published formula is).
+        tapers: by how much the order of a whole run is, asymptotically, lower (its last steps are, or a published formula is).
         stages: evaluations per step.
         stochastic: whether it draws noise.
         needs_gaussian: whether it is valid for Gaussian processes only.
@@ -108,7 +108,7 @@ class Solver:
     """
 
     order: int = 1
-    tapers: bool = False
+    tapers: int = 0
     stages: int = 1
     stochastic: bool = False
     needs_gaussian: bool = False

@@ -6,8 +6,8 @@ What a step makes of its inputs, with all weights known before as numbers:
     mean  = w_x x + w_o o + sum_i w_i r_i              x, o: the point and the network's output there
     next  = mean + std z
 
-and, for whoever asks, further combinations of x and o. On a GPU this is a single Triton launch; elsewhere, and for whatever the
-kernel cannot take, a few calls of PyTorch.
+and, for whoever asks, further combinations: of x and o alone, and of all that the mean is made of. On a GPU this is a single
+Triton launch; elsewhere, and for whatever the kernel cannot take, a few calls of PyTorch.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Update:
     value: Tensor | None = None
     mean: Tensor | None = None
     also: tuple[Tensor, ...] = ()
+    mixed: tuple[Tensor, ...] = ()
 
 
 def combine(*terms: tuple[float, Tensor]) -> Tensor:
@@ -75,6 +76,7 @@ def advance(
     noise: tuple[float, Tensor] | None = None,
     mean: bool = True,
     also: Sequence[tuple[float, float]] = (),
+    mixed: Sequence[Sequence[float]] = (),
 ) -> Update:
     """``of_x x + of_output output + sum c r``, with x's dtype and shape.
 
@@ -86,29 +88,38 @@ def advance(
         noise: ``(std, z)``: add ``std z``.
         mean: whether what the noise is added to is wanted, too.
         also: further ``(a, b)``, as of the value.
+        mixed: further combinations, each by its weights of (x, output, *rest); what a row leaves out weighs 0.
     """
-    alone = not rest and value is None and noise is None and not also
+    alone = not rest and value is None and noise is None and not also and not mixed
     if alone and of_x == 1.0 and (output.dtype == x.dtype or output.dtype in _LOW):
         return Update(torch.add(x, output, alpha=of_output))
-    rest = [(c, r) for c, r in rest if c]
+    if mixed:
+        rows = [(*row, *[0.0] * (2 + len(rest) - len(row))) for row in mixed]
+        used = [i for i, (c, _) in enumerate(rest) if c or any(row[2 + i] for row in rows)]
+        rest = [rest[i] for i in used]
+        rows = [(*row[:2], *(row[2 + i] for i in used)) for row in rows]
+    else:
+        rest, rows = [(c, r) for c, r in rest if c], ()
     if x.is_cuda:
         tensors = [x, output, *[r for _, r in rest], *([] if noise is None else [noise[1]])]
         seen = _looked_at(tensors)
         if seen is not None:
             numbers = [of_x, of_output, *[c for c, _ in rest]]
             kept = also if value is None else (value, *also)
-            made = _fused(tensors, seen, numbers, kept, None if noise is None else noise[0], mean)
+            made = _fused(tensors, seen, numbers, kept, None if noise is None else noise[0], mean, rows)
             if value is not None:
                 made.value, *more = made.also
                 made.also = tuple(more)
             return made
     value_of = None if value is None else combine((value[0], x), (value[1], output))
     others = tuple(combine((a, x), (b, output)) for a, b in also)
+    past = [r for _, r in rest]
+    mixes = tuple(combine(*zip(row, (x, output, *past), strict=True)) for row in rows)
     middle = combine((of_x, x), (of_output, output), *rest)
     if noise is None:
-        return Update(middle, value_of, None, others)
+        return Update(middle, value_of, None, others, mixes)
     std, z = noise
-    return Update(torch.add(middle, z, alpha=std), value_of, middle if mean else None, others)
+    return Update(torch.add(middle, z, alpha=std), value_of, middle if mean else None, others, mixes)
 
 
 def _looked_at(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
@@ -144,11 +155,13 @@ def _watched() -> bool:
 
 
 @cache
-def _kernel(inputs: int, kept: int, noise: bool, mean: bool) -> Any:
+def _kernel(inputs: int, kept: int, noise: bool, mean: bool, mixed: int = 0) -> Any:
     names = [f"in{i}" for i in range(inputs + noise)]
-    outputs = ["out", *(f"kept{i}" for i in range(kept)), *(["middle"] if mean else [])]
+    outputs = ["out", *(f"kept{i}" for i in range(kept)), *(f"mixed{i}" for i in range(mixed))]
+    outputs += ["middle"] if mean else []
     pairs = [f"{name}{i}" for i in range(kept) for name in "ab"]
-    numbers = [*(f"w{i}" for i in range(inputs)), *pairs, *(["std"] if noise else [])]
+    rows = [f"u{i}_{j}" for i in range(mixed) for j in range(inputs)]
+    numbers = [*(f"w{i}" for i in range(inputs)), *pairs, *rows, *(["std"] if noise else [])]
     lines = [
         f"at = tl.program_id(0).to(tl.int64) * {BLOCK} + tl.arange(0, {BLOCK})",
         "inside = at < size",
@@ -159,6 +172,9 @@ def _kernel(inputs: int, kept: int, noise: bool, mean: bool) -> Any:
         f"tl.store(kept{i} + at, (a{i} * x0 + b{i} * x1).to(kept{i}.dtype.element_ty), mask=inside)"
         for i in range(kept)
     ]
+    for i in range(mixed):
+        total = " + ".join(f"u{i}_{j} * x{j}" for j in range(inputs))
+        lines.append(f"tl.store(mixed{i} + at, ({total}).to(mixed{i}.dtype.element_ty), mask=inside)")
     if mean:
         lines.append("tl.store(middle + at, mean.to(middle.dtype.element_ty), mask=inside)")
     if noise:
@@ -174,21 +190,24 @@ def _fused(
     kept: Sequence[tuple[float, float]],
     std: float | None,
     mean: bool,
+    mixed: Sequence[Sequence[float]] = (),
 ) -> Update:
     x, (size, place, _, aligned) = tensors[0], seen
     if is_elsewhere(place):
         with torch.cuda.device(place):
-            return _fused(tensors, seen, numbers, kept, std, mean)
+            return _fused(tensors, seen, numbers, kept, std, mean, mixed)
     mean = mean and std is not None
     made = Update(torch.empty_like(x))
     made.also = tuple(torch.empty_like(x) for _ in kept)
-    given: list[Any] = [*tensors, made.next, *made.also]
+    made.mixed = tuple(torch.empty_like(x) for _ in mixed)
+    given: list[Any] = [*tensors, made.next, *made.also, *made.mixed]
     if mean:
         made.mean = torch.empty_like(x)
         given.append(made.mean)
-    given += map(float, (*numbers, *itertools.chain(*kept), *(() if std is None else (std,))))
+    more = itertools.chain(*kept, *mixed)
+    given += map(float, (*numbers, *more, *(() if std is None else (std,))))
     given.append(size)
-    shape = len(numbers), len(kept), std is not None, mean
+    shape = len(numbers), len(kept), std is not None, mean, len(mixed)
     # Where addresses are not all aligned, Triton has to look at each of them at every launch.
     _launch(lambda: _kernel(*shape), -(-size // BLOCK), given, _WARPS, (seen, shape) if aligned else None)
     return made

@@ -19,3 +19,7 @@ from polyak.generate.adapters.diffusers.guiding import APGGuider, Guided, guide
 from polyak.generate.adapters.diffusers.scheduler import PolyakScheduler, PolyakSchedulerOutput, as_diffusers
 
 __all__ = ["APGGuider", "Guided", "PolyakScheduler", "PolyakSchedulerOutput", "as_diffusers", "guide"]
+from polyak.generate.adapters.diffusers.ghvb import GHVBScheduler, HeavyBallScheduler
+from polyak.generate.adapters.diffusers.scheduler import PolyakScheduler, PolyakSchedulerOutput, as_diffusers
+
+__all__ = ["GHVBScheduler", "HeavyBallScheduler", "PolyakScheduler", "PolyakSchedulerOutput", "as_diffusers"]
