@@ -29,6 +29,11 @@ SOLVERS: dict[str, Solver] = {
     "DPMSolver-fast": DPMSolver(),
     "DPMSolver++ 2M": DPMSolver(order=2, form="data", method="multistep"),
     "DPMSolver++ 3M": DPMSolver(order=3, form="data", method="multistep", start="singlestep"),
+    "HB 2": generate.HeavyBall(order=2, beta=0.8),
+    "GHVB 2": generate.GHVB(order=2, beta=0.8),
+    "GHVB 3, variable": generate.GHVB(order=3, beta=0.8, spacing="variable", start="rk"),
+    "NT 2": generate.Nesterov(order=2, beta=0.8),
+    "HB on 2M": generate.HeavyBallDPM(beta=0.8),
     "DPMSolver-adaptive": DPMSolver(method="adaptive", atol=1e-6, rtol=1e-6),
 }
 STOCHASTIC: dict[str, Solver] = {

@@ -15,11 +15,17 @@ try:
 except ImportError as error:
     raise ImportError("polyak.generate.adapters.diffusers needs diffusers: pip install 'polyak[diffusers]'") from error
 
+from polyak.generate.adapters.diffusers.ghvb import GHVBScheduler, HeavyBallScheduler
 from polyak.generate.adapters.diffusers.guiding import APGGuider, Guided, guide
 from polyak.generate.adapters.diffusers.scheduler import PolyakScheduler, PolyakSchedulerOutput, as_diffusers
 
-__all__ = ["APGGuider", "Guided", "PolyakScheduler", "PolyakSchedulerOutput", "as_diffusers", "guide"]
-from polyak.generate.adapters.diffusers.ghvb import GHVBScheduler, HeavyBallScheduler
-from polyak.generate.adapters.diffusers.scheduler import PolyakScheduler, PolyakSchedulerOutput, as_diffusers
-
-__all__ = ["GHVBScheduler", "HeavyBallScheduler", "PolyakScheduler", "PolyakSchedulerOutput", "as_diffusers"]
+__all__ = [
+    "APGGuider",
+    "GHVBScheduler",
+    "Guided",
+    "HeavyBallScheduler",
+    "PolyakScheduler",
+    "PolyakSchedulerOutput",
+    "as_diffusers",
+    "guide",
+]
