@@ -84,7 +84,11 @@ def test_the_wheel_has_the_package_and_nothing_else(built: tuple[Path, Path]) ->
     ours = {f"polyak/{p.relative_to(source)}" for p in source.rglob("*") if p.is_file() and p.suffix != ".pyc"}
     assert {name for name in names if name.startswith("polyak/")} == ours
     assert {Path(name).suffix for name in ours} <= {".py", ".c", ".json", ".html", ".css", ".js", ".typed", ".txt"}
-    assert not [name for name in ours if "test" in name or name.endswith("sqlite3")]
+    tests = [name for name in ours if Path(name).name.startswith("test_") or "for_tests" in name]
+    assert [name for name in tests if not name.startswith("polyak/cli/skeleton/")] == [], (
+        "what `polyak new` writes alone"
+    )
+    assert not [name for name in ours if name.endswith("sqlite3")]
 
 
 def test_the_sdist_has_what_the_wheel_is_built_from(built: tuple[Path, Path]) -> None:

@@ -83,8 +83,12 @@ def test_an_interrupt_is_heeded_between_measurements(tmp_path: Path) -> None:
         if progress.done == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    with Store(tmp_path) as store, pytest.raises(KeyboardInterrupt):
-        run(examples.make(), store=store, executor=InProcess(), on_progress=interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with Store(tmp_path) as store, pytest.raises(KeyboardInterrupt):
+            run(examples.make(), store=store, executor=InProcess(), on_progress=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
     with Store(tmp_path) as store:
         [what] = store.runs()
     assert what.done == 3
