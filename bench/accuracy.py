@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.generate import CFG, DDIM, RK4, Denoiser, Discrete, DPMSolver, Euler, Heun, sample
+from polyak.generate import CFG, DDIM, GHVB, RK4, Denoiser, Discrete, DPMSolver, Euler, HeavyBall, Heun, sample
 from polyak.generate.problems import ExactDenoiser, path_rmse, reference, ring
 
 EVALUATIONS = (5, 8, 10, 15, 20, 50)
@@ -71,6 +71,10 @@ def ours() -> dict[str, Any]:
         "DPM-Solver-fast 3": DPMSolver(),
         "DPM-Solver++ 2M": DPMSolver(order=2, form="data", method="multistep"),
         "DPM-Solver++ 3M": DPMSolver(order=3, form="data", method="multistep"),
+        "PLMS4": HeavyBall(order=4, beta=1.0),
+        "HB 4, 0.8": HeavyBall(order=4, beta=0.8),
+        "GHVB 4, 0.8": GHVB(order=4, beta=0.8),
+        "GHVB 4, 0.8, variable": GHVB(order=4, beta=0.8, spacing="variable"),
     }
     return {f"polyak {name}": solver for name, solver in found.items()}
 
