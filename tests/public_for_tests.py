@@ -97,6 +97,10 @@ def denoiser():
     return G.Denoiser(lambda x, t: x * 0.1, G.VP())
 
 
+def fields():
+    return importlib.import_module("polyak.generate.interpolants").Fields(G.Interpolant(), b=field, s=field)
+
+
 def unet():
     return importlib.import_module("polyak.generate.networks").unet(4, width=8, levels=1, classes=2)
 
@@ -156,6 +160,7 @@ NEEDS = {
     "generate.Denoiser": lambda: dict(model=lambda x, t: x, process=VP),
     "generate.Discrete": lambda: dict(betas=[0.01, 0.02, 0.03]),
     "generate.Evaluator": lambda: dict(denoiser=denoiser()),
+    "generate.GaussianMixtureInterpolant": lambda: dict(rho0=LAW, rho1=LAW),
     "generate.Memory": lambda: dict(steps=0),
     "generate.Prediction": lambda: dict(output=X, x=X, t=0.5, process=VP),
     "generate.Query": lambda: dict(x=X, t=0.5),
@@ -181,6 +186,12 @@ NEEDS = {
         solver=G.DDIM(), step=G.Step(X, 1.0, 0.5, 0, False), times=[1.0, 0.5, 0.1], process=VP
     ),
     "generate.sample": lambda: dict(denoiser=denoiser(), x_T_or_shape=(2, 3), solver=G.DDIM(), steps=2),
+    "generate.interpolant_loss": lambda: dict(kind="b", net=field, x0=X, x1=X, interpolant=G.Interpolant()),
+    "generate.interpolants.Fields": lambda: dict(interpolant=G.Interpolant(), b=field),
+    "generate.interpolants.LinearPath": lambda: dict(a=lambda t: 1 - t, b=lambda t: t),
+    "generate.interpolants.integrate": lambda: dict(fields=fields(), x0=X, steps=1),
+    "generate.interpolants.log_likelihood": lambda: dict(fields=fields(), x=X, log_prob0=LAW.log_prob, steps=1),
+    "generate.interpolants.optimal_eps": lambda: dict(excess_b=1.0, excess_s=2.0),
     "generate.invert": lambda: dict(denoiser=denoiser(), x=X, solver=G.DDIM(), steps=2),
     "generate.adapters.diffusers.PolyakScheduler": lambda: dict(solver=G.DDIM()),
     "generate.adapters.diffusers.PolyakSchedulerOutput": lambda: dict(prev_sample=X),

@@ -23,6 +23,7 @@ from polyak.generate.dpm_solver import (
 )
 from polyak.generate.evaluate import DynamicThresholding, Evaluator
 from polyak.generate.guidance import CFG, Guidance
+from polyak.generate.interpolants import GaussianMixtureInterpolant, Interpolant, interpolant_loss
 from polyak.generate.linear import LinearSolver, Memory, Stage
 from polyak.generate.prediction import Denoiser, Prediction, PredictionLike
 from polyak.generate.process import (
@@ -65,8 +66,10 @@ __all__ = [
     "Euler",
     "Evaluator",
     "Flow",
+    "GaussianMixtureInterpolant",
     "Guidance",
     "Heun",
+    "Interpolant",
     "LinearSolver",
     "Memory",
     "Prediction",
@@ -87,6 +90,7 @@ __all__ = [
     "denoising_loss",
     "dpm_step",
     "drive",
+    "interpolant_loss",
     "invert",
     "resume",
     "sample",
