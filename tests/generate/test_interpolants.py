@@ -208,6 +208,22 @@ def test_a_bridge_is_refused_by_the_sampling_loop_with_the_reason() -> None:
                 sample(denoiser, (2, 2), solver=solver, steps=4)
 
 
+def test_official_encoding_decoding_slope_is_too_small() -> None:
+    path, t = Interpolant("encdec"), 0.2
+    official = -0.5 * math.sin(math.pi * t) * math.cos(math.pi * t)
+    assert path.da(t) == pytest.approx(4 * math.pi * official)
+
+
+def test_official_one_sided_slope_has_other_noise_than_its_path() -> None:
+    """With the noise of the path itself the slope goes with x_t; with noise drawn anew there is no such part."""
+    path, x1, t = ONE_SIDED[0], torch.zeros(4000, 1), 0.5
+    x, z = path.sample(t, None, x1, generator=seeded(1))
+    anew = torch.randn(4000, 1, generator=seeded(2))
+    ours, official = ((path.dt(t, noise, x1) * x).mean() / x.square().mean() for noise in (z, anew))
+    assert ours == pytest.approx(-1 / (1 - t), rel=1e-5)  # b(x, t) = -x / (1 - t)
+    assert abs(official) < 0.2
+
+
 # ----------------------------------------------------------------------------------------------------------------- fields
 
 
