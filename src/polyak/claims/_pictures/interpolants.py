@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from polyak.lab.pictures import GRID, INK, SERIES, described, name, panels
 
-PATHS, STEPS, EPS = 12, 90, 1.0
+PATHS, STEPS, EPS = 12, 64, 1.0
 ERROR, LEVELS, POINTS = 1.5, (0.0, 0.25, 0.5, 1.0, 2.0), 1000
 
 
@@ -18,7 +18,7 @@ def picture():
 
     source, target = Mixture([[-2.0], [2.0]], 0.15), Mixture([[-4.0], [0.0], [4.0]], 0.2)
     bridge = GaussianMixtureInterpolant(source, target)
-    times, places = np.linspace(0, 1, 40), torch.linspace(-5.5, 5.5, 110, dtype=torch.float64)[:, None]
+    times, places = np.linspace(0, 1, 24), torch.linspace(-5.5, 5.5, 60, dtype=torch.float64)[:, None]
     density = torch.stack([bridge.log_prob(places, t).exp() for t in times], 1).numpy()
     figure, (*planes, errors) = panels(
         3, titles=("The ODE", f"An SDE, $\\epsilon$ = {EPS:g}", "W2 with a wrong drift"), height=225
@@ -37,9 +37,7 @@ def picture():
         return np.array([t for t, _ in seen] + [1.0]), torch.stack([x for _, x in seen] + [end])[..., 0].numpy()
 
     for one, eps, color in zip(planes, (0.0, EPS), SERIES, strict=False):
-        one.contourf(
-            times, places[:, 0], density, levels=[0.02, 0.08, 0.2, 2.0], colors=[GRID], alpha=0.5, antialiased=True
-        )
+        one.contourf(times, places[:, 0], density, levels=[0.02, 2.0], colors=[GRID], alpha=0.5, antialiased=True)
         one.plot(*recorded(eps), color=color, linewidth=1)
         one.grid(visible=False)
         one.set(xlim=(0, 1), ylim=(-5.5, 5.5), xlabel="t", xticks=(0, 0.5, 1))

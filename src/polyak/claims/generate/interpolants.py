@@ -199,8 +199,9 @@ CLAIM = Claim(
         ),
     ),
     usage=(
-        "from polyak.generate.interpolants import Fields, Interpolant, integrate, interpolant_loss\n\n"
-        "loss = interpolant_loss(\"b\", net_b, x0, x1, bridge := Interpolant()).mean()  # and \"s\" for net_s\n"
-        "y1 = integrate(Fields(bridge, b=net_b, s=net_s), y0, eps=0.5, steps=100)  # eps = 0: the ODE"
+        "import torch\n"
+        "from polyak.generate.interpolants import Fields, Interpolant, integrate\n"
+        "fields = Fields(Interpolant(), b=network, s=network)  # your networks of b and s, trained by interpolant_loss\n"
+        "y = integrate(fields, torch.randn(16, 2), eps=0.5, steps=100)  # eps = 0: the ODE"
     ),
 )  # fmt: skip

@@ -70,13 +70,19 @@ class GaussianMixtureInterpolant(Fields):
             raise ValueError(f"x must have shape (B, {d}), got {tuple(x.shape)}")
         kind = wide(x.device)
         one_for_each_row(t, x)
-        times = torch.as_tensor(t, dtype=kind, device=x.device).reshape(-1)
+        times = (
+            t.to(x.device, kind).reshape(-1)
+            if isinstance(t, Tensor)
+            else torch.full((1,), t, dtype=kind, device=x.device)
+        )
         a, b, da, db, gamma = (c[:, None, None] for c in self.interpolant.coefficients(times))
         m0, m1, c0, c1 = (p.to(x.device, kind) for p in (self._m0, self._m1, self._c0, self._c1))
         x = x.to(kind)
         spread = a[..., None] ** 2 * c0 + b[..., None] ** 2 * c1
         spread = spread + gamma[..., None] ** 2 * torch.eye(d, dtype=kind, device=x.device)
-        root = torch.linalg.cholesky(spread)  # (T, P, d, d)
+        root, failed = torch.linalg.cholesky_ex(spread)  # (T, P, d, d)
+        if x.device.type == "cpu" and bool(failed.any()):  # elsewhere a look would wait for the device
+            raise ValueError("t must be where rho_t has a density, which a law without spread has not at its end")
         off = x[:, None] - (a * m0 + b * m1)  # (B, P, d)
         if len(root) == 1:
             gap = torch.cholesky_solve(off.permute(1, 2, 0), root[0]).permute(2, 0, 1)

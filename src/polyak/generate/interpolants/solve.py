@@ -14,13 +14,14 @@ from polyak.core import checks
 from polyak.core.integrators import EULER, HEUN, RK4, euler_maruyama, runge_kutta
 from polyak.generate.evaluate import HALF
 from polyak.generate.interpolants.fields import EPS, Eps, Fields
+from polyak.generate.process import Generators, standard_normal
 
 TABLEAUS = {"euler": EULER, "heun": HEUN, "rk4": RK4}
 EXACT = 20  # dimensions up to which the divergence is a sum of so many derivatives
 _FIELDS = checks.Instance(Fields, words="a Fields")
 _COMMON = dict(
     fields=_FIELDS, eps=EPS, steps=checks.Integer(1, 1_000_000), t0=checks.Number(0, 0.5, "[)"),
-    generator=checks.generator | None,
+    generator=checks.generators | None,
 )  # fmt: skip
 
 
@@ -50,7 +51,7 @@ def integrate(
     method: str = "heun",
     direction: str = "forward",
     t0: float = 1e-3,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     *,
     finish: bool = False,
 ) -> Tensor:
@@ -82,21 +83,22 @@ def integrate(
         if level == 0:
             x = runge_kutta(TABLEAUS[method], inner.drift, x, s, t - s)
         elif method == "euler":
-            x = _maruyama(inner, x, s, t - s, level, sign, generator)
+            x = _maruyama(lambda y, u, e=sign * level: inner.drift(y, u, e), x, s, t - s, level, generator)
         else:
-            noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            x = x + math.sqrt(2 * level * abs(t - s)) * noise
+            x = x + math.sqrt(2 * level * abs(t - s)) * _noise(x, generator)
             x = runge_kutta(HEUN, lambda y, _, t=t, e=sign * level: inner.drift(y, t, e), x, s, t - s)
     if finish:
         x = inner.x1(x, times[-1]) if sign > 0 else inner.x0(x, times[-1])
     return x.to(kept)
 
 
-def _maruyama(fields: Fields, x: Tensor, t: float, dt: float, level: float, sign: int, generator: Any) -> Tensor:
+def _noise(x: Tensor, generator: Generators | None) -> Tensor:
+    return standard_normal(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
+def _maruyama(drift: Any, x: Tensor, t: float, dt: float, level: float, generator: Generators | None) -> Tensor:
     spread = torch.full((), math.sqrt(2 * level), dtype=x.dtype, device=x.device)
-    return euler_maruyama(
-        lambda y, u: fields.drift(y, u, sign * level), lambda y, u: spread, x, t, dt, generator=generator
-    )
+    return euler_maruyama(drift, lambda y, u: spread, x, t, dt, noise=_noise(x, generator))
 
 
 def _lowered(fields: Fields, dtype: torch.dtype) -> Any:
@@ -131,7 +133,7 @@ def log_likelihood(
     t0: float = 1e-3,
     probes: int | None = None,
     samples: int = 1,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
 ) -> Tensor:
     """``log rho1(x)`` of the model.
 
@@ -165,8 +167,8 @@ def log_likelihood(
     def signs() -> list[Tensor] | None:
         if not random:
             return None
-        drawn = torch.rand((probes or 1, rows, *event), generator=generator, dtype=x.dtype, device=x.device)
-        return list((drawn < 0.5).to(x.dtype) * 2 - 1)
+        like = x.new_empty(rows, *event)
+        return [_noise(like, generator).sign() for _ in range(probes or 1)]
 
     times = _grid(steps, t0, backward=True)
     if not stochastic:
@@ -184,11 +186,13 @@ def log_likelihood(
     y, total = x.repeat_interleave(samples, 0), x.new_zeros(rows)
     for s, t in pairwise(times):
         level = _level(eps, s)
-        _, divergence = _with_divergence(lambda p, s=s, e=level: fields.drift(p, s, e), y, signs())
+        drift, divergence = _with_divergence(lambda p, s=s, e=level: fields.drift(p, s, e), y, signs())
         if level:
-            divergence = divergence + level * fields.s(y, s).square().flatten(1).sum(1)
+            score = fields.s(y, s)
+            divergence = divergence + level * score.square().flatten(1).sum(1)
+            drift = drift - 2 * level * score  # b - eps s
         total = total - abs(t - s) * divergence
-        y = _maruyama(fields, y, s, t - s, level, -1, generator)
+        y = _maruyama(lambda p, u, known=drift: known, y, s, t - s, level, generator)
     return (_begun(rho0, y) + total).reshape(len(x), samples).mean(1)
 
 
