@@ -111,6 +111,7 @@ def test_half_way_encoding_is_noise_alone() -> None:
     path, x0, x1 = Interpolant("encdec", "sinesquared"), points(seed=1), points(seed=2)
     x, z = path.sample(0.5, x0, x1, generator=seeded())
     assert torch.equal(x, z)
+    assert (path.a(0.5), path.b(0.5)) == (0.0, 0.0)
 
 
 def test_draws() -> None:

@@ -146,7 +146,7 @@ def test_noise_first_heun_looks_at_the_end_of_the_step() -> None:
     assert [t for t, _ in fields.asked] == pytest.approx([0.3, 0.3, 0.5, 0.5, 0.7, 0.7, 0.9, 0.9])
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 200])
+@pytest.mark.parametrize("steps", [1, 2, 3, 6, 7, 200])
 def test_steps_are_equal_from_t0_and_an_even_number_meets_the_middle(steps: int) -> None:
     fields = Watched(BRIDGE)
     integrate(fields, torch.zeros(1, 1), steps=steps, method="euler", t0=1e-3)
