@@ -98,6 +98,10 @@ def denoiser():
     return G.Denoiser(lambda x, t: x * 0.1, G.VP())
 
 
+def fields():
+    return importlib.import_module("polyak.generate.interpolants").Fields(G.Interpolant(), b=field, s=field)
+
+
 def unet():
     return importlib.import_module("polyak.generate.networks").unet(4, width=8, levels=1, classes=2)
 
@@ -168,6 +172,7 @@ NEEDS = {
     "generate.Discrete": lambda: dict(betas=[0.01, 0.02, 0.03]),
     "generate.Evaluator": lambda: dict(denoiser=denoiser()),
     "generate.KineticOptimal": lambda: dict(separation=SEPARATION),
+    "generate.GaussianMixtureInterpolant": lambda: dict(rho0=LAW, rho1=LAW),
     "generate.Memory": lambda: dict(steps=0),
     "generate.Prediction": lambda: dict(output=X, x=X, t=0.5, process=VP),
     "generate.Query": lambda: dict(x=X, t=0.5),
@@ -210,6 +215,12 @@ NEEDS = {
     "generate.sample": lambda: dict(denoiser=denoiser(), x_T_or_shape=(2, 3), solver=G.DDIM(), steps=2),
     "generate.stability_limit": lambda: dict(method="hb", k=2),
     "generate.stability_region": lambda: dict(method="hb", k=2, beta=0.5, grid=X),
+    "generate.interpolant_loss": lambda: dict(kind="b", net=field, x0=X, x1=X, interpolant=G.Interpolant()),
+    "generate.interpolants.Fields": lambda: dict(interpolant=G.Interpolant(), b=field),
+    "generate.interpolants.LinearPath": lambda: dict(a=lambda t: 1 - t, b=lambda t: t),
+    "generate.interpolants.integrate": lambda: dict(fields=fields(), x0=X, steps=1),
+    "generate.interpolants.log_likelihood": lambda: dict(fields=fields(), x=X, log_prob0=LAW.log_prob, steps=1),
+    "generate.interpolants.optimal_eps": lambda: dict(excess_b=1.0, excess_s=2.0),
     "generate.invert": lambda: dict(denoiser=denoiser(), x=X, solver=G.DDIM(), steps=2),
     "generate.adapters.diffusers.APGGuider": lambda: dict(space="pred"),
     "generate.adapters.diffusers.Guided": lambda: dict(pipe=pipeline(), guidance=G.APG(), networks=[]),

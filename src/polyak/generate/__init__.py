@@ -34,6 +34,7 @@ from polyak.generate.ghvb import (
     stability_region,
 )
 from polyak.generate.guidance import CFG, Guidance
+from polyak.generate.interpolants import GaussianMixtureInterpolant, Interpolant, interpolant_loss
 from polyak.generate.kinetic_optimal import (
     KineticOptimal,
     Separation,
@@ -90,10 +91,12 @@ __all__ = [
     "Euler",
     "Evaluator",
     "Flow",
+    "GaussianMixtureInterpolant",
     "Guidance",
     "HeavyBall",
     "HeavyBallDPM",
     "Heun",
+    "Interpolant",
     "KineticOptimal",
     "LinearSolver",
     "Memory",
@@ -122,6 +125,7 @@ __all__ = [
     "drive",
     "gaussian_separation",
     "inject_noise",
+    "interpolant_loss",
     "invert",
     "kinetic_energy",
     "normalized_guidance",
