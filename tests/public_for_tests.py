@@ -142,6 +142,7 @@ NEEDS = {
     "core.exact.Gaussian": lambda: dict(mean=[0.0, 1.0]),
     "core.integrators.Tableau": lambda: dict(nodes=(0.0,), matrix=(), weights=(1.0,)),
     "core.integrators.runge_kutta": lambda: dict(tableau=integrators.HEUN, f=field, x=X, t=0.0, dt=0.1),
+    "core.integrators.dopri5": lambda: dict(f=field, x=X, times=[0.0, 1.0]),
     "core.integrators.leapfrog": lambda: dict(acceleration=lambda q: -q, q=X, p=X, dt=0.1),
     "core.integrators.euler_maruyama": lambda: dict(drift=field, diffusion=field, x=X, t=0.0, dt=0.1, noise=X),
     "core.linalg.sherman_morrison": lambda: dict(P=torch.eye(2), v=torch.ones(2)),
