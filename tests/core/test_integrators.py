@@ -218,6 +218,8 @@ def test_dopri5_of_what_it_cannot_solve():
         it.dopri5(lambda x, t: -x, one, (0.0, 1.0), rtol=1e-6)
     with pytest.raises(ValueError, match="times must increase, or decrease"):
         it.dopri5(lambda x, t: -x, one, (0.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="x must be finite, got"):
+        it.dopri5(lambda x, t: -x, one / 0, (0.0, 1.0))
     with pytest.raises(RuntimeError, match=r"at t=0 of 1: no progress"):
         it.dopri5(lambda x, t: x * math.nan, one, (0.0, 1.0))
     with pytest.raises(RuntimeError, match=r"at t=1\.00001 of 2: no progress"):

@@ -151,6 +151,8 @@ def dopri5(
     if rtol < 100 * torch.finfo(x.dtype).eps:
         least = f"{100 * torch.finfo(x.dtype).eps:.1e}"
         raise ValueError(f"rtol must be at least {least} in {x.dtype}, which cannot hold more, got {rtol:g}")
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"x must be finite, got {checks.shown(x)}")
     states, t = [x], knots[0]
     if not x.numel():
         return torch.stack(states * len(knots))
