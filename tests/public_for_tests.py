@@ -127,7 +127,7 @@ COMMON = {"params": weights, "model": net}
 TOO_LONG = {
     "core.momentum.ema_", "core.momentum.heavy_ball_", "optim.adan.adan_step", "optim.apo.train_round", "generate.check_solver",
     "optim.monna.Peers", "lab.Store", "lab.collect", "lab.compare", "lab.pictures.drawn", "lab.run",
-    "lab.run_many", "generate.networks.load_denoiser", "generate.networks.save_denoiser",
+    "lab.run_many", "core.integrators.dopri5", "generate.networks.load_denoiser", "generate.networks.save_denoiser",
 }  # fmt: skip
 
 # What a call needs at least: name -> arguments. What is not here can be called without any.
@@ -158,6 +158,11 @@ NEEDS = {
     "generate.Discrete": lambda: dict(betas=[0.01, 0.02, 0.03]),
     "generate.Evaluator": lambda: dict(denoiser=denoiser()),
     "generate.Memory": lambda: dict(steps=0),
+    "generate.MetaFlowMatching": lambda: dict(encoder=net(), velocity=net()),
+    "generate.MetaVelocity": lambda: dict(dim=2, embed=3),
+    "generate.PopulationEncoder": lambda: dict(dim=2),
+    "generate.meta_flow.wasserstein": lambda: dict(x=X, y=X),
+    "generate.meta_flow.mmd_rbf": lambda: dict(x=X, y=X),
     "generate.Prediction": lambda: dict(output=X, x=X, t=0.5, process=VP),
     "generate.Query": lambda: dict(x=X, t=0.5),
     "generate.Stage": lambda: dict(t=1.0, to=0.5, view="x0", base=1.0, value=0.5),

@@ -24,6 +24,7 @@ from polyak.generate.dpm_solver import (
 from polyak.generate.evaluate import DynamicThresholding, Evaluator
 from polyak.generate.guidance import CFG, Guidance
 from polyak.generate.linear import LinearSolver, Memory, Stage
+from polyak.generate.meta_flow import MetaFlowMatching, MetaVelocity, PopulationEncoder
 from polyak.generate.prediction import Denoiser, Prediction, PredictionLike
 from polyak.generate.process import (
     EDM,
@@ -69,6 +70,9 @@ __all__ = [
     "Heun",
     "LinearSolver",
     "Memory",
+    "MetaFlowMatching",
+    "MetaVelocity",
+    "PopulationEncoder",
     "Prediction",
     "PredictionLike",
     "ProbabilityPath",
