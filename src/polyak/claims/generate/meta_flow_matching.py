@@ -180,9 +180,9 @@ CLAIM = Claim(
         "on its population, and its best blind map has a closed form. Maps of convex networks are not run.",
         "Letters are drawn from the font that comes with matplotlib. Networks are small, and trained for a thousand steps, not for "
         "24,000 epochs; nothing is tuned: all arms have the same settings, found in pilots on seeds below 10.",
-        "Letters have noise of deviation 1.5, not 0.5, and the encoder no neighbours, not 50. With 0.5 what is gained by knowing the "
-        "letter is in its outline, which a thousand steps do not teach: there W2 was 0.2935, and 0.2937 without (seed 1), where "
-        "exact fields reach about 0.17 and 0.30. With 1.5 a letter's width and direction count. Ten neighbours were worse than none.",
+        "Letters have noise of deviation 1.5, not 0.5, and the encoder no neighbours, not 50. With 0.5 what is gained by knowing "
+        "the letter is in its outline, which a thousand steps do not teach: W2 was 0.2935, and 0.2937 without (seed 1); exact "
+        "fields reach about 0.17 and 0.30. With 1.5 a letter's width and direction count. Ten neighbours did worse than none.",
         "The arms without an encoder have wider layers, so that they have at least as many weights.",
         "In the official letters experiment the baselines' perceptrons are plain and have one layer less than that of meta flow "
         "matching, and half of its epochs. Here all have one form, and equal steps; trained jointly, not alternately.",
