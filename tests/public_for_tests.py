@@ -137,7 +137,7 @@ COMMON = {"params": weights, "model": net}
 TOO_LONG = {
     "core.momentum.ema_", "core.momentum.heavy_ball_", "optim.adan.adan_step", "optim.apo.train_round", "generate.check_solver",
     "optim.monna.Peers", "lab.Store", "lab.collect", "lab.compare", "lab.pictures.drawn", "lab.run",
-    "lab.run_many", "generate.networks.load_denoiser", "generate.networks.save_denoiser",
+    "lab.run_many", "core.integrators.dopri5", "generate.networks.load_denoiser", "generate.networks.save_denoiser",
 }  # fmt: skip
 
 # What a call needs at least: name -> arguments. What is not here can be called without any.
@@ -152,6 +152,7 @@ NEEDS = {
     "core.exact.Gaussian": lambda: dict(mean=[0.0, 1.0]),
     "core.integrators.Tableau": lambda: dict(nodes=(0.0,), matrix=(), weights=(1.0,)),
     "core.integrators.runge_kutta": lambda: dict(tableau=integrators.HEUN, f=field, x=X, t=0.0, dt=0.1),
+    "core.integrators.dopri5": lambda: dict(f=field, x=X, times=[0.0, 1.0]),
     "core.integrators.leapfrog": lambda: dict(acceleration=lambda q: -q, q=X, p=X, dt=0.1),
     "core.integrators.euler_maruyama": lambda: dict(drift=field, diffusion=field, x=X, t=0.0, dt=0.1, noise=X),
     "core.linalg.sherman_morrison": lambda: dict(P=torch.eye(2), v=torch.ones(2)),
@@ -174,6 +175,11 @@ NEEDS = {
     "generate.KineticOptimal": lambda: dict(separation=SEPARATION),
     "generate.GaussianMixtureInterpolant": lambda: dict(rho0=LAW, rho1=LAW),
     "generate.Memory": lambda: dict(steps=0),
+    "generate.MetaFlowMatching": lambda: dict(encoder=net(), velocity=net()),
+    "generate.MetaVelocity": lambda: dict(dim=2, embed=3),
+    "generate.PopulationEncoder": lambda: dict(dim=2),
+    "generate.meta_flow.wasserstein": lambda: dict(x=X, y=X),
+    "generate.meta_flow.mmd_rbf": lambda: dict(x=X, y=X),
     "generate.Prediction": lambda: dict(output=X, x=X, t=0.5, process=VP),
     "generate.Query": lambda: dict(x=X, t=0.5),
     "generate.Separation": lambda: dict(snr=[0.5, 2.0], values=[0.3, 0.85]),

@@ -166,3 +166,65 @@ def test_strong_order_of_euler_maruyama():
         exact = torch.exp(fine.sum(0) / 16)  # (mu - sigma^2 / 2) = 0
         errors.append(float((x - exact).abs().mean()))
     assert math.log(errors[0] / errors[2], 16) == pytest.approx(0.5, abs=0.1)
+
+
+def oscillator(x, t):
+    return torch.stack([x[1], -x[0]])
+
+
+@pytest.mark.parametrize("ends", [(0.0, 3.0), (3.0, -1.0)])
+def test_dopri5_keeps_its_tolerance_also_between_steps_and_backwards(ends):
+    times = torch.linspace(*ends, 40, dtype=DOUBLE)
+    turned = times - times[0]
+    exact = torch.stack([turned.cos(), -turned.sin()], 1)
+    for tol in (1e-4, 1e-7, 1e-10):
+        x = it.dopri5(oscillator, torch.tensor([1.0, 0.0], dtype=DOUBLE), times, rtol=tol, atol=tol)
+        assert x.shape == (40, 2)
+        assert 1e-3 * tol < float((x - exact).abs().max()) < 20 * tol
+        alone = it.dopri5(oscillator, torch.tensor([1.0, 0.0], dtype=DOUBLE), ends, rtol=tol, atol=tol)
+        assert torch.equal(alone[-1], x[-1])  # times between cost no step
+
+
+def test_dopri5_is_scipys_method_step_by_step():
+    from scipy.integrate import RK45
+
+    ours, theirs = [], []
+    x = torch.tensor([1.0, -0.5], dtype=DOUBLE)
+    step = it.runge_kutta(it.DOPRI5, lambda x, t: x * math.cos(t) + t, x, 0.3, 0.2)
+    peer = RK45(lambda t, x: x * math.cos(t) + t, 0.3, x.numpy(), 0.5, first_step=0.2, rtol=10.0, atol=10.0)
+    peer.step()
+    torch.testing.assert_close(step, torch.tensor(peer.y), rtol=0, atol=1e-15)
+    between = peer.dense_output()
+    for u in (0.1, 0.5, 0.9):
+        slopes = [peer.K[i] for i in range(7)]
+        ours.append(it._between(x, 0.2, [torch.tensor(k) for k in slopes], u))
+        theirs.append(torch.tensor(between(0.3 + 0.2 * u)))
+    torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=0, atol=1e-14)
+
+
+def test_dopri5_has_order_five_and_six_evaluations_a_step():
+    truth = follow(it.rk4, 4096)
+    errors = [float((follow(lambda *a: it.runge_kutta(it.DOPRI5, *a), n) - truth).norm()) for n in (4, 8, 16)]
+    assert [math.log2(a / b) for a, b in itertools.pairwise(errors)][-1] == pytest.approx(5, abs=0.3)
+    calls = []
+    it.dopri5(lambda x, t: calls.append(t) or -x, torch.ones(1, dtype=DOUBLE), (0.0, 2.0))
+    assert (len(calls) - 2) % 6 == 0
+    assert len(calls) < 60
+
+
+def test_dopri5_of_what_it_cannot_solve():
+    one = torch.ones(1)
+    with pytest.raises(ValueError, match=r"rtol must be at least 1.2e-05 in torch.float32, .* got 1e-06"):
+        it.dopri5(lambda x, t: -x, one, (0.0, 1.0), rtol=1e-6)
+    with pytest.raises(ValueError, match="times must increase, or decrease"):
+        it.dopri5(lambda x, t: -x, one, (0.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="x must be finite, got"):
+        it.dopri5(lambda x, t: -x, one / 0, (0.0, 1.0))
+    with pytest.raises(RuntimeError, match=r"at t=0 of 1: no progress"):
+        it.dopri5(lambda x, t: x * math.nan, one, (0.0, 1.0))
+    with pytest.raises(RuntimeError, match=r"at t=1\.00001 of 2: no progress"):
+        it.dopri5(lambda x, t: x * x, one.double(), (0.0, 2.0))  # 1 / (1 - t)
+    with pytest.raises(RuntimeError, match="max_steps=3 are spent"):
+        it.dopri5(lambda x, t: (300 * t + x).cos() * 300, one, (0.0, 1.0), max_steps=3)
+    assert it.dopri5(lambda x, t: x, torch.ones(0, 2), (0.0, 0.5, 1.0)).shape == (3, 0, 2)
+    assert it.dopri5(lambda x, t: 0 * x, one, (0.0, 1.0)).tolist() == [[1.0], [1.0]]

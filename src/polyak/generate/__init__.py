@@ -45,6 +45,7 @@ from polyak.generate.kinetic_optimal import (
     separation_function,
 )
 from polyak.generate.linear import LinearSolver, Memory, Stage
+from polyak.generate.meta_flow import MetaFlowMatching, MetaVelocity, PopulationEncoder
 from polyak.generate.pfgmpp import PFGMPP, inject_noise, pfgmpp_loss, quantize_weights, stf_target
 from polyak.generate.prediction import Denoiser, Prediction, PredictionLike
 from polyak.generate.process import (
@@ -100,7 +101,10 @@ __all__ = [
     "KineticOptimal",
     "LinearSolver",
     "Memory",
+    "MetaFlowMatching",
+    "MetaVelocity",
     "Nesterov",
+    "PopulationEncoder",
     "Prediction",
     "PredictionLike",
     "ProbabilityPath",
