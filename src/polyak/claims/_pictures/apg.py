@@ -5,7 +5,7 @@ from __future__ import annotations
 from polyak.lab.pictures import GRID, INK, MUTED, SERIES, described, name, panels
 
 SCALES = (1.0, 2.0, 4.0, 8.0, 16.0)
-POINTS, IMAGES, STEPS, W = 150, 30, 18, 8.0
+POINTS, IMAGES, STEPS, W = 80, 30, 18, 8.0
 
 
 def picture():
