@@ -168,8 +168,9 @@ def check_size(x: Tensor) -> int:
 
 def signs(x: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """Random signs, (count, *x.shape)."""
-    bits = torch.randint(2, (count, *x.shape), generator=generator, device=x.device)
-    return bits.to(x.dtype).mul_(2).sub_(1)
+    source = x.device if generator is None else generator.device
+    bits = torch.randint(2, (count, *x.shape), generator=generator, device=source)
+    return bits.to(x).mul_(2).sub_(1)
 
 
 def directions(x: Tensor, method: str, probes: int, generator: torch.Generator | None) -> Tensor | None:

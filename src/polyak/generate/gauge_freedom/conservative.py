@@ -102,13 +102,14 @@ def project_conservative(
         raise ValueError(f"potential must have parameters to fit, got {type(potential).__name__}")
     with torch.no_grad():
         wanted = value(field, samples, t)
+    source = samples.device if generator is None else generator.device
     optimizer = torch.optim.Adam(parameters, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
     with torch.enable_grad():
         for _ in range(steps):
             x, target, at = samples, wanted, t
             if batch is not None:
-                rows = torch.randint(len(x), (batch,), generator=generator, device=x.device)
+                rows = torch.randint(len(x), (batch,), generator=generator, device=source).to(x.device)
                 x, target, at = x[rows], wanted[rows], t[rows] if isinstance(t, Tensor) and t.ndim else t
             loss = (fitted(x, at) - target).flatten(1).square().sum(1).mean()
             optimizer.zero_grad(set_to_none=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyak.core import checks
 from polyak.generate.evaluate import MODEL, Model
-from polyak.generate.fields import PROCESS, STATE, STEPS, check_process, check_size, jacobian, solution, velocity
+from polyak.generate.fields import PROCESS, STATE, STEPS, check_process, check_size, jacobian, solution, value, velocity
 from polyak.generate.process import Process
 from polyak.generate.process.path import TIMES
 
@@ -119,8 +119,8 @@ def intrinsic_dimension(
         A :class:`Dimension`; singular values are those at ``sigma_lo``.
 
     Raises:
-        ValueError: levels that are not in order or that the model was not trained with; too few points; and as
-            :func:`flow_jacobian`.
+        ValueError: levels that are not in order or that the model was not trained with; too few points; scores that are not finite;
+            and as :func:`flow_jacobian`.
     """
     check_process(denoiser, process)
     size = check_size(x)
@@ -175,7 +175,9 @@ def _by_score(
     if points < size:
         raise ValueError(f"points must be at least {size}: need at least D perturbed points, got {points}")
     near, _ = process.perturb(x.repeat_interleave(points, 0), t, generator=generator)
-    scores = denoiser(near, t).score.reshape(len(x), points, size)  # type: ignore[attr-defined]
+    scores = value(denoiser, near, t).reshape(len(x), points, size)
+    if not bool(scores.isfinite().all()):
+        raise ValueError(f"the score of denoiser is not finite at t={t:.6g}")
     # Not centred: their mean, too, points across the manifold.
     _, values, v = torch.linalg.svd(scores / math.sqrt(points), full_matrices=False)
     large = (values[:, :-1] / values[:, 1:]).argmax(1) + 1

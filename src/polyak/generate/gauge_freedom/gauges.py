@@ -21,7 +21,7 @@ from polyak.generate.fields import (
     trace,
     value,
 )
-from polyak.generate.process.path import TIME, one_for_each_row
+from polyak.generate.process.path import TIME, one_for_each_row, standard_normal
 
 
 @checks.arguments(
@@ -159,6 +159,7 @@ def gauge_moments(
         scale = torch.where(scale > 0, scale, 1.0)
     else:
         scale = bandwidth
-    w = torch.randn(features, flat.shape[1], dtype=x.dtype, device=x.device, generator=generator) / scale
-    b = 2 * math.pi * torch.rand(features, dtype=x.dtype, device=x.device, generator=generator)
+    w = standard_normal((features, flat.shape[1]), generator=generator, dtype=x.dtype, device=x.device) / scale
+    source = x.device if generator is None else generator.device
+    b = 2 * math.pi * torch.rand(features, dtype=x.dtype, device=source, generator=generator).to(x.device)
     return (-math.sqrt(2) * torch.sin(flat @ w.mT + b) * (remainder @ w.mT)).mean(0)
