@@ -9,7 +9,7 @@ import torch
 from generate_cases import PROCESSES
 from torch import nn
 
-from polyak.generate import EDM, OU, VE, VP, Denoiser, Flow, divergence, log_likelihood
+from polyak.generate import EDM, OU, VE, VP, Denoiser, Flow, divergence, flow_jacobian, log_likelihood
 from polyak.generate.problems import ExactDenoiser, Gaussian, Mixture
 
 LAW = Mixture([[-1.0, 0.3], [0.6, -0.5]], [[0.25, 0.5], [0.09, 0.3]], [0.4, 0.6])
@@ -134,6 +134,16 @@ def test_a_golden_likelihood():
     got = log_likelihood(denoiser, process, torch.tensor([[0.4]], dtype=torch.float64), prior=prior)
     assert got.item() == pytest.approx(want, abs=1e-4)
     assert got.item() == pytest.approx(-(0.4**2) / 2 / 0.71 - math.log(2 * math.pi * 0.71) / 2, abs=1e-6)
+
+
+def test_no_model_is_asked_out_of_its_range():
+    asked, process = [], VP(t_min=0.02, t_max=0.9)
+    denoiser = Denoiser(lambda x, t: asked.append(t[0].item()) or x, process, label=lambda t: t)
+    # t + (t_min - t) is below t_min at the last of these steps, by a rounding
+    times = process.grid(3).tolist()
+    assert times[-2] + (times[-1] - times[-2]) < process.t_min
+    flow_jacobian(denoiser, process, torch.ones(1, 1, dtype=torch.float64), times)
+    assert (min(asked), max(asked)) == (0.02, 0.9)
 
 
 def test_a_networks_likelihood_trains_it():

@@ -26,6 +26,7 @@ from polyak.generate import (
     gauge_moments,
     gauge_residual,
     intrinsic_dimension,
+    invert,
     jacobian_asymmetry,
     log_likelihood,
     matrix_gauge,
@@ -383,6 +384,24 @@ def test_the_flow_starts_where_it_is_told_and_keeps_singular_values():
         for lo in (0.01, 0.2)
     ]
     assert [k.item() for k in dims] == [2, 1]
+
+
+def test_levels_are_in_the_datas_own_units():
+    # slope log((c + hi^2) / (c + lo^2)) / 2 log(hi / lo) = 0.52 in x / alpha; in x itself it would be 0.47 under Flow
+    hi, lo = 0.1, 0.02
+    c = (hi**2 - (hi / lo) ** 1.04 * lo**2) / ((hi / lo) ** 1.04 - 1)
+    denoiser = ExactDenoiser(Gaussian([0.0, 0.0], [1.0, c]), Flow())
+    assert intrinsic_dimension(denoiser, Flow(), torch.zeros(1, 2, dtype=DOUBLE), steps=24).k.item() == 1
+
+
+def test_the_flow_is_the_one_into_the_point():
+    # sigma / alpha is 0.5 and 4 at these ends
+    process = Flow(t_min=1 / 3, t_max=0.8)
+    denoiser, x = ExactDenoiser(LAW, process), draw(2, 3)
+    found = intrinsic_dimension(denoiser, process, x, sigma_lo=0.5, sigma_hi=1.0, steps=40)
+    noise = invert(denoiser, 2 / 3 * x, solver=RK4(), steps=40, grid="logsnr")
+    _, Y = flow_jacobian(denoiser, process, noise, process.grid(40))
+    assert torch.allclose(found.singular_values, torch.linalg.svdvals(Y), rtol=1e-4)
 
 
 def gauged(kappa: float) -> Denoiser:

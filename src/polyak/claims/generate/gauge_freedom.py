@@ -219,9 +219,10 @@ CLAIM = Claim(
         "so that a free one that is trained for as long a time stands beside.",
     ),
     usage=(
-        "from polyak.generate import VP, Denoiser, intrinsic_dimension, jacobian_asymmetry\n\n"
+        "from polyak.generate import VP, Denoiser, DPMSolver, intrinsic_dimension, jacobian_asymmetry, sample\n\n"
         "denoiser = Denoiser(network, VP())  # network(x, t) predicts the noise\n"
+        "x = sample(denoiser, (16, 8), solver=DPMSolver(), nfe=12)\n"
         "curl = jacobian_asymmetry(denoiser, x, 0.1)  # 0: conservative\n"
-        "found = intrinsic_dimension(denoiser, VP(), x)  # found.k, found.tangent"
+        "dimension, singular_values, tangent = intrinsic_dimension(denoiser, VP(), x)"
     ),
 )  # fmt: skip
