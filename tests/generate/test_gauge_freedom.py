@@ -374,13 +374,13 @@ def test_the_flow_finds_the_dimension_and_the_tangent_space(process, flat):
 
 def test_the_flow_starts_where_it_is_told_and_keeps_singular_values():
     c, denoiser = torch.tensor([1.0, 0.0], dtype=DOUBLE), ExactDenoiser(Gaussian([0.0, 0.0], [1.0, 0.0]), EDM())
-    found = intrinsic_dimension(denoiser, EDM(), torch.zeros(1, 2, dtype=DOUBLE), sigma_start=3.0, steps=40)
+    found = intrinsic_dimension(denoiser, EDM(), torch.zeros(1, 2, dtype=DOUBLE), sigma_start=3.0, steps=24)
     want = ((c + 0.02**2) / (c + 9.0)).sqrt()
-    assert torch.allclose(found.singular_values[0], want, rtol=1e-5)
+    assert torch.allclose(found.singular_values[0], want, rtol=1e-4)
     # a direction is one of the manifold's while the law is wider there than the noise: slope sigma^2 / (c + sigma^2)
     thick = ExactDenoiser(Gaussian([0.0, 0.0], [1.0, 0.05**2]), EDM())
     dims = [
-        intrinsic_dimension(thick, EDM(), torch.zeros(1, 2).double(), sigma_lo=lo, sigma_hi=2 * lo, steps=24).k
+        intrinsic_dimension(thick, EDM(), torch.zeros(1, 2).double(), sigma_lo=lo, sigma_hi=2 * lo, steps=10).k
         for lo in (0.01, 0.2)
     ]
     assert [k.item() for k in dims] == [2, 1]
@@ -398,9 +398,9 @@ def test_the_flow_is_the_one_into_the_point():
     # sigma / alpha is 0.5 and 4 at these ends
     process = Flow(t_min=1 / 3, t_max=0.8)
     denoiser, x = ExactDenoiser(LAW, process), draw(2, 3)
-    found = intrinsic_dimension(denoiser, process, x, sigma_lo=0.5, sigma_hi=1.0, steps=40)
-    noise = invert(denoiser, 2 / 3 * x, solver=RK4(), steps=40, grid="logsnr")
-    _, Y = flow_jacobian(denoiser, process, noise, process.grid(40))
+    found = intrinsic_dimension(denoiser, process, x, sigma_lo=0.5, sigma_hi=1.0, steps=12)
+    noise = invert(denoiser, 2 / 3 * x, solver=RK4(), steps=12, grid="logsnr")
+    _, Y = flow_jacobian(denoiser, process, noise, process.grid(12))
     assert torch.allclose(found.singular_values, torch.linalg.svdvals(Y), rtol=1e-4)
 
 
@@ -418,7 +418,7 @@ def test_a_gauge_misleads_the_score_and_not_the_flow(kappa, k, low, high):
     assert found.k.item() == k
     cosine = torch.linalg.svdvals(found.tangent[0, 2:, 2:]).min().clamp(max=1)
     assert low <= math.degrees(math.acos(cosine)) <= high
-    assert intrinsic_dimension(gauged(kappa), EDM(), x, sigma_lo=0.05, sigma_hi=0.2, steps=16).k.item() == 2
+    assert intrinsic_dimension(gauged(kappa), EDM(), x, sigma_lo=0.05, sigma_hi=0.2, steps=9).k.item() == 2
 
 
 @pytest.mark.parametrize("process", [EDM(), VP()], ids=["EDM", "VP"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from polyak.lab.pictures import GRID, INK, MUTED, SERIES, described, log, name, panels
 
-PATHS, STEPS, KAPPA = 14, 90, 3.0
+PATHS, STEPS, KAPPA = 12, 90, 3.0  # every second step is drawn
 
 
 def picture():
@@ -19,18 +19,18 @@ def picture():
     figure, (*planes, values) = panels(3, titles=titles, height=225)
     model = ExactDenoiser(_gauge.law("mixture"), _gauge.EXACT)
     draw = torch.Generator().manual_seed(4)
-    start = model.law.sample(400, sigma=3.0, generator=draw)
+    start = model.law.sample(90, sigma=3.0, generator=draw)
     for one, kappa, color in zip(planes, (0.0, KAPPA), SERIES[:2], strict=True):
         field = antisymmetric_gauge(model, _gauge.TURN, kappa)
         record = Recorder()
         times = _gauge.EXACT.grid(STEPS, "logsnr", start=3.0)
         denoiser = Denoiser(field, _gauge.EXACT, "score", label=lambda t: t)
         ends = sample(denoiser, start, solver=RK4(), grid=times, callback=record)
-        paths = torch.stack([start, *record.states])[:, :PATHS].numpy()
-        one.plot(*ends.numpy().T, ".", color=GRID, markersize=3)
+        paths = torch.stack([start, *record.states])[::2, :PATHS].numpy()
+        one.plot(*ends.numpy().T, ".", color=GRID, markersize=5)
         for k in range(PATHS):
             one.plot(*paths[:, k].T, color=color, linewidth=1)
-            one.plot(*paths[-1, k], marker="o", markersize=3.5, color=INK)
+        one.plot(*paths[-1].T, "o", markersize=3.5, color=INK)
         one.grid(visible=False)
         one.set(aspect="equal", xlim=(-5, 5), ylim=(-5, 5), xticks=range(-4, 5, 4), yticks=range(-4, 5, 4))
     name(planes[0], -4.7, 4.5, "grey: samples", MUTED, shift=(0, 0))

@@ -219,10 +219,9 @@ CLAIM = Claim(
         "so that a free one that is trained for as long a time stands beside.",
     ),
     usage=(
-        "from polyak.generate import VP, Denoiser, DPMSolver, intrinsic_dimension, jacobian_asymmetry, sample\n\n"
+        "import torch\n"
+        "from polyak.generate import VP, Denoiser, intrinsic_dimension\n"
         "denoiser = Denoiser(network, VP())  # network(x, t) predicts the noise\n"
-        "x = sample(denoiser, (16, 8), solver=DPMSolver(), nfe=12)\n"
-        "curl = jacobian_asymmetry(denoiser, x, 0.1)  # 0: conservative\n"
-        "dimension, singular_values, tangent = intrinsic_dimension(denoiser, VP(), x)"
+        "k, singular_values, tangent = intrinsic_dimension(denoiser, VP(), torch.randn(16, 8))  # your data"
     ),
 )  # fmt: skip
