@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from polyak.lab.pictures import GRID, INK, MUTED, SERIES, described, log, name, panels
 
-PATHS, STEPS, KAPPA = 12, 90, 3.0  # every second step is drawn
+PATHS, STEPS, KAPPA = 12, 90, 3.0  # every third step is drawn
 
 
 def picture():
@@ -26,7 +26,7 @@ def picture():
         times = _gauge.EXACT.grid(STEPS, "logsnr", start=3.0)
         denoiser = Denoiser(field, _gauge.EXACT, "score", label=lambda t: t)
         ends = sample(denoiser, start, solver=RK4(), grid=times, callback=record)
-        paths = torch.stack([start, *record.states])[::2, :PATHS].numpy()
+        paths = torch.stack([start, *record.states])[::3, :PATHS].numpy()
         one.plot(*ends.numpy().T, ".", color=GRID, markersize=5)
         for k in range(PATHS):
             one.plot(*paths[:, k].T, color=color, linewidth=1)
