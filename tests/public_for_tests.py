@@ -130,6 +130,16 @@ def field(x, t):
     return -x
 
 
+class Potential(nn.Linear):
+    """A scalar function of x and t."""
+
+    def __init__(self):
+        super().__init__(2, 1)
+
+    def forward(self, x, t):
+        return super().forward(x).square()
+
+
 # Arguments that mean the same wherever they are.
 COMMON = {"params": weights, "model": net}
 
@@ -218,6 +228,18 @@ NEEDS = {
     "generate.resume": lambda: dict(
         solver=G.DDIM(), step=G.Step(X, 1.0, 0.5, 0, False), times=[1.0, 0.5, 0.1], process=VP
     ),
+    "generate.Dimension": lambda: dict(k=X, singular_values=X, tangent=X),
+    "generate.EnergyScore": lambda: dict(potential=net()),
+    "generate.Projection": lambda: dict(gradient=field, remainder_norm=0.0, cos=0.0),
+    "generate.antisymmetric_gauge": lambda: dict(score=field, A=[[0.0, 1.0], [-1.0, 0.0]]),
+    "generate.divergence": lambda: dict(field=field, x=X, t=0.5),
+    "generate.flow_jacobian": lambda: dict(denoiser=denoiser(), process=VP, x=X, times=[1.0, 0.5]),
+    "generate.gauge_moments": lambda: dict(field=field, x=X, t=0.5),
+    "generate.gauge_residual": lambda: dict(field=field, score=field, x=X, t=0.5),
+    "generate.intrinsic_dimension": lambda: dict(denoiser=denoiser(), process=VP, x=X, steps=2),
+    "generate.log_likelihood": lambda: dict(denoiser=denoiser(), process=VP, x=X, steps=2),
+    "generate.matrix_gauge": lambda: dict(score=field, B=lambda x, t: x[:, :, None] - x[:, None]),
+    "generate.project_conservative": lambda: dict(field=field, samples=X, t=0.5, potential=Potential(), steps=1),
     "generate.sample": lambda: dict(denoiser=denoiser(), x_T_or_shape=(2, 3), solver=G.DDIM(), steps=2),
     "generate.stability_limit": lambda: dict(method="hb", k=2),
     "generate.stability_region": lambda: dict(method="hb", k=2, beta=0.5, grid=X),
@@ -357,6 +379,9 @@ NEEDS |= {f"core.projection.{n}": lambda: dict(u=X, w=X, view="layer") for n in 
 NEEDS |= {f"core.schedules.{n}": lambda: dict(start=1.0, end=0.1, steps=3) for n in ("Linear", "Cosine", "Exponential")}
 NEEDS |= {f"optim.{n}": lambda: dict(params=weights()) for n in ("Adan", "AdamP", "Lion", "SPAM")}
 NEEDS |= {f"optim.lion.kappa.{n}": lambda: dict(e=0.5) for n in ("DeadZone", "Huber", "Relativistic")}
+NEEDS |= {f"generate.{n}": lambda: dict(field=field, x=X, t=0.5) for n in (
+    "jacobian_asymmetry", "conservativity_penalty"
+)}  # fmt: skip
 NEEDS |= {"optim.lion.kappa.Entropic": lambda: dict(a=0.5)}
 NEEDS |= {f"optim.lion.kappa.{n}": lambda: dict(u=X) for n in ("polar_svd", "polar_newton_schulz")}
 NEEDS |= {f"optim.monna.{n}": lambda: dict(x=X) for n in ("mean", "median", "geometric_median")}
