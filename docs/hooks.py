@@ -10,6 +10,7 @@ import ast
 import html
 import posixpath
 import re
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -147,11 +148,9 @@ def errata(catalogue: dict[str, Claim]) -> str:
         if claim.errata:
             parts.append(f"## [{claim.name}](systems/{slug}.md)")
         for erratum in claim.errata:
-            parts += [
-                f"**{_plain(erratum.what)}** {_plain(erratum.effect)}",
-                f"*{_plain(erratum.where)}*",
-                _shown_by(erratum.test),
-            ]
+            title = _plain(erratum.what).replace('"', "'")
+            body = [_plain(erratum.effect), f"*{_plain(erratum.where)}*", _shown_by(erratum.test)]
+            parts.append(f'??? bug "{title}"\n' + textwrap.indent("\n\n".join(body), "    "))
     return "\n\n".join(parts) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from importlib import import_module
 from pathlib import Path
 
@@ -196,7 +197,11 @@ def test_ctrl_c_keeps_what_is_finished(call, tmp_path) -> None:
         "import torch\n": f"{lines}import torch\n",
     }
     write(tmp_path, REGRESSION, "interrupting.py", replaced=changes)
-    code, out, err = call("compare", "interrupting.py", "--arms", "adamw,sgd", "--home", "home", *QUICK)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        code, out, err = call("compare", "interrupting.py", "--arms", "adamw,sgd", "--home", "home", *QUICK)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (code, out) == (130, "")
     assert "Finished trials are kept" in err
     assert "Traceback" not in err

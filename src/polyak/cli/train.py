@@ -8,10 +8,8 @@ from typing import Annotated
 
 import typer
 
-from polyak.claims import _images
 from polyak.cli import terminal
 from polyak.cli.shared import check, check_device, stop, wrong
-from polyak.core import checks
 
 
 def train(
@@ -33,6 +31,9 @@ def train(
 
     It takes minutes on two cores. What is written is read by `polyak.generate.networks.load_denoiser`.
     """
+    from polyak.claims import _images
+    from polyak.core import checks
+
     check("DATA", data, _images.DATA)
     check("--network", network, _images.NETWORKS)
     check("--process", process, _images.PROCESSES)
