@@ -25,7 +25,9 @@ if not torch.cuda.is_available():
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--processor-time", action="store_true", help="say what each file's and each system's tests took of it"
+        "--processor-time",
+        action="store_true",
+        help="say what each file's and each system's tests took of it, and fail where a system's took too much",
     )
 
 
