@@ -265,7 +265,7 @@ CLAIM = Claim(
             },
         ),
         Scale(
-            "gpu", "MNIST's 10,000 test images at 8 x 8, and searches with 4000 samples: minutes on one accelerator", 5,
+            "gpu", "MNIST's 10,000 test images at 8 x 8, and searches with 4000 samples: minutes on one accelerator", 10,
             first_seed=200, tasks=TRAINED,
             options={
                 "steps": 3000, "checkpoints": 30, "width": 128, "batch": 64, "lr": 2e-3, "scales": 18,
