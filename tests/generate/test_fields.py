@@ -219,3 +219,17 @@ def test_flow_matching_reaches_both_ends_on_the_grid_of_times():
 def test_large_rows_are_for_hutchinson():
     x = torch.ones(2, 5000)
     assert torch.allclose(divergence(plain, x, 0.5, method="hutchinson"), torch.full((2,), -5000.0))
+
+
+def test_signs_of_a_list_of_generators_do_not_depend_on_the_batch() -> None:
+    from polyak.generate.fields import signs
+
+    def made(*seeds: int) -> torch.Tensor:
+        return signs(torch.zeros(len(seeds), 3), 4, [torch.Generator().manual_seed(seed) for seed in seeds])
+
+    both = made(0, 1)
+    assert both.shape == (4, 2, 3)
+    assert bool((both.abs() == 1).all())
+    assert torch.equal(both, torch.cat([made(0), made(1)], 1))
+    with pytest.raises(ValueError, match="generator must be one, or one for each of the 1 rows, got 2"):
+        signs(torch.zeros(1, 3), 4, [torch.Generator(), torch.Generator()])

@@ -20,7 +20,7 @@ from torch.func import vjp, vmap
 
 from polyak.core import checks, integrators
 from polyak.generate.evaluate import MODEL, Model
-from polyak.generate.process import GRIDS, Process
+from polyak.generate.process import GRIDS, Generators, Process
 from polyak.generate.process.path import TIME, one_for_each_row
 
 __all__ = ["divergence", "log_likelihood"]
@@ -166,8 +166,13 @@ def check_size(x: Tensor) -> int:
     return size
 
 
-def signs(x: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """Random signs, (count, *x.shape)."""
+def signs(x: Tensor, count: int, generator: Generators | None) -> Tensor:
+    """Random signs, (count, *x.shape); a list of generators draws each row from its own."""
+    if isinstance(generator, Sequence):
+        if len(generator) != len(x):
+            raise ValueError(f"generator must be one, or one for each of the {len(x)} rows, got {len(generator)}")
+        rows = [signs(x[i : i + 1], count, one) for i, one in enumerate(generator)]
+        return torch.cat(rows, 1) if rows else x.new_empty(count, *x.shape)
     source = x.device if generator is None else generator.device
     bits = torch.randint(2, (count, *x.shape), generator=generator, device=source)
     return bits.to(x).mul_(2).sub_(1)

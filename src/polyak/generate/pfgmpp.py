@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from polyak.core import checks
 from polyak.generate.evaluate import MODEL, Model
+from polyak.generate.prediction import edm_loss_weight
 from polyak.generate.process import EDM, Generators, ProbabilityPath, check_batch, expand, standard_normal, wide
 from polyak.generate.solver import SOLVER, Query, Run, Solver
 
@@ -272,7 +273,7 @@ def pfgmpp_loss(
     sigma = (P_std * normal + P_mean).exp()
     x, _ = process.perturb(y, sigma, generator=generator)
     target = y if reference is None else stf_target(x, reference, sigma, process)
-    weight = (sigma**2 + sd**2) / (sigma * sd) ** 2
+    weight = edm_loss_weight(sigma, sd)
     error = (denoiser(x, sigma).x0 - target).square()  # type: ignore[attr-defined, arg-type]
     return (expand(weight, error) * error).flatten(1).sum(1).mean()
 

@@ -330,6 +330,11 @@ def edm_input_scaling(sigma_hat: float | Tensor, sigma_data: float) -> float | T
     return (sigma_hat**2 + sigma_data**2) ** -0.5
 
 
+def edm_loss_weight(sigma_hat: float | Tensor, sigma_data: float) -> float | Tensor:
+    """EDM's ``(s^2 + sd^2) / (s sd)^2 = 1 / c_out^2``, by which its loss of x0 is one unit of the network's output."""
+    return (sigma_hat**2 + sigma_data**2) / (sigma_hat * sigma_data) ** 2
+
+
 def edm_label(sigma_hat: float | Tensor) -> float | Tensor:
     """EDM's ``c_noise = ln(s) / 4``."""
     return sigma_hat.log() / 4 if isinstance(sigma_hat, Tensor) else math.log(sigma_hat) / 4

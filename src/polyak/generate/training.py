@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from polyak.core import checks
-from polyak.generate.prediction import DIALECT, Denoiser, Prediction
+from polyak.generate.prediction import DIALECT, Denoiser, Prediction, edm_loss_weight
 from polyak.generate.process import Process, standard_normal
 from polyak.generate.process.path import PATH
 
@@ -68,8 +68,8 @@ def denoising_loss(
     x, noise = process.perturb(x0, t, generator=generator)
     said = denoiser(x, t)
     if denoiser.prediction == "edm":
-        s, sd = process.sigma_hat(t), denoiser.sigma_data
-        return (said.x0 - x0).square().flatten(1).mean(1) * ((s**2 + sd**2) / (s * sd) ** 2).to(x0.dtype)
+        weight = edm_loss_weight(process.sigma_hat(t), denoiser.sigma_data)
+        return (said.x0 - x0).square().flatten(1).mean(1) * torch.as_tensor(weight).to(x0.dtype)
     if denoiser.prediction in ("epsilon", "score"):
         wanted, got = noise, said.eps
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from polyak.core import checks
 from polyak.core.integrators import EULER, HEUN, RK4, euler_maruyama, runge_kutta
 from polyak.generate.evaluate import HALF
+from polyak.generate.fields import signs, trace
 from polyak.generate.interpolants.fields import EPS, Eps, Fields
 from polyak.generate.process import Generators, standard_normal
 
@@ -164,19 +165,16 @@ def log_likelihood(
     stochastic = not (isinstance(eps, (int, float)) and eps == 0)
     rows = len(x) * (samples if stochastic else 1)
 
-    def signs() -> list[Tensor] | None:
-        if not random:
-            return None
-        like = x.new_empty(rows, *event)
-        return [_noise(like, generator).sign() for _ in range(probes or 1)]
+    def along() -> Tensor | None:
+        return signs(x.new_empty(rows, *event), probes or 1, generator) if random else None
 
     times = _grid(steps, t0, backward=True)
     if not stochastic:
-        fixed = signs()
+        fixed = along()
 
         def slopes(state: Tensor, t: Any) -> Tensor:
             point = state[:, :-1].reshape(rows, *event)
-            b, divergence = _with_divergence(lambda y: fields.b(y, t), point, fixed)
+            b, divergence = trace(lambda y: fields.b(y, t), point, fixed)
             return torch.cat([b.flatten(1), divergence[:, None]], 1)
 
         state = torch.cat([x.flatten(1), x.new_zeros(rows, 1)], 1)
@@ -186,7 +184,7 @@ def log_likelihood(
     y, total = x.repeat_interleave(samples, 0), x.new_zeros(rows)
     for s, t in pairwise(times):
         level = _level(eps, s)
-        drift, divergence = _with_divergence(lambda p, s=s, e=level: fields.drift(p, s, e), y, signs())
+        drift, divergence = trace(lambda p, s=s, e=level: fields.drift(p, s, e), y, along())
         if level:
             score = fields.s(y, s)
             divergence = divergence + level * score.square().flatten(1).sum(1)
@@ -206,31 +204,6 @@ def _begun(log_prob0: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def _standard_normal(x: Tensor) -> Tensor:
     flat = x.flatten(1)
     return -flat.square().sum(1) / 2 - flat.shape[1] / 2 * math.log(2 * math.pi)
-
-
-def _with_divergence(f: Callable[[Tensor], Tensor], x: Tensor, signs: list[Tensor] | None) -> tuple[Tensor, Tensor]:
-    """f(x) and its divergence for each row; exact where there are no signs."""
-    with torch.inference_mode(False), torch.enable_grad():
-        point = x.detach().clone().requires_grad_()
-        value = f(point)
-        total = x.new_zeros(len(x))
-        if not value.requires_grad:
-            return value, total
-        count = math.prod(x.shape[1:])
-        if signs is None:
-            flat = value.flatten(1)
-            for i in range(count):
-                total = total + _derivative(flat[:, i].sum(), point).flatten(1)[:, i]
-        else:
-            for sign in signs:
-                moved = _derivative((value * sign).sum(), point)
-                total = total + (moved * sign).flatten(1).sum(1) / len(signs)
-    return value.detach(), total.detach()
-
-
-def _derivative(value: Tensor, point: Tensor) -> Tensor:
-    (made,) = torch.autograd.grad(value, point, retain_graph=True, materialize_grads=True)
-    return cast(Tensor, made)
 
 
 @checks.arguments(excess_b=checks.non_negative, excess_s=checks.positive)
