@@ -30,6 +30,8 @@ def make(shapes=SHAPES, **options):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.7, 1e6])
 def test_trajectory_equals_the_equations(backend, no_prox, weight_decay, max_grad_norm, maximize):
+    if "fused" in backend and (weight_decay == 0.0) != (max_grad_norm == 1e6):
+        pytest.skip("Triton's interpreter is slow: decay and clipping once each")
     options = dict(
         lr=0.02, betas=(0.9, 0.8, 0.95), eps=1e-6, weight_decay=weight_decay, no_prox=no_prox,
         max_grad_norm=max_grad_norm, maximize=maximize,

@@ -45,15 +45,6 @@ def assert_alike(first, second, atol=1e-14):
         assert not torch.equal(pair[0], torch.eye(len(pair[0]), dtype=pair[0].dtype))
 
 
-def test_two_graphs_serve_all_steps():
-    compiled, plain = both(conv_net)
-    for _, net, optimizer in (compiled, plain):
-        for x in images(5):
-            train(net, optimizer, [x])
-    assert_alike(compiled, plain)
-    assert graphs() == 2  # one where the factors are due and one where they are not; no hook breaks either
-
-
 class Anew(torch.fx.Interpreter):
     """Runs a graph with gaps between the elements of every image, which none had when it was traced."""
 
@@ -78,12 +69,11 @@ def test_patches_are_seen_as_they_lie_in_memory():
 
 
 def test_a_deep_model_of_many_shapes_stays_compiled():
-    widths = range(3, 12)
-    compiled, plain = both(lambda: mlp(*widths))
+    compiled, plain = both(lambda: mlp(*range(3, 12)), inv_freq=1)
     for _, net, optimizer in (compiled, plain):
-        train(net, optimizer, batches(4))
+        train(net, optimizer, batches(3))
     assert_alike(compiled, plain)
-    assert graphs() == 2
+    assert graphs() == 1  # no hook breaks it
 
 
 def test_batches_of_other_sizes():
@@ -105,14 +95,15 @@ def test_accumulated_passes_and_shared_modules():
         def forward(self, x):
             return self.outer(self.inner(self.inner(x).tanh()).tanh())
 
-    compiled, plain = both(Twice, inv_freq=1)
+    compiled, plain = both(Twice)
     for _, net, optimizer in (compiled, plain):
-        for t in range(3):
+        for t in range(5):
             optimizer.zero_grad()
             for part in range(2):
                 backward(net, data(4, 3, seed=2 * t + part), 0.5)
             optimizer.step()
     assert_alike(compiled, plain)
+    assert graphs() == 2  # one where the factors are due and one where they are not
 
 
 def test_eager_and_compiled_passes_of_one_step_are_one_batch():
@@ -186,7 +177,7 @@ def test_hooks_come_and_go():
 
 
 def test_an_optimizer_that_is_gone_leaves_no_sums_behind():
-    model = mlp(3, 4, 2)
+    model = mlp(3, 2)
     net = torch.compile(model, backend="eager")
     optimizer = mkor(model, inv_freq=1)
     tallies = [layer.tally for layer in optimizer._layers]
@@ -198,7 +189,7 @@ def test_an_optimizer_that_is_gone_leaves_no_sums_behind():
 
 
 def test_gradients_are_those_without_hooks_bit_for_bit():
-    model, twin = mlp(3, 5, 2), mlp(3, 5, 2)
+    model, twin = mlp(3, 2), mlp(3, 2)
     optimizer = mkor(model, inv_freq=1)
     for m in (model, twin):
         backward(torch.compile(m, backend="aot_eager"), data(4, 3))
@@ -218,7 +209,7 @@ def test_an_exported_model_has_no_statistics():
 
 def test_a_model_that_was_compiled_before_is_told():
     """PyTorch does not guard on hooks: a graph that was made without them goes on without."""
-    model = mlp(3, 4, 2)
+    model = mlp(3, 2)
     net = torch.compile(model, backend="eager")
     backward(net, data(4, 3))
     optimizer = mkor(model, inv_freq=1)

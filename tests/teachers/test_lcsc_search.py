@@ -299,22 +299,20 @@ def whole_search(journal: str, log: str, optimizer: str, die_at: int = 0, nap: f
     torch.save(vars(result) | {"finalists": [vars(f) for f in result.finalists]}, f"{log}.pt")
 
 
+def files(folder: Path, name: str) -> list[str]:
+    return [str(folder / f"{name}.{kind}") for kind in ("jsonl", "log")]
+
+
 @pytest.fixture
 def start(tmp_path: Path, forks):
-    """Starts a search in a process of its own."""
+    """Starts a search in a process of its own, which is to be killed."""
 
-    def begun(name: str, optimizer: str, **options):
-        files = [str(tmp_path / f"{name}.{kind}") for kind in ("jsonl", "log")]
-        process = forks.Process(target=whole_search, args=(*files, optimizer), kwargs=options)
+    def begun(optimizer: str, **options):
+        process = forks.Process(target=whole_search, args=(*files(tmp_path, "broken"), optimizer), kwargs=options)
         process.start()
         return process
 
     return begun
-
-
-def ended(process) -> int:
-    process.join()
-    return process.exitcode
 
 
 def outcome(folder: Path, name: str):
@@ -333,10 +331,12 @@ def identical(one, two) -> bool:
 
 @pytest.mark.parametrize(("optimizer", "deaths"), [("evolution", (43, 150)), ("cmaes", (222,))])
 def test_a_search_that_is_killed_goes_on_bitwise(tmp_path, start, optimizer, deaths):
-    assert ended(start("whole", optimizer)) == 0
+    whole_search(*files(tmp_path, "whole"), optimizer)
     for die_at in deaths:  # in the beginning, and between two combinations from the start
-        assert ended(start("broken", optimizer, die_at=die_at)) == -signal.SIGKILL
-    assert ended(start("broken", optimizer)) == 0
+        process = start(optimizer, die_at=die_at)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    whole_search(*files(tmp_path, "broken"), optimizer)
     assert identical(outcome(tmp_path, "whole"), outcome(tmp_path, "broken"))
     calls = (tmp_path / "broken.log").read_text().split()
     assert (calls.count("search"), calls.count("heldout")) == (260, 5)
@@ -344,13 +344,13 @@ def test_a_search_that_is_killed_goes_on_bitwise(tmp_path, start, optimizer, dea
 
 
 def test_a_kill_from_outside_costs_one_evaluation_at_most(tmp_path, start):
-    assert ended(start("whole", "evolution")) == 0
-    process = start("broken", "evolution", nap=0.02)
+    whole_search(*files(tmp_path, "whole"), "evolution")
+    process = start("evolution", nap=0.02)
     while not ((log := tmp_path / "broken.log").exists() and len(log.read_text().split()) > 50):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    assert ended(start("broken", "evolution")) == 0
+    whole_search(*files(tmp_path, "broken"), "evolution")
     assert identical(outcome(tmp_path, "whole"), outcome(tmp_path, "broken"))
     assert len((tmp_path / "broken.log").read_text().split()) in (265, 266)
 

@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -400,7 +401,13 @@ def _standardized(x: Tensor, test: int = TEST_DIGITS) -> Tensor:
 
 def _characters() -> tuple[np.ndarray, int]:
     """The text's characters as numbers, and how many there are. Those that come less than ten times are one and the same."""
-    letters = np.array(data.text().text, dtype=np.str_).reshape(1).view(np.int32)
+    numbers, count = _numbered(data.text().text)
+    return numbers.copy(), count
+
+
+@lru_cache(maxsize=1)  # sorting a million letters takes as long as a short trial
+def _numbered(text: str) -> tuple[np.ndarray, int]:
+    letters = np.array(text, dtype=np.str_).reshape(1).view(np.int32)
     _, inverse, counts = np.unique(letters, return_inverse=True, return_counts=True)
     common = counts >= 10
     numbers = np.where(common, np.cumsum(common), 0)

@@ -16,6 +16,7 @@ import gzip
 import os
 import platform
 import sysconfig
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -159,6 +160,12 @@ def _idx(path: Path) -> np.ndarray:
 
 
 def _within_sklearn(name: str) -> tuple[np.ndarray, np.ndarray]:
+    x, y = _read_sklearn(name)
+    return x.copy(), y.copy()
+
+
+@cache  # every trial reads them, and their files are text
+def _read_sklearn(name: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         from sklearn import datasets
     except ImportError as error:
