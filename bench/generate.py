@@ -20,7 +20,21 @@ from typing import Any
 
 import torch
 
-from polyak.generate import DDIM, EDM, GHVB, VP, Denoiser, DPMSolver, Euler, Flow, HeavyBall, Heun, sample
+from polyak.generate import (
+    APG,
+    CFG,
+    DDIM,
+    EDM,
+    GHVB,
+    VP,
+    Denoiser,
+    DPMSolver,
+    Euler,
+    Flow,
+    HeavyBall,
+    Heun,
+    sample,
+)
 
 STEPS = 30
 LEVELS = EDM(sigma_min=0.03, sigma_max=14.6)  # x0 + sigma eps, the range of the chain that diffusers' schedulers have
@@ -132,6 +146,51 @@ def rows(device: str, repeat: int, shape: tuple[int, ...]) -> list[dict[str, Any
     return found
 
 
+def guided(device: str, repeat: int, shape: tuple[int, ...]) -> list[dict[str, Any]]:
+    """DDIM with guidance: ``sample()``, our scheduler with our guider, and diffusers' own of both."""
+    import diffusers as d
+
+    from polyak.generate.adapters.diffusers import APGGuider, PolyakScheduler
+
+    kept: dict[str, Any] = {"eta": 0.0, "momentum": -0.5, "norm_threshold": 15.0}
+    named = {"adaptive_projected_guidance_rescale": 15.0, "adaptive_projected_guidance_momentum": -0.5}
+    theirs = d.DDIMScheduler(clip_sample=False)
+    scheduler = PolyakScheduler.from_config(theirs.config, solver=DDIM())
+    # The update is of clean data, as in the paper, in sample(); of the network's output, as diffusers has it, in guiders.
+    pairs = {
+        "DDIM, CFG": (CFG(7.5), d.ClassifierFreeGuidance(7.5), d.ClassifierFreeGuidance(7.5)),
+        "DDIM, APG": (
+            APG(7.5, **kept),
+            APGGuider(7.5, space="pred", **kept),
+            d.AdaptiveProjectedGuidance(7.5, eta=0.0, **named),
+        ),
+    }
+    x, c, u = torch.randn((3, *shape), generator=torch.Generator().manual_seed(0)).to(device)
+    denoiser = Denoiser(lambda x, t: c, VP(), unconditional=lambda x, t: u)
+
+    def through_both(scheduler: Any, guider: Any) -> Callable[[], None]:
+        def run() -> None:
+            scheduler.set_timesteps(STEPS, device=x.device)
+            y = x
+            for i, t in enumerate(scheduler.timesteps):
+                guider.set_state(i, STEPS, t)
+                y = scheduler.step(guider.forward(c, u).pred, t, y, return_dict=False)[0]
+
+        return torch.no_grad()(run)
+
+    found = []
+    for name, (guidance, adapter, guider) in pairs.items():
+
+        def ours(guidance: Any = guidance) -> Any:
+            return sample(denoiser, x, solver=DDIM(), steps=STEPS, guidance=guidance, check_finite=False)
+
+        runs = {"sample": ours, "adapter": through_both(scheduler, adapter), "diffusers": through_both(theirs, guider)}
+        found.append({"solver": name, **{who: 1e3 * seconds(run, device, repeat) / STEPS for who, run in runs.items()}})
+        if device != "cpu":
+            found[-1]["graph"] = 1e3 * seconds(captured(ours, torch.Generator(device)), device, repeat) / STEPS
+    return found
+
+
 def table(found: list[dict[str, Any]]) -> str:
     graph = "graph" in found[0]
     head = ["solver", "sample()", "adapter", "diffusers", "sample / diffusers", "adapter / diffusers"]
@@ -163,6 +222,9 @@ def main() -> None:
             print(
                 f"\n{name}, torch {torch.__version__}; {STEPS} steps, milliseconds for each evaluation, state {shape}\n"
             )
+            print(table(done))
+            found[f"guidance, {device} {shape}"] = done = guided(device, given.repeat, shape)
+            print("\nA step with guidance, both predictions given:\n")
             print(table(done))
     if given.json:
         with open(given.json, "w") as file:

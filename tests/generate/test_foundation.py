@@ -18,9 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from polyak.generate import (
+    APG,
     CFG,
     DDIM,
     EDM,
+    GHVB,
     RK4,
     VP,
     Change,
@@ -35,8 +37,11 @@ from polyak.generate import (
     Euler,
     Evaluator,
     Flow,
+    HeavyBall,
+    HeavyBallDPM,
     Heun,
     LinearSolver,
+    Nesterov,
     Prediction,
     ProbabilityPath,
     Process,
@@ -162,16 +167,28 @@ def test_a_gpu_draws_what_the_cpu_draws(solver: Any) -> None:
     assert torch.allclose(*ends, rtol=1e-4, atol=1e-5)
 
 
+CAPTURED = {
+    **{repr(solver): (solver, None) for solver in (
+        DDIM(), DPMSolverMultistep(form="data"), DPMSolver(), Heun(), RK4(), DPMSolverSDE(order=2, form="data"),
+        HeavyBall(4, 0.8), HeavyBallDPM(), Nesterov(2, 0.8), GHVB(4, 0.8), GHVB(3, 0.8, spacing="variable", start="rk"),
+    )},
+    "CFG": (DDIM(), CFG(3.0)),
+    "APG": (DPMSolverMultistep(form="data"), APG(3.0, norm_threshold=2.0, momentum=-0.5)),
+}  # fmt: skip
+
+
 @on_gpu
-@pytest.mark.parametrize(
-    "solver", [DDIM(), DPMSolverMultistep(form="data"), DPMSolver(), Heun(), DPMSolverSDE(order=2, form="data")]
-)
-def test_a_whole_run_in_one_cuda_graph(solver: Any) -> None:
+@pytest.mark.parametrize("name", CAPTURED)
+def test_a_whole_run_in_one_cuda_graph(name: str) -> None:
     net = torch.nn.Linear(16, 16).cuda()
-    denoiser = Denoiser(lambda x, t: torch.tanh(net(x)) * (1 + t[:, None]), VP())
+    solver, guidance = CAPTURED[name]
+    denoiser = Denoiser(
+        lambda x, t: torch.tanh(net(x)) * (1 + t[:, None]), VP(), unconditional=lambda x, t: torch.tanh(net(x)) * 0.5
+    )
     start = torch.randn(32, 16, device="cuda")
     generator = torch.Generator("cuda").manual_seed(0)
-    run = lambda: sample(denoiser, start, solver=solver, nfe=9, generator=generator)  # noqa: E731
+    how: dict[str, Any] = {"solver": solver, "guidance": guidance, "steps": 5, "generator": generator}
+    run = lambda: sample(denoiser, start, **how)  # noqa: E731
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
