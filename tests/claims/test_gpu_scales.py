@@ -20,7 +20,6 @@ SMALLER = {
         "problems": 2, "responses": 4, "pairs": 8, "steps": 2, "dim": 16, "pretraining": 2, "prompts": 4, "batch": 2,
         "updates": 1, "judged": 4, "given": 4, "length": 4,
     },
-    "lcsc": {"steps": 40, "checkpoints": 5, "width": 8, "batch": 8, "evals": 6, "samples": 10, "fresh": 10},
     "mkor": {"steps": 2, "every": 1, "batch": 16, "widths": "784-8-784"},
     "monna": {"steps": 1, "hidden": 4, "n": 6, "f": 1},
     "spam": {"steps": 2, "dim": 8, "depth": 1, "context": 8, "batch": 2},

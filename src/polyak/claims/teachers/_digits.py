@@ -14,7 +14,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyak.core.momentum import ema_
@@ -74,20 +73,12 @@ class Digits:
 
 
 @lru_cache(maxsize=2)
-def digits(device: str, images: str = "digits") -> Digits:
-    """All 1,797 images, shuffled once for all seeds, since the set is in the order of its writers.
-
-    ``images="mnist"``: MNIST's test set in their place, averaged down to 8 x 8; 2,000, 4,000 and 4,000 images.
-    """
-    if images == "digits":
-        x, _ = data.digits()
-        x, (first, second) = torch.from_numpy(x / 8 - 1).float(), (TRAIN, VALIDATION)
-    else:
-        pixels, _ = data.mnist("test")
-        x = F.adaptive_avg_pool2d(torch.from_numpy(pixels)[:, None].float() / 127.5 - 1, 8).flatten(1)
-        first, second = len(x) // 5, len(x) * 2 // 5
+def digits(device: str) -> Digits:
+    """All 1,797 images, shuffled once for all seeds, since the set is in the order of its writers."""
+    x, _ = data.digits()
+    x = torch.from_numpy(x / 8 - 1).float()
     x = x[np.random.default_rng(0).permutation(len(x))].to(device)
-    train, validation, test = x.split([first, second, len(x) - first - second])
+    train, validation, test = x.split([TRAIN, VALIDATION, len(x) - TRAIN - VALIDATION])
     mean = train.mean(0)
     components = torch.linalg.svd(train - mean, full_matrices=False).Vh[:COMPONENTS].T
     return Digits(train, validation, test, mean, components)
@@ -105,10 +96,9 @@ def trained(
     lr: float,
     scales: int,
     every: int,
-    images: str = "digits",
 ) -> Run:
     """A training from its seed, with its raw states every so many steps after its first quarter. All arms of a seed share it."""
-    x = digits(device, images).train
+    x = digits(device).train
     noise = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
