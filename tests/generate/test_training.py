@@ -53,6 +53,20 @@ def test_the_loss_of_a_flow(process: Any) -> None:
     assert torch.allclose(got, wanted.square().flatten(1).mean(1), rtol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["flow", "v_prediction"])
+@pytest.mark.parametrize("t", [0.0, 1e-2, 1.0])
+def test_targets_near_the_data_are_of_the_noise_itself(kind: str, t: float) -> None:
+    """In bfloat16 x - x0 at small t is what rounding left of the noise; at t = 0 it is nothing."""
+    x0 = images().bfloat16()
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5), dtype=torch.bfloat16)
+    wanted = noise - x0 if kind == "flow" else (1 - t) * noise - t * x0
+    loss = denoising_loss(
+        Denoiser(lambda x, label: wanted, Flow(), kind), x0, t=torch.full((16,), t, dtype=torch.float64),
+        generator=torch.Generator().manual_seed(5),
+    )  # fmt: skip
+    assert loss.max() < 1e-4
+
+
 def test_the_loss_of_edm_is_one_unit_of_its_network() -> None:
     """The weight 1 / c_out^2 turns the error of x0 into that of the network's own output F."""
     x0, s, sd = images(), 0.7, 0.5

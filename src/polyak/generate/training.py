@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from polyak.core import checks
-from polyak.generate.prediction import DIALECT, Denoiser, Prediction, edm_loss_weight
-from polyak.generate.process import Process, standard_normal
+from polyak.generate.prediction import DIALECT, Denoiser, edm_loss_weight
+from polyak.generate.process import Process, expand, standard_normal, wide
 from polyak.generate.process.path import PATH
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -72,13 +72,15 @@ def denoising_loss(
         return (said.x0 - x0).square().flatten(1).mean(1) * torch.as_tensor(weight).to(x0.dtype)
     if denoiser.prediction in ("epsilon", "score"):
         wanted, got = noise, said.eps
+    elif denoiser.prediction == "sample":
+        wanted, got = x0, said.output
     else:
-        truth = Prediction(x0, x, t, process, "sample")
-        wanted, got = (x0 if denoiser.prediction == "sample" else truth.view(_VIEW[denoiser.prediction])), said.output
+        # Of the noise itself: that of x, (x - alpha x0) / sigma, is lost to rounding near the data.
+        at = t.to(wide(t.device))
+        flow = denoiser.prediction == "flow"
+        a, b = (process.dalpha(at), process.dsigma(at)) if flow else (-process.sigma(at), process.alpha(at))
+        wanted, got = expand(a, x0) * x0 + expand(b, x0) * noise, said.output
     return (got - wanted).square().flatten(1).mean(1)
-
-
-_VIEW = {"v_prediction": "v", "flow": "flow"}
 
 
 def _draw(denoiser: Denoiser, n: int, device: Any, mean: float, std: float, generator: Any) -> Tensor:
