@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,42 @@ def test_a_saved_network_is_the_same(tmp_path: Path, make: Any, process: Any, pr
     assert torch.equal(plain(x, t).output, denoiser.pair(x, t)[1].output)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("make", [unet, dit])
+def test_a_saved_network_keeps_its_type(tmp_path: Path, make: Any, dtype: torch.dtype) -> None:
+    network = make(8, width=16).to(dtype).eval().requires_grad_(False)
+    x = torch.randn(2, 1, 8, 8, dtype=dtype)
+    save_denoiser(tmp_path / "net.safetensors", network, VP())
+    got = load_denoiser(tmp_path / "net.safetensors")(x, 0.5).output
+    assert got.dtype == dtype
+    assert torch.equal(got, Denoiser(network, VP())(x, 0.5).output)
+
+
+def test_no_class_is_the_networks_own_whatever_classes_the_data_have() -> None:
+    told: list[int] = []
+
+    class Net(torch.nn.Linear):
+        classes = 5
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            told.extend(y.tolist())
+            return super().forward(x)
+
+    def train(network: Any, **how: Any) -> None:
+        told.clear()
+        train_denoiser(
+            network, torch.ones(4, 2), VP(), labels=torch.tensor([0, 1, 0, 1]), steps=1, batch=50, drop=0.5, **how
+        )
+
+    train(Net(2, 2))
+    assert set(told) == {0, 1, 5}
+    train(Net(2, 2), none=3)
+    assert set(told) == {0, 1, 3}
+    Net.classes = None  # type: ignore[assignment]
+    train(Net(2, 2))
+    assert set(told) == {0, 1, 2}
+
+
 @pytest.mark.parametrize("make", [unet, dit])
 def test_networks_without_classes(make: Any) -> None:
     network = make(8, 3, width=16)
@@ -198,10 +235,28 @@ def test_what_cannot_be_made_saved_or_loaded_is_said(tmp_path: Path) -> None:
     save_file({"w": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="path must be a file of save_denoiser"):
         load_denoiser(tmp_path / "other.safetensors")
+    (tmp_path / "junk.safetensors").write_bytes(b"no tensors at all")
+    with pytest.raises(ValueError, match=r"path must be a file of save_denoiser, got '.*junk.safetensors': "):
+        load_denoiser(tmp_path / "junk.safetensors")
+    told = {"format": "polyak denoiser 1", "process": {"name": "sample"}, "prediction": "edm", "sigma_data": 0.5}
+    save_file({"w": torch.zeros(1)}, tmp_path / "other.safetensors", {"polyak": json.dumps(told)})
+    with pytest.raises(ValueError, match="path must be a file with a process of this package, got 'sample'"):
+        load_denoiser(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="label must be one class, or one for each of the 3 rows, got 2"):
+        image_denoiser(dit(8, width=16, depth=1, classes=2), VP(), label=[0, 1])(torch.zeros(3, 1, 8, 8), 0.5)
     with pytest.raises(ValueError, match=r"t must have shape \(16,\), one for each row of x0, got \(3,\)"):
         denoising_loss(Denoiser(lambda x, t: x, VP()), images(), t=torch.ones(3))
     with pytest.raises(ValueError, match="labels must have one class for each of the 4 images, got 3"):
         train_denoiser(network, torch.ones(4, 1, 8, 8), VP(), labels=torch.zeros(3, dtype=torch.long))
+    for labels, says in (
+        (torch.zeros(4), "labels must be integers, got torch.float32"),
+        (torch.tensor([0, -1, 0, 0]), r"labels must be in \[0, 2\), got -1"),
+        (torch.tensor([0, 2, 0, 1]), r"labels must be in \[0, 2\), got 2"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            train_denoiser(dit(8, width=16, depth=1, classes=2), torch.ones(4, 1, 8, 8), VP(), labels=labels)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 0\), got 0"):  # of a network that knows none
+        train_denoiser(network, torch.ones(4, 1, 8, 8), VP(), labels=torch.zeros(4, dtype=torch.long))
 
 
 def test_the_command_trains_and_saves(tmp_path: Path) -> None:
