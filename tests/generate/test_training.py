@@ -292,6 +292,8 @@ def test_the_command_trains_and_saves(tmp_path: Path) -> None:
         (["train", "--width", "12"], "must be a multiple of 8, got 12"),
         (["train", "--steps", "0"], "--steps must be at least 1"),
         (["train", "--network", "uunet"], "did you mean 'unet'?"),
+        (["train", "--steps", "1", "--out", "/"], "must be a file to write, got the folder /"),
+        (["train", "--steps", "1", "--out", "/dev/null/net"], "cannot make the folder /dev/null"),
     ],
 )
 def test_the_command_refuses(words: list[str], says: str) -> None:
@@ -299,4 +301,5 @@ def test_the_command_refuses(words: list[str], says: str) -> None:
 
     said = CliRunner().invoke(app, words)
     assert said.exit_code == 2
+    assert "learns" not in said.output  # before anything is done
     assert says in " ".join(said.output.replace("│", " ").split())
