@@ -230,6 +230,18 @@ def test_after_projection_the_parts_are_orthogonal_in_batches_and_for_times_of_t
     assert off < 0.1 * field(x, t).square().sum(1).mean()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_is_fitted_wherever_it_is_called_and_leaves_its_inputs_alone(mode):
+    want = project_conservative(lambda y, t: -y, draw(8, 2), 0.5, Quadratic(), 3).gradient(draw(8, 2), 0.5)
+    with mode():
+        x, potential = draw(8, 2), Quadratic()
+        found = project_conservative(lambda y, t: -y, x, torch.full((8,), 0.5), potential, 3)
+        assert torch.equal(found.gradient(x, 0.5), want)
+    x = draw(8, 2).requires_grad_()
+    project_conservative(lambda y, t: -y, x, 0.5, Quadratic(), 3)
+    assert x.grad is None
+
+
 def test_an_energy_network_is_a_gradient_and_a_network():
     torch.manual_seed(0)
     net, x, t = EnergyScore(Scalar()), draw(5, 3), torch.rand(5, dtype=DOUBLE, generator=seeded())
@@ -266,6 +278,15 @@ def test_asymmetry_and_penalty_estimate_frobenius_norms():
     # in two dimensions any signs give the norm itself
     once = conservativity_penalty(lambda y, t: y @ M[:2, :2].mT, x[:, :2], 0.5)
     assert torch.allclose(once, (M[:2, :2] - M[:2, :2].T).square().sum().expand(2))
+
+
+def test_the_asymmetry_has_a_slope_where_it_is_zero():
+    weight = torch.tensor(2.0, dtype=DOUBLE, requires_grad=True)
+    zero = jacobian_asymmetry(lambda y, t: weight * y, draw(3, 2), 0.5, generator=seeded())
+    assert zero.tolist() == [0, 0, 0]
+    zero.sum().backward()
+    assert weight.grad == 0
+    assert jacobian_asymmetry(lambda y, t: math.nan * y, draw(3, 2), 0.5).isnan().all()
 
 
 def test_the_penalty_trains_a_field_to_be_conservative():
@@ -441,6 +462,15 @@ def test_scores_are_not_centred_and_each_point_has_its_own(process):
     assert sizes[0, 0].item() == pytest.approx(6.0)
 
 
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
+def test_directions_that_the_score_does_not_know_are_all_tangent(dtype):
+    # zeros have no ratio among them
+    sizes = torch.tensor([1.0, 0.9, 0, 0, 0], dtype=dtype)
+    denoiser, x = told(lambda y, t: -y * sizes / t[:, None] ** 2, EDM()), torch.zeros(2, 5, dtype=dtype)
+    found = intrinsic_dimension(denoiser, EDM(), x, "score", sigma_lo=0.05, generator=seeded())
+    assert found.k.tolist() == [3, 3]
+
+
 def test_the_split_is_by_ratios_not_by_differences():
     # sizes 20, 5 and 0.001: by differences one would be large
     law = Gaussian([0.0, 0.0, 0.0], [0.0, 0.0075, 50.0])
@@ -450,6 +480,25 @@ def test_the_split_is_by_ratios_not_by_differences():
     )
     assert np.allclose(found.singular_values[0], [20, 5, 0.001], rtol=0.1)
     assert found.k.item() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_the_models_and_not_the_paths(dtype):
+    # of this model nothing is rounded but what it says
+    asked = set()
+    denoiser = told(lambda y, t: asked.add(y.dtype) or -2.0 * y, EDM())
+    x, times = torch.tensor([[1.0, 0.5]], dtype=dtype), EDM().grid(200, start=1.0, end=0.1)
+    for got, want in zip(
+        flow_jacobian(denoiser, EDM(), x, times), flow_jacobian(denoiser, EDM(), x.double(), times), strict=True
+    ):
+        assert got.dtype == dtype
+        assert torch.allclose(got.double(), want, rtol=2 * torch.finfo(dtype).eps)
+    plane = ExactDenoiser(Gaussian([0.0] * 3, [1.0, 1.0, 0.0]), EDM())
+    for method in ("flow", "score"):
+        found = intrinsic_dimension(plane, EDM(), torch.zeros(2, 3, dtype=dtype), method, steps=12, generator=seeded())
+        assert found.k.tolist() == [2, 2]
+        assert found.singular_values.dtype == found.tangent.dtype == dtype
+    assert asked == {dtype, DOUBLE}
 
 
 # --- bad input
@@ -487,6 +536,7 @@ BAD = {
     "Y": (lambda: flow_jacobian(NET, EDM(), X, [1.0, 0.5], torch.ones(2, 2, 2)), r"Y must have shape \(2, 3, 3\)"),
     "potential's shape": (lambda: project_conservative(plain, X, 0.5, Shapeless()), r"potential must return shape \(2,\)"),
     "no parameters": (lambda: project_conservative(plain, X, 0.5, nn.SiLU()), "potential must have parameters to fit"),
+    "a field of NaN": (lambda: project_conservative(lambda x, t: x / 0 * 0, X, 0.5, Quadratic()), "field must be finite"),
     "no samples": (lambda: project_conservative(plain, X[:0], 0.5, Quadratic()), "samples must not be empty"),
     "times of rows": (lambda: jacobian_asymmetry(plain, X, torch.ones(3)), r"t must be a number or have shape \(2,\)"),
 }  # fmt: skip
