@@ -304,6 +304,19 @@ def test_separation_of_a_trained_denoiser_is_a_lower_bound() -> None:
     assert less.values[2] < found.values[2] - 0.02
 
 
+@pytest.mark.parametrize(("process", "scale"), [(Flow(t_min=0.02, t_max=0.8), 1.0), (VP(), 30.0)])
+def test_a_denoiser_says_nothing_of_more_noise_than_it_knows(process: Any, scale: float) -> None:
+    """At t_max alpha / sigma is 0.25 and, in the data's own units, 0.0066 * 30: below it the bound is taken, and no more."""
+    law = Gaussian([0.0] * 4, [c * scale**2 for c in SPECTRUM])
+    data = law.sample(3000, generator=seeded(4))
+    with pytest.warns(UserWarning, match="mean square"):
+        found = separation_function(ExactDenoiser(law, process), LADDER, 1000, seeded(), data=1.1 * data)
+    want = torch.tensor([SEPARATION(g) for g in LADDER], dtype=torch.float64)
+    assert bool((found.values <= want + 0.06).all())
+    assert found.values[0] == found.lower_bound[0]
+    assert found.values[2] > found.lower_bound[2] + 0.1
+
+
 def test_a_larger_space_is_separated_and_cond_ot_is_optimal_then() -> None:
     """lambda tends to 1 as n / sqrt(d) tends to 0: four times the dimension halves what Cond-OT wastes."""
     excess = []
