@@ -334,9 +334,13 @@ def test_pairs_of_padded_populations_are_of_points():
 
 
 @pytest.mark.parametrize(("n", "m"), [(5, 5), (5, 7)])
-def test_ot_pairs_are_of_the_least_cost(n, m):
+@pytest.mark.parametrize("base", ["source", "gaussian"])
+def test_ot_pairs_are_of_the_least_cost_from_where_paths_start(base, n, m):
     x0, x1 = draw(2, n, 2), draw(2, m, 2, seed=1) + 3
-    at = pairs("ot", x0, x1)
+    if base == "gaussian":
+        at, x0 = pairs("ot", x0, x1, base=base, seed=2), draw(2, n, 2, seed=2)
+    else:
+        at = pairs("ot", x0, x1)
     ends = x0 + (at.x - x0) / at.t[..., None]
     for p in range(2):
         cost = (x0[p][:, None] - ends[p][None]).square().sum(-1)
