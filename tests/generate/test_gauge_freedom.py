@@ -151,6 +151,23 @@ def test_moments_need_no_score():
     assert weight.grad > 0
 
 
+def test_moments_are_means_of_waves_gradients():
+    x, rest = draw(30, 2), lambda y, t: torch.tanh(y).flip(1)
+    for bandwidth in (None, 0.7):
+        got, draws = gauge_moments(rest, x, 0.5, features=5, bandwidth=bandwidth, generator=seeded(4)), seeded(4)
+        # the root mean square distance between two of the samples, each with itself among the pairs
+        scale = bandwidth or torch.cdist(x, x).square().mean().sqrt()
+        w = torch.randn(5, 2, dtype=DOUBLE, generator=draws) / scale
+        b = 2 * math.pi * torch.rand(5, dtype=DOUBLE, generator=draws)
+        y = x.clone().requires_grad_()
+        psi = math.sqrt(2) * torch.cos(y @ w.T + b)
+        want = [
+            (torch.autograd.grad(psi[:, i].sum(), y, retain_graph=True)[0] * rest(x, 0)).sum(1).mean() for i in range(5)
+        ]
+        assert torch.allclose(got, torch.stack(want), rtol=1e-10)
+    assert gauge_moments(rest, torch.ones(3, 2), 0.5).isfinite().all()  # all samples equal
+
+
 # --- the split of a field
 
 
