@@ -202,6 +202,15 @@ def test_a_gradient_is_its_own_projection_and_the_potential_stays_as_it_is():
     assert all(torch.equal(v, before[k]) for k, v in potential.state_dict().items())
 
 
+def test_the_rate_of_the_fit_falls_to_zero_by_a_cosine():
+    # Adam's steps are as long as the rate while the gradient's sign stays
+    found = project_conservative(lambda y, t: torch.full_like(y, 1e3), square([1.0, 1.0]), 0.5, Quadratic(), 4, lr=0.01)
+    want = 0.01 * sum((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4))
+    assert torch.allclose(
+        found.gradient(torch.zeros(1, 2, dtype=DOUBLE), 0.5), torch.full((1, 2), want, dtype=DOUBLE), rtol=1e-4
+    )
+
+
 def test_a_rotation_is_a_gauge_of_the_normal_law_and_is_left_out():
     x = square([1.0, 1.0])
     field = lambda y, t: y @ PLAIN.mT + y @ GRADIENT  # noqa: E731
@@ -415,6 +424,9 @@ def test_the_flow_starts_where_it_is_told_and_keeps_singular_values():
     found = intrinsic_dimension(denoiser, EDM(), torch.zeros(1, 2, dtype=DOUBLE), sigma_start=3.0, steps=24)
     want = ((c + 0.02**2) / (c + 9.0)).sqrt()
     assert torch.allclose(found.singular_values[0], want, rtol=1e-4)
+    wide = ExactDenoiser(denoiser.law, EDM(sigma_max=200.0))
+    found = intrinsic_dimension(wide, wide.process, torch.zeros(1, 2, dtype=DOUBLE), steps=48)
+    assert torch.allclose(found.singular_values[0], ((c + 0.02**2) / (c + 80.0**2)).sqrt(), rtol=1e-3)
     # a direction is one of the manifold's while the law is wider there than the noise: slope sigma^2 / (c + sigma^2)
     thick = ExactDenoiser(Gaussian([0.0, 0.0], [1.0, 0.05**2]), EDM())
     dims = [
@@ -474,9 +486,11 @@ def test_scores_are_not_centred_and_each_point_has_its_own(process):
     normal = found.tangent[:, :, 2:]
     assert torch.allclose(normal @ normal.mT, (basis[:, 2:] @ basis[:, 2:].T).expand(3, 4, 4), atol=1e-2)
     # a constant score has no spread, but is large
-    constant = told(lambda y, t: torch.ones_like(y) * 3, process)
+    rows = []
+    constant = told(lambda y, t: rows.append(len(y)) or torch.ones_like(y) * 3, process)
     sizes = intrinsic_dimension(constant, process, x, "score", sigma_lo=0.03, generator=seeded()).singular_values
     assert sizes[0, 0].item() == pytest.approx(6.0)
+    assert rows == [3 * 16]  # 4 D for each point
 
 
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
