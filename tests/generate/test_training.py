@@ -140,6 +140,41 @@ def test_training_learns_and_classes_are_told_apart(learned: Any) -> None:
     assert guided.shape == (3, 1, 8, 8)
 
 
+def test_the_loop_is_adam_with_a_warmup_a_cosine_clipped_gradients_and_an_average() -> None:
+    class Net(torch.nn.Linear):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    network, data = Net(2, 2).double(), images().flatten(1)[:, :2]
+    p, steps = [w.detach().clone().requires_grad_() for w in network.parameters()], 40
+    m, v, mean = [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]
+    how: dict[str, Any] = dict(steps=steps, batch=8, lr=0.05, ema=0.9, generator=torch.Generator().manual_seed(1))
+    trained = train_denoiser(network, data, Flow(), "flow", **how)
+    draws, clipped = torch.Generator().manual_seed(1), 0
+    for i in range(steps):
+        x0 = data[torch.randint(16, (8,), generator=draws)]
+        t = torch.rand(8, 1, generator=draws, dtype=torch.float64)
+        noise = torch.randn(8, 2, generator=draws, dtype=torch.float64)
+        loss = (((1 - t) * x0 + t * noise) @ p[0].T + p[1] - (noise - x0)).square().mean()
+        grads = torch.autograd.grad(loss, p)
+        norm = math.sqrt(sum(g.square().sum().item() for g in grads))
+        clipped += norm > 1
+        rate = 0.05 * min(1.0, (i + 1) / 2) * (1 + math.cos(math.pi * i / steps)) / 2
+        for j, g in enumerate(grads):
+            g = g * min(1.0, 1 / (norm + 1e-6))
+            m[j], v[j] = 0.9 * m[j] + 0.1 * g, 0.99 * v[j] + 0.01 * g**2  # type: ignore[assignment]
+            with torch.no_grad():
+                p[j] -= rate * m[j] / (1 - 0.9 ** (i + 1)) / ((v[j] / (1 - 0.99 ** (i + 1))) ** 0.5 + 1e-8)
+                mean[j] = 0.9 * mean[j] + 0.1 * p[j] if i else p[j].clone()  # type: ignore[assignment]
+    assert 0 < clipped < steps
+    for own, kept, want, average in zip(network.parameters(), trained.parameters(), p, mean, strict=True):
+        assert torch.allclose(own, want, rtol=1e-6)
+        assert torch.allclose(kept, average, rtol=1e-6)
+    assert network.training
+    assert not trained.training
+
+
 def test_a_run_is_a_function_of_its_generator() -> None:
     def once(seed: int) -> torch.Tensor:
         torch.manual_seed(7)
