@@ -72,6 +72,7 @@ def test_many_directions_go_in_pieces(monkeypatch):
     monkeypatch.setattr(fields, "_ROOM", 70)  # two directions of 30 elements at once
     assert torch.allclose(divergence(field, x, 0.5), whole[0], rtol=1e-12)
     assert torch.equal(fields.jacobian(lambda y: field(y, 0.5), x)[1], whole[1])
+    assert [len(v) for v, _ in fields.pullbacks(lambda y: field(y, 0.5), x, None)[1]] == [2, 2, 2]
     assert torch.allclose(whole[1], torch.func.vmap(torch.func.jacfwd(lambda y: torch.sin(y.cumsum(0))))(x))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +95,8 @@ def test_times_are_drawn_as_the_dialect_asks() -> None:
     log_s = 4 * told[-1]  # the label is ln(s) / 4
     assert log_s.mean().item() == pytest.approx(-1.2, abs=5 * 1.2 / 20_000**0.5)
     assert log_s.std().item() == pytest.approx(1.2, abs=5 * 1.2 / 40_000**0.5)
+    denoising_loss(Denoiser(network, EDM(0.1, 0.5), "edm"), x0, generator=generator)  # never beyond its ends
+    assert (4 * told[-1]).exp().aminmax() == (pytest.approx(0.1), pytest.approx(0.5))
     denoising_loss(Denoiser(network, VP()), x0, generator=generator)
     assert 1e-3 <= told[-1].min() < 2e-3
     assert told[-1].mean().item() == pytest.approx(0.5005, abs=5 / (12 * 20_000) ** 0.5)
@@ -248,6 +251,14 @@ def test_networks_without_classes(make: Any) -> None:
     assert network(torch.zeros(2, 3, 8, 8), torch.tensor([0.1, 0.9])).shape == (2, 3, 8, 8)
     with pytest.raises(ValueError, match=r"label must be in \[0, 0\), the network's classes, got 0"):
         image_denoiser(network, VP(), label=0)
+
+
+def test_a_model_is_told_times_on_its_own_scale() -> None:
+    class Says(torch.nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> Any:
+            return SimpleNamespace(sample=t)
+
+    assert ImageNetwork(Says(), time_scale=7.0)(torch.zeros(2, 1), torch.tensor([0.5, 1.0])).tolist() == [3.5, 7.0]
 
 
 def test_what_cannot_be_made_saved_or_loaded_is_said(tmp_path: Path) -> None:
