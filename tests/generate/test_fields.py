@@ -152,7 +152,7 @@ def test_in_half_precision_the_path_is_followed_in_float32(dtype):
     x = torch.tensor([[0.5, -1.0], [0.25, 2.0]], dtype=dtype)
     denoiser = ExactDenoiser(Gaussian([0.0] * 2, 1.0), EDM(0.05, 8.0))
     prior = lambda end: denoiser.log_prob(end.double(), 8.0).to(end)  # noqa: E731
-    got = log_likelihood(denoiser, EDM(0.05, 8.0), x, steps=60, prior=prior)
+    got = log_likelihood(denoiser, EDM(0.05, 8.0), x, steps=24, prior=prior)
     assert got.dtype == dtype
     assert torch.allclose(got.double(), denoiser.log_prob(x.double(), 0.05), atol=8 * torch.finfo(dtype).eps, rtol=0)
 

@@ -425,8 +425,8 @@ def test_the_flow_starts_where_it_is_told_and_keeps_singular_values():
     want = ((c + 0.02**2) / (c + 9.0)).sqrt()
     assert torch.allclose(found.singular_values[0], want, rtol=1e-4)
     wide = ExactDenoiser(denoiser.law, EDM(sigma_max=200.0))
-    found = intrinsic_dimension(wide, wide.process, torch.zeros(1, 2, dtype=DOUBLE), steps=48)
-    assert torch.allclose(found.singular_values[0], ((c + 0.02**2) / (c + 80.0**2)).sqrt(), rtol=1e-3)
+    found = intrinsic_dimension(wide, wide.process, torch.zeros(1, 2, dtype=DOUBLE), steps=16)
+    assert torch.allclose(found.singular_values[0], ((c + 0.02**2) / (c + 80.0**2)).sqrt(), rtol=0.05)
     # a direction is one of the manifold's while the law is wider there than the noise: slope sigma^2 / (c + sigma^2)
     thick = ExactDenoiser(Gaussian([0.0, 0.0], [1.0, 0.05**2]), EDM())
     dims = [
@@ -518,7 +518,7 @@ def test_half_precision_is_the_models_and_not_the_paths(dtype):
     # of this model nothing is rounded but what it says
     asked = set()
     denoiser = told(lambda y, t: asked.add(y.dtype) or -2.0 * y, EDM())
-    x, times = torch.tensor([[1.0, 0.5]], dtype=dtype), EDM().grid(200, start=1.0, end=0.1)
+    x, times = torch.tensor([[1.0, 0.5]], dtype=dtype), EDM().grid(30, start=1.0, end=0.1)
     for got, want in zip(
         flow_jacobian(denoiser, EDM(), x, times), flow_jacobian(denoiser, EDM(), x.double(), times), strict=True
     ):
@@ -526,7 +526,7 @@ def test_half_precision_is_the_models_and_not_the_paths(dtype):
         assert torch.allclose(got.double(), want, rtol=2 * torch.finfo(dtype).eps)
     plane = ExactDenoiser(Gaussian([0.0] * 3, [1.0, 1.0, 0.0]), EDM())
     for method in ("flow", "score"):
-        found = intrinsic_dimension(plane, EDM(), torch.zeros(2, 3, dtype=dtype), method, steps=12, generator=seeded())
+        found = intrinsic_dimension(plane, EDM(), torch.zeros(2, 3, dtype=dtype), method, steps=6, generator=seeded())
         assert found.k.tolist() == [2, 2]
         assert found.singular_values.dtype == found.tangent.dtype == dtype
     assert asked == {dtype, DOUBLE}
