@@ -72,6 +72,7 @@ def test_many_directions_go_in_pieces(monkeypatch):
     monkeypatch.setattr(fields, "_ROOM", 70)  # two directions of 30 elements at once
     assert torch.allclose(divergence(field, x, 0.5), whole[0], rtol=1e-12)
     assert torch.equal(fields.jacobian(lambda y: field(y, 0.5), x)[1], whole[1])
+    assert [len(v) for v, _ in fields.pullbacks(lambda y: field(y, 0.5), x, None)[1]] == [2, 2, 2]
     assert torch.allclose(whole[1], torch.func.vmap(torch.func.jacfwd(lambda y: torch.sin(y.cumsum(0))))(x))
 
 
@@ -144,6 +145,16 @@ def test_no_model_is_asked_out_of_its_range():
     assert times[-2] + (times[-1] - times[-2]) < process.t_min
     flow_jacobian(denoiser, process, torch.ones(1, 1, dtype=torch.float64), times)
     assert (min(asked), max(asked)) == (0.02, 0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_path_is_followed_in_float32(dtype):
+    x = torch.tensor([[0.5, -1.0], [0.25, 2.0]], dtype=dtype)
+    denoiser = ExactDenoiser(Gaussian([0.0] * 2, 1.0), EDM(0.05, 8.0))
+    prior = lambda end: denoiser.log_prob(end.double(), 8.0).to(end)  # noqa: E731
+    got = log_likelihood(denoiser, EDM(0.05, 8.0), x, steps=24, prior=prior)
+    assert got.dtype == dtype
+    assert torch.allclose(got.double(), denoiser.log_prob(x.double(), 0.05), atol=8 * torch.finfo(dtype).eps, rtol=0)
 
 
 def test_a_networks_likelihood_trains_it():

@@ -151,6 +151,23 @@ def test_moments_need_no_score():
     assert weight.grad > 0
 
 
+def test_moments_are_means_of_waves_gradients():
+    x, rest = draw(30, 2), lambda y, t: torch.tanh(y).flip(1)
+    for bandwidth in (None, 0.7):
+        got, draws = gauge_moments(rest, x, 0.5, features=5, bandwidth=bandwidth, generator=seeded(4)), seeded(4)
+        # the root mean square distance between two of the samples, each with itself among the pairs
+        scale = bandwidth or torch.cdist(x, x).square().mean().sqrt()
+        w = torch.randn(5, 2, dtype=DOUBLE, generator=draws) / scale
+        b = 2 * math.pi * torch.rand(5, dtype=DOUBLE, generator=draws)
+        y = x.clone().requires_grad_()
+        psi = math.sqrt(2) * torch.cos(y @ w.T + b)
+        want = [
+            (torch.autograd.grad(psi[:, i].sum(), y, retain_graph=True)[0] * rest(x, 0)).sum(1).mean() for i in range(5)
+        ]
+        assert torch.allclose(got, torch.stack(want), rtol=1e-10)
+    assert gauge_moments(rest, torch.ones(3, 2), 0.5).isfinite().all()  # all samples equal
+
+
 # --- the split of a field
 
 
@@ -183,6 +200,15 @@ def test_a_gradient_is_its_own_projection_and_the_potential_stays_as_it_is():
     assert remainder < 1e-4
     assert cos.abs() <= 1
     assert all(torch.equal(v, before[k]) for k, v in potential.state_dict().items())
+
+
+def test_the_rate_of_the_fit_falls_to_zero_by_a_cosine():
+    # Adam's steps are as long as the rate while the gradient's sign stays
+    found = project_conservative(lambda y, t: torch.full_like(y, 1e3), square([1.0, 1.0]), 0.5, Quadratic(), 4, lr=0.01)
+    want = 0.01 * sum((1 + math.cos(math.pi * i / 4)) / 2 for i in range(4))
+    assert torch.allclose(
+        found.gradient(torch.zeros(1, 2, dtype=DOUBLE), 0.5), torch.full((1, 2), want, dtype=DOUBLE), rtol=1e-4
+    )
 
 
 def test_a_rotation_is_a_gauge_of_the_normal_law_and_is_left_out():
@@ -230,6 +256,18 @@ def test_after_projection_the_parts_are_orthogonal_in_batches_and_for_times_of_t
     assert off < 0.1 * field(x, t).square().sum(1).mean()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_is_fitted_wherever_it_is_called_and_leaves_its_inputs_alone(mode):
+    want = project_conservative(lambda y, t: -y, draw(8, 2), 0.5, Quadratic(), 3).gradient(draw(8, 2), 0.5)
+    with mode():
+        x, potential = draw(8, 2), Quadratic()
+        found = project_conservative(lambda y, t: -y, x, torch.full((8,), 0.5), potential, 3)
+        assert torch.equal(found.gradient(x, 0.5), want)
+    x = draw(8, 2).requires_grad_()
+    project_conservative(lambda y, t: -y, x, 0.5, Quadratic(), 3)
+    assert x.grad is None
+
+
 def test_an_energy_network_is_a_gradient_and_a_network():
     torch.manual_seed(0)
     net, x, t = EnergyScore(Scalar()), draw(5, 3), torch.rand(5, dtype=DOUBLE, generator=seeded())
@@ -266,6 +304,15 @@ def test_asymmetry_and_penalty_estimate_frobenius_norms():
     # in two dimensions any signs give the norm itself
     once = conservativity_penalty(lambda y, t: y @ M[:2, :2].mT, x[:, :2], 0.5)
     assert torch.allclose(once, (M[:2, :2] - M[:2, :2].T).square().sum().expand(2))
+
+
+def test_the_asymmetry_has_a_slope_where_it_is_zero():
+    weight = torch.tensor(2.0, dtype=DOUBLE, requires_grad=True)
+    zero = jacobian_asymmetry(lambda y, t: weight * y, draw(3, 2), 0.5, generator=seeded())
+    assert zero.tolist() == [0, 0, 0]
+    zero.sum().backward()
+    assert weight.grad == 0
+    assert jacobian_asymmetry(lambda y, t: math.nan * y, draw(3, 2), 0.5).isnan().all()
 
 
 def test_the_penalty_trains_a_field_to_be_conservative():
@@ -377,6 +424,9 @@ def test_the_flow_starts_where_it_is_told_and_keeps_singular_values():
     found = intrinsic_dimension(denoiser, EDM(), torch.zeros(1, 2, dtype=DOUBLE), sigma_start=3.0, steps=24)
     want = ((c + 0.02**2) / (c + 9.0)).sqrt()
     assert torch.allclose(found.singular_values[0], want, rtol=1e-4)
+    wide = ExactDenoiser(denoiser.law, EDM(sigma_max=200.0))
+    found = intrinsic_dimension(wide, wide.process, torch.zeros(1, 2, dtype=DOUBLE), steps=16)
+    assert torch.allclose(found.singular_values[0], ((c + 0.02**2) / (c + 80.0**2)).sqrt(), rtol=0.05)
     # a direction is one of the manifold's while the law is wider there than the noise: slope sigma^2 / (c + sigma^2)
     thick = ExactDenoiser(Gaussian([0.0, 0.0], [1.0, 0.05**2]), EDM())
     dims = [
@@ -436,9 +486,20 @@ def test_scores_are_not_centred_and_each_point_has_its_own(process):
     normal = found.tangent[:, :, 2:]
     assert torch.allclose(normal @ normal.mT, (basis[:, 2:] @ basis[:, 2:].T).expand(3, 4, 4), atol=1e-2)
     # a constant score has no spread, but is large
-    constant = told(lambda y, t: torch.ones_like(y) * 3, process)
+    rows = []
+    constant = told(lambda y, t: rows.append(len(y)) or torch.ones_like(y) * 3, process)
     sizes = intrinsic_dimension(constant, process, x, "score", sigma_lo=0.03, generator=seeded()).singular_values
     assert sizes[0, 0].item() == pytest.approx(6.0)
+    assert rows == [3 * 16]  # 4 D for each point
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
+def test_directions_that_the_score_does_not_know_are_all_tangent(dtype):
+    # zeros have no ratio among them
+    sizes = torch.tensor([1.0, 0.9, 0, 0, 0], dtype=dtype)
+    denoiser, x = told(lambda y, t: -y * sizes / t[:, None] ** 2, EDM()), torch.zeros(2, 5, dtype=dtype)
+    found = intrinsic_dimension(denoiser, EDM(), x, "score", sigma_lo=0.05, generator=seeded())
+    assert found.k.tolist() == [3, 3]
 
 
 def test_the_split_is_by_ratios_not_by_differences():
@@ -450,6 +511,25 @@ def test_the_split_is_by_ratios_not_by_differences():
     )
     assert np.allclose(found.singular_values[0], [20, 5, 0.001], rtol=0.1)
     assert found.k.item() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_the_models_and_not_the_paths(dtype):
+    # of this model nothing is rounded but what it says
+    asked = set()
+    denoiser = told(lambda y, t: asked.add(y.dtype) or -2.0 * y, EDM())
+    x, times = torch.tensor([[1.0, 0.5]], dtype=dtype), EDM().grid(30, start=1.0, end=0.1)
+    for got, want in zip(
+        flow_jacobian(denoiser, EDM(), x, times), flow_jacobian(denoiser, EDM(), x.double(), times), strict=True
+    ):
+        assert got.dtype == dtype
+        assert torch.allclose(got.double(), want, rtol=2 * torch.finfo(dtype).eps)
+    plane = ExactDenoiser(Gaussian([0.0] * 3, [1.0, 1.0, 0.0]), EDM())
+    for method in ("flow", "score"):
+        found = intrinsic_dimension(plane, EDM(), torch.zeros(2, 3, dtype=dtype), method, steps=6, generator=seeded())
+        assert found.k.tolist() == [2, 2]
+        assert found.singular_values.dtype == found.tangent.dtype == dtype
+    assert asked == {dtype, DOUBLE}
 
 
 # --- bad input
@@ -487,6 +567,7 @@ BAD = {
     "Y": (lambda: flow_jacobian(NET, EDM(), X, [1.0, 0.5], torch.ones(2, 2, 2)), r"Y must have shape \(2, 3, 3\)"),
     "potential's shape": (lambda: project_conservative(plain, X, 0.5, Shapeless()), r"potential must return shape \(2,\)"),
     "no parameters": (lambda: project_conservative(plain, X, 0.5, nn.SiLU()), "potential must have parameters to fit"),
+    "a field of NaN": (lambda: project_conservative(lambda x, t: x / 0 * 0, X, 0.5, Quadratic()), "field must be finite"),
     "no samples": (lambda: project_conservative(plain, X[:0], 0.5, Quadratic()), "samples must not be empty"),
     "times of rows": (lambda: jacobian_asymmetry(plain, X, torch.ones(3)), r"t must be a number or have shape \(2,\)"),
 }  # fmt: skip

@@ -231,6 +231,7 @@ def test_a_bandwidth_is_of_the_kernel_density_estimate() -> None:
     found = separation_function(points, LADDER, 4000, seeded(), h=0.3)
     want = separation_function(kde(points, 0.3), LADDER, 40_000, seeded(1))
     assert bool(((found.values - want.values).abs() < 5 * found.stderr).all())
+    assert separation_function(points, n_samples=16, generator=seeded(), h=0.3).snr[-1] == pytest.approx(10 / 0.3)
     assert found.values[-1] < 0.995 < separation_function(cloud(6, 3), LADDER, 4000, seeded()).values[-1]
 
 
@@ -270,6 +271,8 @@ def test_the_table_is_monotone_between_its_bounds_everywhere() -> None:
     assert found(torch.tensor(1.3)).dtype == torch.float32
     metric = metric_of(found, torch.linspace(0, math.pi / 2, 500, dtype=torch.float64))
     assert bool((metric >= 0).all() & (metric <= 1).all())
+    # Below the table lambda is proportional to g^2.
+    assert Separation([0.5, 1.0], [0.4, 0.8])(0.05) == pytest.approx(0.004)
     # A third of the default grid is where so few points are suddenly remembered.
     jump = math.sqrt(2 * math.log(40) / 16)
     near = ((found.snr > jump / 2) & (found.snr < 2 * jump)).sum().item()
@@ -302,6 +305,19 @@ def test_separation_of_a_trained_denoiser_is_a_lower_bound() -> None:
     less = separation_function(poor, LADDER, 3000, seeded(), data=data)
     assert bool((less.values <= found.values + 1e-12)[1:].all() & (less.values >= less.lower_bound).all())
     assert less.values[2] < found.values[2] - 0.02
+
+
+@pytest.mark.parametrize(("process", "scale"), [(Flow(t_min=0.02, t_max=0.8), 1.0), (VP(), 30.0)])
+def test_a_denoiser_says_nothing_of_more_noise_than_it_knows(process: Any, scale: float) -> None:
+    """At t_max alpha / sigma is 0.25 and, in the data's own units, 0.0066 * 30: below it the bound is taken, and no more."""
+    law = Gaussian([0.0] * 4, [c * scale**2 for c in SPECTRUM])
+    data = law.sample(3000, generator=seeded(4))
+    with pytest.warns(UserWarning, match="mean square"):
+        found = separation_function(ExactDenoiser(law, process), LADDER, 1000, seeded(), data=1.1 * data)
+    want = torch.tensor([SEPARATION(g) for g in LADDER], dtype=torch.float64)
+    assert bool((found.values <= want + 0.06).all())
+    assert found.values[0] == found.lower_bound[0]
+    assert found.values[2] > found.lower_bound[2] + 0.1
 
 
 def test_a_larger_space_is_separated_and_cond_ot_is_optimal_then() -> None:
@@ -489,6 +505,9 @@ def test_an_estimate_below_its_bound_is_refused_and_within_its_error_is_raised()
     raised = Separation([0.5, 1.0, 2.0], [0.19, 0.49, 0.85], [0.01, 0.01, 0.01])
     assert raised.values.tolist() == [0.2, 0.5, 0.85]
     assert Separation([0.5, 1.0, 2.0], [0.7, 0.66, 0.9], [0.02, 0.02, 0.02]).values.tolist() == [0.7, 0.7, 0.9]
+    assert Separation([0.5, 1.0], [0.2 - 4.9e-3, 0.5], [1e-3, 1e-3]).values.tolist() == [0.2, 0.5]
+    with pytest.raises(ValueError, match="increase n_samples"):
+        Separation([0.5, 1.0], [0.2 - 5.1e-3, 0.5], [1e-3, 1e-3])
     # Fewer draws than a heavy tail needs: by chance below what is possible.
     with pytest.raises(ValueError, match=r"got 0.19 \+- 0.001 at snr=0.5: the separation estimate is inconsistent"):
         Separation([0.5, 1.0], [0.19, 0.5], [0.001, 0.001])

@@ -334,9 +334,13 @@ def test_pairs_of_padded_populations_are_of_points():
 
 
 @pytest.mark.parametrize(("n", "m"), [(5, 5), (5, 7)])
-def test_ot_pairs_are_of_the_least_cost(n, m):
+@pytest.mark.parametrize("base", ["source", "gaussian"])
+def test_ot_pairs_are_of_the_least_cost_from_where_paths_start(base, n, m):
     x0, x1 = draw(2, n, 2), draw(2, m, 2, seed=1) + 3
-    at = pairs("ot", x0, x1)
+    if base == "gaussian":
+        at, x0 = pairs("ot", x0, x1, base=base, seed=2), draw(2, n, 2, seed=2)
+    else:
+        at = pairs("ot", x0, x1)
     ends = x0 + (at.x - x0) / at.t[..., None]
     for p in range(2):
         cost = (x0[p][:, None] - ends[p][None]).square().sum(-1)
@@ -345,6 +349,17 @@ def test_ot_pairs_are_of_the_least_cost(n, m):
         distance = torch.cdist(ends[p], x1[p])
         assert distance.min(1).values.max() < 1e-9  # they are points of x1, each once
         assert distance.argmin(1).unique().numel() == n
+
+
+def test_ot_pairs_of_padded_populations_are_of_the_least_cost():
+    x0, x1, mask = draw(1, 6, 2), draw(1, 4, 2, seed=1), torch.tensor([[False, True, True, False, True, True]])
+    at = pairs("ot", torch.where(mask[..., None], x0, math.nan), x1, mask)
+    real = x0[mask]
+    ends = real + (at.x[mask] - real) / at.t[mask][:, None]
+    cost = torch.cdist(real, x1[0]).square()
+    least = min(sum(cost[i, j].item() for i, j in enumerate(order)) for order in itertools.permutations(range(4)))
+    assert (real - ends).square().sum().item() == pytest.approx(least, rel=1e-9)
+    assert torch.cdist(ends, x1[0]).argmin(1).unique().numel() == 4
 
 
 def test_a_gaussian_base_starts_at_noise_and_embeds_x0():
@@ -483,6 +498,10 @@ def test_it_embeds_once_and_what_it_is_told_to():
     x1 = meta.transport(x0, context=whole)
     assert Counted.calls == 1
     torch.testing.assert_close(x1, 0.7 * whole.mean(1, keepdim=True) + 0.3 * x0, rtol=0, atol=1e-4)
+    mask = torch.arange(5).expand(2, 5) < 3  # of x0, and not of its context
+    x1 = meta.transport(x0, mask, context=whole[:, :5])
+    moved = 0.7 * whole[:, :5].mean(1, keepdim=True) + 0.3 * x0
+    torch.testing.assert_close(x1, torch.where(mask[..., None], moved, x0), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("solver", ["dopri5", "rk4"])
@@ -561,6 +580,10 @@ def test_types_are_those_of_the_input(dtype):
     low = meta.to(dtype).transport(x0.to(dtype))
     assert low.dtype == dtype
     assert (low.float() - exact).abs().max() < 20 * torch.finfo(dtype).eps + 1e-4
+    calls = []
+    meta.velocity.register_forward_hook(lambda *of: calls.append(of))
+    meta.transport(x0.to(dtype))
+    assert len(calls) < 30  # rounding in the field is no error of a step
     assert meta.loss(x0.to(dtype), x0.to(dtype)).dtype == dtype
     assert meta.transport(x0[:0].to(dtype)).shape == (0, 9, 2)
 

@@ -1,7 +1,6 @@
 """``polyak compare`` and ``polyak init-task``: comparing optimizers or samplers on a user's own problem."""
 
 import logging
-import os
 import re
 import sys
 import webbrowser
@@ -25,6 +24,7 @@ from polyak.cli.shared import (
     Verbose,
     check,
     check_count,
+    check_out,
     place,
     print_json,
     stop,
@@ -113,7 +113,7 @@ def compare(
     for option, count in (("--seeds", seeds), ("--trials", trials), ("--points", points), ("--jobs", jobs)):
         check_count(option, count)
     if out is not None:
-        _check_out(out)
+        check_out(out)
     mirrors = trackers(track)
     try:
         limit = None if deadline is None else seconds("--deadline", deadline)
@@ -190,18 +190,6 @@ def _page(tasks: Sequence[str], budget: str) -> Path:
     """Where the page goes: a file for each budget, since one does not supersede another."""
     words = [*tasks[:3], re.sub(r"[^\w.]+", "-", budget.strip())]
     return Path("polyak-report", f"compare-{'-'.join(words)}.html")
-
-
-def _check_out(out: Path) -> None:
-    """A place for the page, or the end: it is written after all trials have run."""
-    if out.is_dir():
-        raise typer.BadParameter(f"must be a file to write, got the folder {out}", param_hint="--out")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise typer.BadParameter(f"cannot make the folder {out.parent}: {error.strerror}", param_hint="--out") from None
-    if not os.access(out.parent, os.W_OK):
-        raise typer.BadParameter(f"the folder {out.parent} is not for you to write in", param_hint="--out")
 
 
 def _space(tasks: Sequence[Path], arms: str) -> str:

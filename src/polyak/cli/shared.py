@@ -1,6 +1,7 @@
 """Options that several commands share, how they are checked, and how a command ends with an error."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -109,6 +110,18 @@ def check_device(device: str, processes: int = 1) -> None:
         device_kind(device, processes)
     except ValueError as error:
         wrong(error, "--device")
+
+
+def check_out(out: Path) -> None:
+    """A place for a file that is written at the end of long work, or the end."""
+    if out.is_dir():
+        raise typer.BadParameter(f"must be a file to write, got the folder {out}", param_hint="--out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot make the folder {out.parent}: {error.strerror}", param_hint="--out") from None
+    if not os.access(out.parent, os.W_OK):
+        raise typer.BadParameter(f"the folder {out.parent} is not for you to write in", param_hint="--out")
 
 
 @contextmanager

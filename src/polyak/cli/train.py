@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from polyak.cli import terminal
-from polyak.cli.shared import check, check_device, stop, wrong
+from polyak.cli.shared import check, check_device, check_out, stop, wrong
 
 
 def train(
@@ -47,11 +47,12 @@ def train(
     if width % 8:
         wrong(ValueError(f"must be a multiple of 8, got {width}"), "--width")
     check_device(device, 1)
+    file = out or Path(f"{data}-{network}-{process}.safetensors")
+    check_out(file)
     from polyak.generate.networks import save_denoiser
     from polyak.lab.data import DataError
 
     recipe = _images.Recipe(data, network, process, width, steps, batch, seed=seed)
-    file = out or Path(f"{data}-{network}-{process}.safetensors")
     told, begun = terminal.console(), time.monotonic()
     told.print(f"{data}: a {network} of width {width} learns to take {process} noise away, {steps} steps")
 
@@ -63,7 +64,6 @@ def train(
     except (DataError, ImportError) as error:
         stop(str(error))
     kind, prediction, sigma_data = recipe.noise
-    file.parent.mkdir(parents=True, exist_ok=True)
     save_denoiser(file, trained, kind, prediction, sigma_data=sigma_data)
     told.print(f"saved: {file}")
     told.print(f'sample it: denoiser = polyak.generate.networks.load_denoiser("{file}", label=3)')

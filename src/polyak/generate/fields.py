@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from polyak.core import checks, integrators
-from polyak.generate.evaluate import MODEL, Model
+from polyak.generate.evaluate import HALF, MODEL, Model
 from polyak.generate.process import GRIDS, Generators, Process
 from polyak.generate.process.path import TIME, one_for_each_row
 
@@ -99,13 +99,15 @@ def log_likelihood(
             resembles: with data of unit size under VP() the likelihood is off by some hundredths.
 
     Returns:
-        (B,), in nats, differentiable.
+        (B,), in nats, differentiable. The path of x in half precision is followed in float32.
 
     Raises:
         ValueError: a process whose noise is not Gaussian or that is not the denoiser's; rows of more than 4096 elements for
             "exact".
     """
     check_process(denoiser, process)
+    kind = x.dtype
+    denoiser, x = widened(denoiser, x)
     tangents = directions(x, method, probes, generator)
     times = process.check_times(process.grid(steps, grid))[::-1]
 
@@ -124,7 +126,7 @@ def log_likelihood(
         first = prior(end)
         if not isinstance(first, Tensor) or first.shape != x.shape[:1]:
             raise ValueError(f"prior must return a tensor of shape ({len(x)},), got {checks.shown(first)}")
-    return first + state[:, -1]
+    return (first + state[:, -1]).to(kind)
 
 
 def value(field: Field, x: Tensor, t: Any) -> Tensor:
@@ -143,6 +145,18 @@ def velocity(denoiser: Model, x: Tensor, t: float) -> Tensor:
     if not isinstance(getattr(said, "flow", None), Tensor):
         raise TypeError(f"denoiser must return a Prediction, got {type(said).__name__}; wrap it in Denoiser(...)")
     return said.flow
+
+
+def widened(denoiser: Model, x: Tensor) -> tuple[Model, Tensor]:
+    """x in float32 where it is of half precision, and the denoiser for it, which is still asked in x's own type."""
+    if x.dtype not in HALF:
+        return denoiser, x
+
+    def asked(y: Tensor, t: float) -> Any:
+        said: Any = denoiser(y.to(x.dtype), t)
+        return said.rebase(y) if hasattr(said, "rebase") else said
+
+    return asked, x.float()
 
 
 def check_process(denoiser: Model, process: Process) -> None:

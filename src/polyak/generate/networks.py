@@ -222,23 +222,30 @@ def load_denoiser(path: str | Path, *, label: int | None = None, device: torch.d
         label: the class to generate; guidance is then against no class. None: no class.
 
     Returns:
-        A :class:`Denoiser`, whose ``process`` and ``prediction`` are the file's.
+        A :class:`Denoiser`, whose ``process`` and ``prediction`` are the file's, and whose network has the type that was saved.
 
     Raises:
         FileNotFoundError: no file.
         ValueError: not such a file, or a class that the network does not know.
     """
-    with _safetensors()[0].safe_open(path, "pt", device=str(device or "cpu")) as file:
-        told = json.loads((file.metadata() or {}).get("polyak", "{}"))
-        if told.pop("format", None) != _FORMAT:
-            raise ValueError(f"path must be a file of save_denoiser, got {str(path)!r}")
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+    files = _safetensors()[0]
+    try:
+        with files.safe_open(path, "pt", device=str(device or "cpu")) as file:
+            told = json.loads((file.metadata() or {}).get("polyak", "{}"))
+            if told.pop("format", None) != _FORMAT:
+                raise ValueError(f"path must be a file of save_denoiser, got {str(path)!r}")
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except files.SafetensorError as error:
+        raise ValueError(f"path must be a file of save_denoiser, got {str(path)!r}: {error}") from None
     process, prediction, sigma_data = told.pop("process"), told.pop("prediction"), told.pop("sigma_data")
+    kind = getattr(_room(), name := process.pop("name"), None)
+    if not (isinstance(kind, type) and issubclass(kind, Process)):
+        raise ValueError(f"path must be a file with a process of this package, got {name!r}")
     make = {"unet": unet, "dit": dit}[told.pop("network")]
     network: ImageNetwork = make(**told)
+    network.to(max((w.dtype for w in weights.values() if w.is_floating_point()), key=lambda kind: kind.itemsize))
     network.load_state_dict(weights)
     network.to(device).eval().requires_grad_(False)
-    kind = getattr(_room(), process.pop("name"))
     return image_denoiser(network, kind(**process), prediction, label=label, sigma_data=sigma_data)
 
 
@@ -267,6 +274,8 @@ def image_denoiser(
         raise ValueError(f"label must be in [0, {network.classes}), the network's classes, got {label!r}")
 
     def of_class(x: Tensor, t: Tensor) -> Tensor:
+        if wanted.ndim and len(wanted) != len(x):
+            raise ValueError(f"label must be one class, or one for each of the {len(x)} rows, got {len(wanted)}")
         return network(x, t, wanted.to(x.device).expand(len(x)))
 
     return Denoiser(of_class, process, prediction, unconditional=network, sigma_data=sigma_data)

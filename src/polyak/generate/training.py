@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from polyak.core import checks
-from polyak.generate.prediction import DIALECT, Denoiser, Prediction, edm_loss_weight
-from polyak.generate.process import Process, standard_normal
+from polyak.generate.prediction import DIALECT, Denoiser, edm_loss_weight
+from polyak.generate.process import Process, expand, standard_normal, wide
 from polyak.generate.process.path import PATH
 
 Net = TypeVar("Net", bound=nn.Module)
@@ -72,13 +72,15 @@ def denoising_loss(
         return (said.x0 - x0).square().flatten(1).mean(1) * torch.as_tensor(weight).to(x0.dtype)
     if denoiser.prediction in ("epsilon", "score"):
         wanted, got = noise, said.eps
+    elif denoiser.prediction == "sample":
+        wanted, got = x0, said.output
     else:
-        truth = Prediction(x0, x, t, process, "sample")
-        wanted, got = (x0 if denoiser.prediction == "sample" else truth.view(_VIEW[denoiser.prediction])), said.output
+        # Of the noise itself: that of x, (x - alpha x0) / sigma, is lost to rounding near the data.
+        at = t.to(wide(t.device))
+        flow = denoiser.prediction == "flow"
+        a, b = (process.dalpha(at), process.dsigma(at)) if flow else (-process.sigma(at), process.alpha(at))
+        wanted, got = expand(a, x0) * x0 + expand(b, x0) * noise, said.output
     return (got - wanted).square().flatten(1).mean(1)
-
-
-_VIEW = {"v_prediction": "v", "flow": "flow"}
 
 
 def _draw(denoiser: Denoiser, n: int, device: Any, mean: float, std: float, generator: Any) -> Tensor:
@@ -122,20 +124,18 @@ def train_denoiser(
         images: the data, shape (n, ...), on the network's device.
         process, prediction, sigma_data: as for :class:`Denoiser`.
         labels: (n,), the class of each; ``none`` is told in its place with probability ``drop``, so that the network can be
-            asked without a condition (default: the largest label plus one).
+            asked without a condition (default: the network's ``classes``, else the largest label plus one).
         steps, batch, lr: of Adam, with betas (0.9, 0.99).
         ema: retention of the weights' average; 0 for none.
         generator: of batches, times and noise, on the images' device.
-        progress: told the step and its loss, fifty times.
+        progress: told the step and its loss, fifty times or somewhat more; of fewer steps, at each.
 
     Returns:
         The network with averaged weights, in evaluation mode; a copy.
     """
     if not images.numel():
         raise ValueError(f"images must not be empty, got shape {tuple(images.shape)}")
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f"labels must have one class for each of the {len(images)} images, got {len(labels)}")
-    nothing = 0 if labels is None else int(labels.max()) + 1 if none is None else none
+    nothing = 0 if labels is None else _none_of(labels, len(images), getattr(network, "classes", None), none)
     kept = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(ema)) if ema else None
     optimizer = torch.optim.Adam(network.parameters(), lr, betas=(0.9, 0.99))
     warm = max(1, steps // 20)
@@ -161,3 +161,16 @@ def train_denoiser(
         if progress is not None and step % max(1, steps // 50) == 0:
             progress(step, loss.item())
     return copy.deepcopy(cast(Net, network if kept is None else kept.module)).eval()
+
+
+def _none_of(labels: Tensor, images: int, classes: Any, none: int | None) -> int:
+    """The class that means none, for labels that are some; ``classes`` is how many the network knows, where it says so."""
+    if len(labels) != images:
+        raise ValueError(f"labels must have one class for each of the {images} images, got {len(labels)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    low, high = (int(end) for end in labels.aminmax())
+    known = classes if isinstance(classes, int) else high + 1
+    if low < 0 or high >= known:
+        raise ValueError(f"labels must be in [0, {known}), got {low if low < 0 else high}")
+    return known if none is None else none

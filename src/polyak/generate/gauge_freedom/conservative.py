@@ -67,6 +67,8 @@ class Projection(NamedTuple):
     field=FIELD, samples=STATE, t=TIME, potential=checks.module, steps=STEPS, lr=checks.positive,
     batch=checks.Integer(1, 10**9) | None, generator=checks.generator | None,
 )  # fmt: skip
+@torch.inference_mode(False)
+@torch.enable_grad()
 def project_conservative(
     field: Field,
     samples: Tensor,
@@ -92,30 +94,36 @@ def project_conservative(
 
     Returns:
         ``(gradient, remainder_norm, cos)``, measured on the samples.
+
+    Raises:
+        ValueError: no samples, or a field that is not finite at one; a potential without parameters.
     """
     one_for_each_row(t, samples)
     if not samples.numel():
         raise ValueError(f"samples must not be empty, got shape {tuple(samples.shape)}")
+    # What was made in inference mode cannot be trained on; copies can.
+    samples, t = samples.detach().clone(), t.detach().clone() if isinstance(t, Tensor) else t
+    with torch.no_grad():
+        wanted = value(field, samples, t)
+    if not bool(wanted.isfinite().all()):
+        raise ValueError("field must be finite at all samples, got NaN or infinity")
     fitted = EnergyScore(copy.deepcopy(potential))
     parameters = [p for p in fitted.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError(f"potential must have parameters to fit, got {type(potential).__name__}")
-    with torch.no_grad():
-        wanted = value(field, samples, t)
     source = samples.device if generator is None else generator.device
     optimizer = torch.optim.Adam(parameters, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.5 * (1 + math.cos(math.pi * i / steps)))
-    with torch.enable_grad():
-        for _ in range(steps):
-            x, target, at = samples, wanted, t
-            if batch is not None:
-                rows = torch.randint(len(x), (batch,), generator=generator, device=source).to(x.device)
-                x, target, at = x[rows], wanted[rows], t[rows] if isinstance(t, Tensor) and t.ndim else t
-            loss = (fitted(x, at) - target).flatten(1).square().sum(1).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    for _ in range(steps):
+        x, target, at = samples, wanted, t
+        if batch is not None:
+            rows = torch.randint(len(x), (batch,), generator=generator, device=source).to(x.device)
+            x, target, at = x[rows], wanted[rows], t[rows] if isinstance(t, Tensor) and t.ndim else t
+        loss = (fitted(x, at) - target).flatten(1).square().sum(1).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     with torch.no_grad():
         found = fitted(samples, t)
         rest = wanted - found
@@ -147,7 +155,8 @@ def jacobian_asymmetry(
     """
     ahead, back = _products(field, x, t, probes, generator)
     apart, together = ((a.flatten(2).square().sum(2).mean(0)) for a in (ahead - back, ahead + back))
-    return (apart / together.clamp(min=torch.finfo(x.dtype).tiny)).sqrt()
+    ratio = apart / together.clamp(min=torch.finfo(x.dtype).tiny)
+    return torch.where(ratio == 0, 1, ratio).sqrt() * (ratio != 0)  # at 0 the root has no slope
 
 
 @checks.arguments(**_PROBED)

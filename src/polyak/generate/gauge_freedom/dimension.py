@@ -11,7 +11,18 @@ from torch import Tensor
 
 from polyak.core import checks
 from polyak.generate.evaluate import MODEL, Model
-from polyak.generate.fields import PROCESS, STATE, STEPS, check_process, check_size, jacobian, solution, value, velocity
+from polyak.generate.fields import (
+    PROCESS,
+    STATE,
+    STEPS,
+    check_process,
+    check_size,
+    jacobian,
+    solution,
+    value,
+    velocity,
+    widened,
+)
 from polyak.generate.process import Process
 from polyak.generate.process.path import TIMES
 
@@ -39,7 +50,8 @@ def flow_jacobian(
             that is not finite (naming the time).
     """
     check_process(denoiser, process)
-    size = check_size(x)
+    size, kind = check_size(x), x.dtype
+    denoiser, x = widened(denoiser, x)
     if Y is None:
         Y = torch.eye(size, dtype=x.dtype, device=x.device).expand(len(x), size, size)
     elif Y.shape != (len(x), size, size):
@@ -56,6 +68,7 @@ def flow_jacobian(
     seen = torch.stack(finite)
     if not bool(seen.all()):  # looked at once, since each look waits for the device
         raise ValueError(f"the Jacobian of denoiser is not finite at t={nodes[1 + seen.tolist().index(False)]:.6g}")
+    state = state.to(kind)
     return state[:, :size].reshape(x.shape), state[:, size:].reshape(len(x), size, size)
 
 
@@ -126,6 +139,8 @@ def intrinsic_dimension(
     size = check_size(x)
     if not size:
         raise ValueError(f"x must have at least one element in a row, got shape {tuple(x.shape)}")
+    kind = x.dtype
+    denoiser, x = widened(denoiser, x)
     least, most = process.sigma_hat(process.t_min), process.sigma_hat(process.t_max)
     # What rounding of sigma_hat misses of an end is forgiven.
     if sigma_lo < least * (1 - 1e-6):
@@ -133,16 +148,21 @@ def intrinsic_dimension(
     if method == "score":
         if sigma_lo > most * (1 + 1e-6):
             raise ValueError(f"sigma_lo must be at most the model's largest sigma, {most:g}, got {sigma_lo!r}")
-        return _by_score(
+        found = _by_score(
             denoiser, process, x, _time(process, sigma_lo), 4 * size if points is None else points, generator
         )
+        return _typed(found, kind)
     start = min(most, _START) if sigma_start is None else sigma_start
     if not sigma_lo < sigma_hi < start <= most * (1 + 1e-6):
         raise ValueError(
             f"sigma_lo < sigma_hi < sigma_start must hold, and sigma_start be at most the model's largest, {most:g}, got "
             f"{sigma_lo!r}, {sigma_hi!r} and {start!r}"
         )
-    return _by_flow(denoiser, process, x, (sigma_lo, sigma_hi, start), steps)
+    return _typed(_by_flow(denoiser, process, x, (sigma_lo, sigma_hi, start), steps), kind)
+
+
+def _typed(found: Dimension, kind: torch.dtype) -> Dimension:
+    return Dimension(found.k, found.singular_values.to(kind), found.tangent.to(kind))
 
 
 def _time(process: Process, sigma_hat: float) -> float:
@@ -180,5 +200,7 @@ def _by_score(
         raise ValueError(f"the score of denoiser is not finite at t={t:.6g}")
     # Not centred: their mean, too, points across the manifold.
     _, values, v = torch.linalg.svd(scores / math.sqrt(points), full_matrices=False)
-    large = (values[:, :-1] / values[:, 1:]).argmax(1) + 1
+    # What rounding leaves of a zero has no ratio to another.
+    seen = torch.maximum(values, values[:, :1] * points * torch.finfo(values.dtype).eps)
+    large = (seen[:, :-1] / seen[:, 1:]).argmax(1) + 1
     return Dimension(size - large, values, v.mT.flip(2))

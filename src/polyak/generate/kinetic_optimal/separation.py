@@ -184,12 +184,15 @@ def _best(law: Mixture) -> Reconstruct:
     return reconstruct
 
 
-def _trained(denoiser: Denoiser, like: Tensor) -> Reconstruct:
-    """A denoiser of data of some shape and type."""
+def _trained(denoiser: Denoiser, like: Tensor, mean: Tensor) -> Reconstruct:
+    """A denoiser of data of some shape, type and mean."""
     process: Any = denoiser.process
+    least = math.exp(process.lam(process.t_max))
 
     @torch.no_grad()
     def reconstruct(x1: Tensor, noise: Tensor, g: float) -> Tensor:
+        if g < least * (1 - 1e-6):  # more noise than it was trained with: what it says of less would be too good
+            return mean.expand_as(x1)
         t = min(max(process.t_of_lam(math.log(g)), process.t_min), process.t_max)
         alpha, sigma = process.alpha(t), process.sigma(t)
         parts = zip(x1.split(_ROWS), noise.split(_ROWS), strict=True)
@@ -272,7 +275,7 @@ def separation_function(
 
     Both ``|x1_hat|^2`` and ``1 - |x1 - x1_hat|^2`` estimate lambda without bias where the reconstruction is the best one; the
     result is their combination of least variance. A trained denoiser gives the second alone: ``1 - lambda`` is then an upper
-    bound, and the bound of the best linear denoiser is taken where that is better.
+    bound, and the bound of the best linear denoiser is taken where that is better, and where there is more noise than at its t_max.
 
     Args:
         data_or_denoiser: a data set, shape (n, ...), whose best denoiser is known; or a law, a :class:`~polyak.core.exact.Mixture`;
@@ -308,7 +311,7 @@ def separation_function(
         flat, shape = points.flatten(1).to(torch.float64), points.shape[1:]
         mean, variance = _moments("data_or_denoiser" if data is None else "data", flat, h)
         x1 = _drawn(flat, h, n_samples, generator)
-        reconstruct = _best(Mixture(flat, h**2)) if data is None else _trained(_gaussian(given), data)
+        reconstruct = _best(Mixture(flat, h**2)) if data is None else _trained(_gaussian(given), data, mean)
     scale, d = math.sqrt(variance), x1.shape[1]
     if abs(variance - 1) > _OFF or bool(mean.square().mean() > _OFF):
         warnings.warn(

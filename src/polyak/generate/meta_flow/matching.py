@@ -184,7 +184,7 @@ class MetaFlowMatching(nn.Module):
             x = x0 - shift
 
         def field(x: Tensor, t: float) -> Tensor:
-            v = self.velocity(x.new_tensor(t, dtype=kind), x.to(kind), e, *_given(cond))
+            v = self.velocity(x.new_full((), t, dtype=kind), x.to(kind), e, *_given(cond))
             return torch.where(points[..., None], v, 0).to(wide)
 
         times = [i / steps for i in range(steps + 1)]
