@@ -450,6 +450,9 @@ def test_a_network_learns_the_score_in_any_shape_and_type() -> None:
     assert weight.grad is not None
     assert weight.grad.isfinite()
     assert torch.equal(x1, torch.zeros(64, 1, 2, 2))
+    assert interpolant_loss("b", lambda x, t: x, None, x1[:0], path, seeded()).shape == (0,)
+    line = points()[:, 0]
+    assert interpolant_loss("eta", lambda x, t: x, line, line, Interpolant(), seeded()).shape == (5,)
 
 
 # ---------------------------------------------------------------------------------------------- one-sided paths, processes

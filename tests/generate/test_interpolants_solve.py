@@ -207,6 +207,40 @@ def test_the_result_follows_the_start(dtype: torch.dtype, eps: float, method: st
     assert integrate(fields, x[:0], eps, 3, method, generator=seeded()).shape == (0, 1, 2, 2)
 
 
+def test_a_state_that_is_not_finite_is_refused_with_its_step_and_time() -> None:
+    def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.where(t[:, None] > 0.6, math.nan, -x)
+
+    fields, x = Fields(Interpolant(), b=net, s=lambda x, t: -x), torch.ones(3, 1)
+    for eps, method, step in ((0.0, "euler", 5), (0.0, "rk4", 4), (0.5, "euler", 5), (0.5, "heun", 4)):
+        with pytest.raises(ValueError, match=rf"the state is not finite after step {step}, at t=0\.[79]99"):
+            integrate(fields, x, eps, 5, method, generator=seeded())
+    for eps in (0.0, 0.5):
+        with pytest.raises(ValueError, match=r"the state is not finite after step 1, at t=0\.7994"):
+            log_likelihood(fields, x, NARROW.log_prob, eps=eps, steps=5, generator=seeded())
+
+
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.bfloat16, 0.06), (torch.float16, 0.01)])
+@pytest.mark.parametrize("eps", [0.0, 0.5])
+def test_the_likelihood_of_points_in_half_precision_is_solved_in_single(dtype: Any, slack: float, eps: float) -> None:
+    told = set()
+
+    def net(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        told.add((x.dtype, t.dtype))
+        return -0.7 * x
+
+    x = torch.linspace(-2, 2, 40).reshape(4, 10)
+    normal = Gaussian(torch.zeros(10))
+    how: dict[str, Any] = dict(eps=eps, steps=24, method="euler")
+    got, want = (
+        log_likelihood(Fields(Interpolant(), b=net, s=net), y, normal.log_prob, generator=seeded(), **how)
+        for y in (x.to(dtype), x.to(dtype).float())
+    )
+    assert got.dtype == torch.float32
+    assert (dtype, dtype) in told
+    assert (got - want).abs().max() < slack
+
+
 def test_it_may_end_in_the_posterior_mean() -> None:
     x = TWO.sample(50, generator=seeded())
     for direction, mean, t in (("forward", BRIDGE.x1, 0.95), ("backward", BRIDGE.x0, 0.05)):
