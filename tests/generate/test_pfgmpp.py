@@ -526,6 +526,29 @@ def test_the_loss_is_its_formula_and_networks_are_told_sigma_not_r() -> None:
     assert pfgmpp_loss(denoiser, Y, process, sigma_data=0.5, generator=rng(5)).item() != pytest.approx(got.item())
 
 
+def test_the_loss_of_data_in_half_precision_is_computed_in_single() -> None:
+    process = PFGMPP(64.0, sigma_min=1e-5)
+    denoiser = Denoiser(lambda x, label: torch.tanh(x), process, "edm")
+    for dtype in (torch.float16, torch.bfloat16):  # at sigma = e^-6 the weight is beyond float16
+        loss = pfgmpp_loss(denoiser, Y.to(dtype), process, P_mean=-6.0, P_std=0.0, generator=rng())
+        assert loss.dtype == torch.float32
+        assert 0 < loss.item() < 100
+
+
+def test_samples_of_one_number_need_no_further_dimension() -> None:
+    process = PFGMPP(4.0, 1, clip=1e-3)
+    denoiser = Denoiser(lambda x, label: torch.tanh(x), process, "edm")
+
+    def made(y: Tensor) -> list[Tensor]:
+        x, _ = process.perturb(y, 0.5, generator=rng())
+        laws = process.log_kernel(x, y, 0.5), process.posterior_weights(x, y, 0.5), stf_target(x, y, 0.5, process)
+        return [x, *laws, pfgmpp_loss(denoiser, y, process, generator=rng())]
+
+    flat = Y[:, 0, 0, 0]
+    for one, other in zip(made(flat), made(flat[:, None]), strict=True):
+        assert torch.allclose(one, other.reshape(one.shape))
+
+
 def test_the_loss_is_least_at_the_exact_denoiser() -> None:
     process, generator = PFGMPP(4.0), rng()
     exact = StudentDenoiser(POINTS, process)
@@ -642,6 +665,8 @@ def test_weights_are_rounded_to_as_many_levels(bits: int) -> None:
          r"data must hold at least one sample of x's shape, got \(3, 5\) for x of shape \(2, 4\)"),
         (lambda: PFGMPP(4.0).posterior_weights(torch.ones(2, 4), torch.ones(0, 4), 1.0), "data must hold at least one sample"),
         (lambda: PFGMPP(4.0).log_kernel(torch.ones(2, 4), torch.ones(2, 5), 1.0), "y must have x's shape"),
+        (lambda: PFGMPP(4.0).log_kernel(torch.ones(6, 4), torch.ones(2, 4), 1.0), "y must have x's shape"),
+        (lambda: PFGMPP(4.0).log_kernel(torch.tensor(1.0), torch.tensor(1.0), 1.0), "x must be a .* at least 1 dimension"),
         (lambda: PFGMPP(4.0).perturb(torch.ones(2, 4).long(), 0.5), "x0 must be floating point"),
         (lambda: PFGMPP(4.0).perturb(torch.ones(2, 4), torch.ones(3)), r"shape \(2,\)"),
         (lambda: StudentDenoiser(torch.ones(3), PFGMPP()), r"points must have shape \(n, d\)"),
