@@ -213,6 +213,14 @@ def test_pfgm_on_the_line_is_cauchy_and_many_dimensions_are_gaussian() -> None:
         assert gap.abs().max().item() < bound
 
 
+@pytest.mark.parametrize("D", [3.0, 199.0, 201.0, 1e4, 1e8, 1e13])
+def test_the_kernels_largest_value_keeps_its_digits_at_any_D(D: float) -> None:
+    # With two dimensions more it is (N + D) / D / (2 pi sigma^2) times as large.
+    sigma = 1 / math.sqrt(2 * math.pi)
+    top = [PFGMPP(D).log_kernel(zeros(1, N), zeros(1, N), sigma).item() for N in (64, 66)]
+    assert top[1] - top[0] == pytest.approx(math.log1p(64 / D), abs=1e-12)
+
+
 def test_weights_of_thousands_of_dimensions_neither_vanish_nor_overflow() -> None:
     N, D, sigma = 3072, 2048.0, 0.01
     data = torch.randn(5, N, dtype=F64, generator=rng())
