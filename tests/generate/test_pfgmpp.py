@@ -18,6 +18,7 @@ from polyak.generate import (
     CFG,
     DDIM,
     EDM,
+    GHVB,
     PFGMPP,
     RK4,
     Denoiser,
@@ -598,6 +599,26 @@ def test_no_noise_injected_is_the_solver_itself(solver: Any) -> None:
     assert torch.equal(sample(denoiser, (8, 1), solver=same, nfe=12, generator=rng()), want)
     assert not same.stochastic
     assert repr(same) == f"inject_noise({solver!r}, alpha=0)"
+
+
+@pytest.mark.parametrize("solver", [Heun(), GHVB(3, 0.7), DPMSolverMultistep(order=2)], ids=repr)
+def test_with_noise_a_solver_is_what_it_was_but_stochastic(solver: Any) -> None:
+    noisy = inject_noise(solver, 0.3)
+    for fact in ("order", "tapers", "stages", "needs_gaussian", "history", "grid", "no_corrector", "reaches_zero"):
+        assert getattr(noisy, fact) == getattr(solver, fact), fact
+    assert noisy.stochastic
+    steps: list[Any] = []
+    denoiser, states = StudentDenoiser(POINTS, PFGMPP(4.0, sigma_max=5.0)), []
+    generator = rng(3)
+
+    def heard(step: Any) -> None:
+        steps.append(step)
+        states.append(generator.get_state())
+
+    run: dict[str, Any] = {"solver": noisy, "steps": 6, "generator": generator}
+    whole = sample(denoiser, PFGMPP(4.0).prior((4, 1), generator=rng()), callback=heard, **run)
+    generator.set_state(states[2])
+    assert torch.equal(sample(denoiser, steps[2], **run), whole)  # with what the solver remembers
 
 
 def test_a_solver_without_noise_passes_as_a_solver() -> None:
