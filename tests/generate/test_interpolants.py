@@ -171,7 +171,8 @@ def test_draws() -> None:
         (lambda: Fields(Interpolant(), b=torch.add, v=torch.add), "b and v: give one"),
         (lambda: Fields(Interpolant(), s=torch.add, eta=torch.add), "s and eta: give one"),
         (lambda: Fields(MIRROR, v=torch.add), "v must be left out"),
-        (lambda: Fields(Interpolant(), b=lambda x, t: x[:1]).b(points(), 0.5), "b must return x's shape"),
+        (lambda: Fields(Interpolant(), b=lambda x, t: x[:1]).b(points(), 0.5), r"b must return a tensor.* got \(1, 2\)"),
+        (lambda: Fields(Interpolant(), b=lambda x, t: (x,)).b(points(), 0.5), r"b must return a tensor.* got \(Tensor"),
         (lambda: Fields(Interpolant(), b=lambda x, t: x).s(points(), 0.5), "s or eta must be given"),
         (lambda: Fields(Interpolant(), s=lambda x, t: x).b(points(), 0.5), "b or v must be given"),
         (lambda: Fields(MIRROR, b=lambda x, t: x).s(points(), 0.5), "s or eta must be given"),
@@ -185,6 +186,8 @@ def test_draws() -> None:
         (lambda: interpolant_loss("s", torch.add, points(), points(), Interpolant(gamma="zero")), "kind must be 'b' or"),
         (lambda: interpolant_loss("v", torch.add, None, points(), MIRROR), "kind must not be 'v'"),
         (lambda: interpolant_loss("b", lambda x, t: x[:, :1], points(), points(), Interpolant()), "net must return"),
+        (lambda: interpolant_loss("b", lambda x, t: (x,), points(), points(), Interpolant()), "net must return a tensor"),
+        (lambda: interpolant_loss("b", lambda x, t: x[:1], points(), points(), Interpolant(), antithetic=False), "net must return"),
         (
             lambda: interpolant_loss("b", torch.add, points(), points(), Interpolant(), t=torch.rand(3)),
             r"t must have shape \(5,\)",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polyak.core import checks
-from polyak.generate.interpolants.fields import INTERPOLANT, NETWORK, Network
+from polyak.generate.interpolants.fields import INTERPOLANT, NETWORK, Network, checked
 from polyak.generate.interpolants.path import Interpolant
 from polyak.generate.process import wide
 
@@ -74,9 +74,10 @@ def interpolant_loss(
     fixed, moving = _target(kind, path, t, x0, x1, z)
     told = t.to(x1.dtype)
     if not antithetic or path.latent_free:
-        return _loss(net(mean + noise, told), _sum(fixed, moving), mse)
-    both = net(torch.cat([mean + noise, mean - noise]), torch.cat([told, told]))
-    plus, minus = both.chunk(2)
+        x = mean + noise
+        return _loss(checked("net", net(x, told), x), _sum(fixed, moving), mse)
+    x = torch.cat([mean + noise, mean - noise])
+    plus, minus = checked("net", net(x, torch.cat([told, told])), x).chunk(2)
     return (_loss(plus, _sum(fixed, moving), mse) + _loss(minus, _sum(fixed, moving, -1), mse)) / 2
 
 
@@ -103,8 +104,6 @@ def _sum(fixed: Tensor | None, moving: Tensor | None, sign: int = 1) -> Any:
 
 
 def _loss(said: Tensor, target: Tensor, mse: bool) -> Tensor:
-    if said.shape != target.shape:
-        raise ValueError(f"net must return x's shape {tuple(target.shape)}, got {tuple(said.shape)}")
     if mse:
         return _summed((said - target).square()) / 2
     return _summed(said * (said / 2 - target))
