@@ -458,6 +458,22 @@ def test_a_network_learns_the_score_in_any_shape_and_type() -> None:
     assert interpolant_loss("eta", lambda x, t: x, line, line, Interpolant(), seeded()).shape == (5,)
 
 
+def test_a_time_that_is_drawn_at_an_end_is_moved_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    x0, x1 = points(seed=1), points(seed=2)
+    for end in (0.0, 1.0):
+        monkeypatch.setattr(torch, "rand", lambda n, end=end, **how: torch.full((n,), end, dtype=how["dtype"]))
+        for kind in ("b", "s"):
+            assert interpolant_loss(kind, lambda x, t: x, x0, x1, Interpolant(), seeded()).isfinite().all()
+
+
+@pytest.mark.parametrize(("path", "rows"), [(TWO_SIDED[0], 10), (TWO_SIDED[2], 5), (ONE_SIDED[0], 10), (MIRROR, 10)])
+def test_pairs_are_evaluated_twice_where_there_is_a_latent(path: Interpolant, rows: int) -> None:
+    told = []
+    x0 = None if path.mirror else points(seed=1)
+    interpolant_loss("b", lambda x, t: told.append((len(x), len(t))) or x, x0, points(seed=2), path, seeded())
+    assert told == [(rows, rows)]
+
+
 # ---------------------------------------------------------------------------------------------- one-sided paths, processes
 
 
