@@ -107,6 +107,12 @@ def test_gamma_gamma_dot_is_finite_where_gamma_dot_is_not() -> None:
             path.dgamma(t)
 
 
+def test_what_single_precision_misses_of_an_end_is_forgiven() -> None:
+    path = Interpolant()
+    for t in (1 + 1e-7, torch.tensor(1.0000001), torch.tensor([-1e-7, 1.0000001])):
+        assert bool((torch.as_tensor(path.gamma(t)) == 0).all())
+
+
 def test_half_way_encoding_is_noise_alone() -> None:
     path, x0, x1 = Interpolant("encdec", "sinesquared"), points(seed=1), points(seed=2)
     x, z = path.sample(0.5, x0, x1, generator=seeded())
@@ -139,6 +145,8 @@ def test_draws() -> None:
     [
         (lambda: Interpolant("linear", lambda t: t), "gamma must be 0 at t=0 and t=1, got 0 and 1"),
         (lambda: Interpolant("linear", lambda t: -t * (1 - t)), "gamma must be > 0 inside"),
+        (lambda: Interpolant("linear", lambda t: t * (1 - t) * (t - 0.5) ** 2), "gamma must be > 0 inside"),
+        (lambda: Interpolant().a(1.00001), r"t must be in \[0, 1\], got 1.00001"),
         (lambda: Interpolant("linear", lambda t: 0.0), "gamma must be a function of a float64 tensor"),
         (lambda: Interpolant("lineal"), "did you mean 'linear'"),
         (lambda: Interpolant("linear", "brown"), "gamma must be one of"),
