@@ -102,8 +102,8 @@ def test_gamma_gamma_dot_is_finite_where_gamma_dot_is_not() -> None:
     assert (path.gg_dot(0.0), path.gg_dot(1.0)) == (1.5, -1.5)
     ends = torch.tensor([0.0, 1.0])
     assert path.gg_dot(ends).tolist() == [1.5, -1.5]
-    for t in (0.0, 1.0, ends):
-        with pytest.raises(ValueError, match=r"score is singular at the endpoint; use t0 > 0"):
+    for t, at in ((0.0, 0), (1.0, 1), (ends, 0)):
+        with pytest.raises(ValueError, match=rf"got t={at}: the score is singular at the endpoint; use t0 > 0"):
             path.dgamma(t)
 
 
@@ -370,6 +370,14 @@ def posterior(path: Interpolant, x: torch.Tensor, t: float, end: int) -> torch.T
         weight = p * q * density[:, None]
         total, mean = total + weight, mean + weight * (m + (x - centre) @ gain.T)
     return mean / total
+
+
+@pytest.mark.parametrize("t", [0.3, torch.tensor(0.3, dtype=torch.float64), torch.full((5,), 0.3, dtype=torch.float64)])
+def test_networks_are_told_a_time_for_each_row_in_the_states_type(t: Any) -> None:
+    told = []
+    fields = Fields(Interpolant(), b=lambda x, t: told.append((t.dtype, tuple(t.shape))) or x)
+    assert fields.b(points().float(), t).dtype == torch.float32
+    assert told == [(torch.float32, (5,))]
 
 
 def test_on_the_linear_path_the_denoiser_is_the_papers() -> None:
