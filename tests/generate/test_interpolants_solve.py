@@ -316,8 +316,10 @@ def test_the_likelihood_of_the_sde_is_the_closed_form_on_average() -> None:
         off = got.mean(1) - FLAT1.log_prob(POINTS[:2])
         assert (off.abs() < 5 * got.std(1) / 600**0.5 + 0.03).all()
         assert (5 * got.std(1) / 600**0.5 < 0.5).all()
-    one = log_likelihood(fields, POINTS, FLAT0.log_prob, eps=0.5, steps=2, samples=3, probes=2, generator=seeded())
-    assert one.shape == (6,)
+    how: dict[str, Any] = {"eps": 0.5, "steps": 2, "probes": 2}
+    one = log_likelihood(fields, POINTS, FLAT0.log_prob, samples=3, generator=seeded(), **how)
+    each = log_likelihood(fields, POINTS.repeat_interleave(3, 0), FLAT0.log_prob, generator=seeded(), **how)
+    assert torch.allclose(one, each.reshape(6, 3).mean(1))
 
 
 def test_one_sided_likelihood_has_a_normal_source_and_many_dimensions_are_estimated() -> None:
@@ -326,6 +328,12 @@ def test_one_sided_likelihood_has_a_normal_source_and_many_dimensions_are_estima
     # An isotropic field's divergence is the same for every choice of signs.
     got = log_likelihood(fields, x, steps=60, method="rk4", t0=0.0, generator=seeded())
     assert torch.allclose(got, law.log_prob(x), atol=1e-5)
+    for size in (20, 21):
+        mixing = torch.randn(size, size, dtype=torch.float64, generator=seeded()) / 20
+        mixed = Fields(Interpolant("onesided_linear"), b=lambda x, t, mixing=mixing: x @ mixing)
+        y = torch.zeros(1, size, dtype=torch.float64)
+        one, two = (log_likelihood(mixed, y, steps=1, generator=seeded(seed)) for seed in (0, 1))
+        assert bool(torch.equal(one, two)) == (size == 20)
     still = Fields(Interpolant("onesided_linear"), b=lambda x, t: torch.zeros_like(x))
     image = torch.randn(2, 1, 5, 5, dtype=torch.float64, generator=seeded())
     want = -image.flatten(1).square().sum(1) / 2 - 12.5 * math.log(2 * math.pi)
