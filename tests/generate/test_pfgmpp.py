@@ -663,6 +663,9 @@ def test_weights_are_rounded_to_as_many_levels(bits: int) -> None:
         assert (p - w).abs().max().item() <= step / 2 + 1e-7
         assert p.min() == w.min()
         assert p.max().item() == pytest.approx(w.max().item(), rel=1e-6)
+    half = nn.Linear(30, 40).half()
+    single = quantize_weights(half.float(), bits).weight
+    assert torch.equal(quantize_weights(half.half(), bits).weight, single.half())
     tied = nn.Linear(4, 4)
     nn.init.constant_(tied.weight, 0.3)
     both = quantize_weights(nn.ModuleList([tied, tied]), 4)
