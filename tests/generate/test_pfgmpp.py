@@ -236,6 +236,8 @@ def test_weights_of_thousands_of_dimensions_neither_vanish_nor_overflow() -> Non
     near = PFGMPP(D).posterior_weights(data[:2] + 1e-3, data, 1e-4)  # N + D = 5120 as an exponent
     assert near.argmax(1).tolist() == [0, 1]
     assert bool(near.isfinite().all())
+    far = [PFGMPP(4.0).posterior_weights(data[:2, :3] + c, data[:, :3] + c, 0.5) for c in (0.0, 1e7)]
+    assert torch.allclose(*far, atol=1e-6)  # distances are of differences, not of squares
 
 
 # --- the equation
@@ -578,7 +580,7 @@ def test_the_target_of_a_reference_batch() -> None:
     got = stf_target(x, reference, sigma, process)
     assert got.shape == x.shape
     assert got.dtype == x.dtype
-    assert not got.requires_grad
+    assert not stf_target(x.clone().requires_grad_(), reference, sigma, process).requires_grad
     assert np.allclose(got.flatten(1).numpy(), want, atol=1e-6)
     assert torch.allclose(stf_target(x, Y[:1], sigma, process), Y[:1].expand_as(x))
     model = net()
