@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -35,6 +36,7 @@ SHAPE = (5, 3, 4, 4)
 OPTIONS: list[dict[str, Any]] = [
     {}, {"norm_threshold": 2.0}, {"momentum": -0.5}, {"norm_threshold": 2.0, "momentum": -0.75, "eta": 0.3},
     {"eta": 1.0, "norm_threshold": 2.0}, {"base": "uncond", "norm_threshold": 2.0}, {"rescale": 0.7}, {"channelwise": True},
+    {"channelwise": True, "norm_threshold": 2.0, "momentum": -0.5},
     {"space": "pred", "momentum": 0.5},
 ]  # fmt: skip
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -91,6 +93,7 @@ def test_the_papers_function_is_the_same(eta: float, r: float) -> None:
         c, u, _ = drawn(seed=seed)
         want, before = by_hand(c, u, 5.0, before, momentum=-0.5, eta=eta, norm_threshold=r)
         assert torch.allclose(normalized_guidance(c, u, 5.0, state, eta, r), want, rtol=1e-12, atol=1e-12)
+    assert state.step == 3
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow", "sample", "score", "edm"])
@@ -138,6 +141,8 @@ def test_projection() -> None:
     assert torch.allclose(parallel, project(a, 1e-8 * b)[0], rtol=1e-10)
     for i in range(len(a)):  # each sample by itself
         assert torch.allclose(parallel[i], (a[i] * b[i]).sum() / b[i].square().sum() * b[i])
+    single = project(a.float(), b.float())[0]
+    assert torch.equal(single, project(a.float().double(), b.float().double())[0].float())
     zero, rest = project(a, torch.zeros_like(a))
     assert not bool(zero.any())
     assert torch.equal(rest, a)
@@ -160,8 +165,12 @@ def test_an_update_of_nothing_and_data_of_nothing() -> None:
     assert torch.equal(normalized_guidance(c, c.clone(), 5.0, None, 0.0, 2.0), c)
     # Nothing is parallel to data that are 0.
     assert torch.allclose(normalized_guidance(zero, u, 5.0, None, 0.0, 0.0), -4 * u)
+    assert torch.equal(APG(5.0, rescale=0.7).combine(zero, zero.clone(), APGState()), zero)
     c[2] = 0.0
     assert bool(normalized_guidance(c, u, 5.0, None, 0.0, 2.0).isfinite().all())
+    for shape in ((0, 3, 4, 4), (2, 0)):
+        none = torch.zeros(shape)
+        assert normalized_guidance(none, none.clone(), 5.0, APGState(momentum=-0.5), 0.0, 2.0).shape == shape
 
 
 # --- invariances
@@ -214,6 +223,10 @@ def test_other_outputs_are_guided_as_data(kind: str) -> None:
     assert torch.allclose(APG(6.0)(*each).x0, APG(6.0)(cond, uncond).x0, rtol=1e-10)
     mixed = uncond.replace(uncond.x0, "sample")
     assert torch.allclose(APG(6.0)(cond, mixed).x0, APG(6.0)(cond, uncond).x0, rtol=1e-10)
+    for x, t in ((uncond.x, 0.3), (2 * uncond.x, 0.6)):  # of another state or time
+        other = Prediction(uncond.output, x, t, VP(), kind)
+        want, _ = by_hand(cond.x0, other.x0, 6.0)
+        assert torch.allclose(APG(6.0)(cond, other).x0, want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("dtype", "eps"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
@@ -333,14 +346,20 @@ def test_gaussians_with_one_covariance() -> None:
 
 
 def test_a_threshold_is_measured_without_guidance() -> None:
-    denoiser, x = problem()
+    process = EDM()
+    exact, x = problem(process)
+    models = (lambda x, t, p=p: p(x, t).eps for p in (exact, ExactDenoiser(LAW, process)))
+    denoiser = Denoiser(next(models), process, "epsilon", unconditional=next(models), label=lambda t: t)
     sizes: list[Tensor] = []
+    noises: list[Tensor] = []
 
     class Look(CFG):
         paired = True  # type: ignore[assignment]
 
         def __call__(self, cond: Any, uncond: Any, state: Any = None, *, update: bool = True) -> Any:
-            sizes.append((cond.x0 - uncond.x0).norm(dim=1))
+            if update:
+                sizes.append((cond.x0 - uncond.x0).norm(dim=1))
+                noises.append((cond.output - uncond.output).norm(dim=1))
             return cond
 
     sample(denoiser, x, solver=DDIM(), steps=6, guidance=Look())
@@ -350,6 +369,12 @@ def test_a_threshold_is_measured_without_guidance() -> None:
     assert found == APG(5.0, norm_threshold=found.norm_threshold, momentum=-0.5)
     most = auto.measured(denoiser, x, quantile=1.0, solver=DDIM(), steps=6).norm_threshold
     assert most == pytest.approx(torch.cat(sizes).max().item())
+    outputs = dataclasses.replace(auto, space="pred").measured(denoiser, x, solver=DDIM(), steps=6)
+    assert outputs.norm_threshold == pytest.approx(torch.cat(noises).quantile(0.5).item())
+    sizes.clear()
+    sample(denoiser, x, solver=Heun(), steps=4, guidance=Look())  # of its second evaluations none counts
+    found = auto.measured(denoiser, x, solver=Heun(), steps=4)
+    assert math.isclose(found.norm_threshold, torch.cat(sizes).quantile(0.5).item(), rel_tol=1e-12)
     with pytest.raises(ValueError, match="has to be measured"):
         sample(denoiser, x, solver=DDIM(), steps=6, guidance=auto)
 

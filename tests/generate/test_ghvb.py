@@ -135,6 +135,55 @@ PINNED: dict[str, list[float]] = {
 }
 
 
+def integral_weights(values: Any, length: int) -> np.ndarray:
+    """For which the values of 1, u, u^2, ... sum to their means over [0, 1]."""
+    return np.linalg.solve(np.array([values(m) for m in range(length)]), 1 / np.arange(1, length + 1))
+
+
+def golden_on_actual_steps(method: Any, k: int, beta: float, runge_kutta: bool, x: float, times: list[float]) -> float:
+    level = lambda t: math.sqrt(1 / alpha(t) ** 2 - 1)  # noqa: E731
+    levels = [level(t) for t in times]
+    y, g, v, averages = x / alpha(times[0]), [], None, []
+    for i, t in enumerate(times[:-1]):
+        here, delta = levels[i], levels[i + 1] - levels[i]
+        g.insert(0, eps_of(y * alpha(t), t))
+        q = min(i + 1, k)
+        nodes = [(levels[j] - here) / delta for j in range(i + 1)]  # oldest first
+        if method == "ghvb":
+            averages.insert(0, g[0] if v is None else (1 - beta) * v + beta * g[0])
+            v = averages[0]
+
+            def averaged(m: int, nodes: list[float] = nodes, q: int = q) -> list[float]:
+                made = [nodes[0] ** m]
+                for node in nodes[1:]:
+                    made.append((1 - beta) * made[-1] + beta * node**m)
+                return made[::-1][:q]
+
+            direction = integral_weights(averaged, q) @ averages[:q]
+        else:
+            p = integral_weights(lambda m, q=q, nodes=nodes: [u**m for u in nodes[::-1][:q]], q) @ g[:q]
+            v = p if v is None else (1 - beta) * v + beta * p
+            direction = v if method == "hb" else (1 - beta) * v + beta * p
+        if runge_kutta and i < k - 1:
+            middle = VP().t_of_lam(-math.log(here + delta / 2))
+            two = eps_of((y + delta / 2 * g[0]) * alpha(middle), middle)
+            three = eps_of((y + delta / 2 * two) * alpha(middle), middle)
+            four = eps_of((y + delta * three) * alpha(times[i + 1]), times[i + 1])
+            direction = (g[0] + 2 * two + 2 * three + four) / 6
+        y += delta * direction
+    return y * alpha(times[-1])
+
+
+@every_method
+@pytest.mark.parametrize("start", ["lower", "rk"])
+@pytest.mark.parametrize(("k", "beta"), [(3, 0.7), (4, 0.3), (2, 1.0)])
+def test_golden_on_actual_steps(method: Any, k: int, beta: float, start: Any) -> None:
+    x = torch.tensor(STARTS, dtype=torch.float64)[:, None]
+    made = sample(exact(), x, solver=METHODS[method](k, beta, "variable", start), grid=TIMES)[:, 0].tolist()
+    want = [golden_on_actual_steps(method, k, beta, start == "rk", x, TIMES) for x in STARTS]
+    assert made == pytest.approx(want, rel=1e-8, abs=1e-8)
+
+
 # --- identities
 
 
@@ -426,6 +475,18 @@ def test_momentum_and_history_move_with_the_rows(solver: Any) -> None:
     assert not torch.allclose(kept, plain[back], rtol=1e-3)
 
 
+@pytest.mark.parametrize("beta", [0.6, 1.0])
+def test_it_remembers_as_much_as_it_says(beta: float) -> None:
+    average = beta < 1
+    for solver, count in (
+        (HeavyBall(4, beta), 3 + average), (Nesterov(2, beta), 1 + average), (GHVB(4, beta), 3), (GHVB(2, beta), 1),
+        (HeavyBallDPM(beta), 1 + average), (HeavyBallDPM(beta, True), 1 + average),
+    ):  # fmt: skip
+        steps: list[Any] = []
+        sample(exact(), noise(2), solver=solver, steps=8, callback=steps.append)
+        assert max(len(step.memory.values) for step in steps) == solver.history == count
+
+
 def test_nothing_is_left_over_between_trajectories() -> None:
     solver = GHVB(3, 0.4)
     first = sample(exact(), noise(), solver=solver, steps=6)
@@ -455,7 +516,9 @@ def test_the_fast_loop_is_the_coroutine() -> None:
 
 
 def test_evaluations_are_counted() -> None:
-    for solver, nfe, asked in ((HeavyBall(4), 10, 10), (GHVB(4, start="rk"), 20, 20), (GHVB(1, start="rk"), 5, 5)):
+    for solver, nfe, asked in (
+        (HeavyBall(4), 10, 10), (GHVB(4, start="rk"), 20, 20), (GHVB(4, start="rk"), 13, 13), (GHVB(1, start="rk"), 5, 5),
+    ):  # fmt: skip
         _, info = sample(exact(), noise(2), solver=solver, nfe=nfe, return_info=True)
         assert info.nfe == asked
     assert len(GHVB(4, start="rk").times(VP(), nfe=20)) == 1 + 20 - 9
@@ -521,8 +584,9 @@ def test_the_data_form_starts_without_signal_and_ends_on_clean_data() -> None:
     last: list[torch.Tensor] = []
     sample(exact(flow), noise(), solver=HeavyBallDPM(0.7), grid=times, callback=lambda step: last.append(step.x))
     assert torch.allclose(made, exact(flow)(last[-2], 0.2).x0, rtol=1e-12)  # the last step has no momentum
-    with pytest.raises(ValueError, match=r"alpha is 0 at t=1 of Flow.*use HeavyBallDPM"):
-        sample(exact(flow), noise(), solver=GHVB(), grid=times)
+    for solver in (GHVB(), GHVB(start="rk"), HeavyBall(2, 0.5, "variable", "rk")):
+        with pytest.raises(ValueError, match=r"alpha is 0 at t=1 of Flow.*use HeavyBallDPM"):
+            sample(exact(flow), noise(), solver=solver, grid=times)
     assert torch.isfinite(sample(exact(flow), noise(), solver=GHVB(3), grid=times[1:])).all()
     with pytest.raises(ValueError, match="sigma is 0 at t=0, where DPM-Solver"):
         HeavyBallDPM().table(times[::-1], flow)
@@ -593,8 +657,13 @@ def test_a_blob_is_seen_and_ordinary_latents_are_not() -> None:
     latents = torch.zeros(2, 3, 16, 16)
     latents[1, 2, 5, 6] = 5.0  # ten standard deviations, in one of 16 squares
     assert artifact_score(latents, [0.0] * 3, STD).tolist() == pytest.approx([0.0, 10 / 16])
-    assert artifact_score(latents.half(), [0.0] * 3, STD).dtype == torch.float16
+    assert artifact_score(latents, [0.0] * 3, STD, threshold=10.0).tolist() == pytest.approx([0.0, 10 / 16])
     assert artifact_score(latents, [0.0] * 3, STD, threshold=10.5).tolist() == [0.0, 0.0]
+    half = 3 * torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)).half()
+    far = [100.02] * 3  # which half precision has as 100
+    made = artifact_score(half, far, STD)
+    assert made.dtype == torch.float16
+    assert torch.equal(made, artifact_score(half.float(), far, STD).half())
 
 
 @pytest.mark.parametrize(

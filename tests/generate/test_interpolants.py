@@ -102,9 +102,15 @@ def test_gamma_gamma_dot_is_finite_where_gamma_dot_is_not() -> None:
     assert (path.gg_dot(0.0), path.gg_dot(1.0)) == (1.5, -1.5)
     ends = torch.tensor([0.0, 1.0])
     assert path.gg_dot(ends).tolist() == [1.5, -1.5]
-    for t in (0.0, 1.0, ends):
-        with pytest.raises(ValueError, match=r"score is singular at the endpoint; use t0 > 0"):
+    for t, at in ((0.0, 0), (1.0, 1), (ends, 0)):
+        with pytest.raises(ValueError, match=rf"got t={at}: the score is singular at the endpoint; use t0 > 0"):
             path.dgamma(t)
+
+
+def test_what_single_precision_misses_of_an_end_is_forgiven() -> None:
+    path = Interpolant()
+    for t in (1 + 1e-7, torch.tensor(1.0000001), torch.tensor([-1e-7, 1.0000001])):
+        assert bool((torch.as_tensor(path.gamma(t)) == 0).all())
 
 
 def test_half_way_encoding_is_noise_alone() -> None:
@@ -139,6 +145,8 @@ def test_draws() -> None:
     [
         (lambda: Interpolant("linear", lambda t: t), "gamma must be 0 at t=0 and t=1, got 0 and 1"),
         (lambda: Interpolant("linear", lambda t: -t * (1 - t)), "gamma must be > 0 inside"),
+        (lambda: Interpolant("linear", lambda t: t * (1 - t) * (t - 0.5) ** 2), "gamma must be > 0 inside"),
+        (lambda: Interpolant().a(1.00001), r"t must be in \[0, 1\], got 1.00001"),
         (lambda: Interpolant("linear", lambda t: 0.0), "gamma must be a function of a float64 tensor"),
         (lambda: Interpolant("lineal"), "did you mean 'linear'"),
         (lambda: Interpolant("linear", "brown"), "gamma must be one of"),
@@ -171,7 +179,8 @@ def test_draws() -> None:
         (lambda: Fields(Interpolant(), b=torch.add, v=torch.add), "b and v: give one"),
         (lambda: Fields(Interpolant(), s=torch.add, eta=torch.add), "s and eta: give one"),
         (lambda: Fields(MIRROR, v=torch.add), "v must be left out"),
-        (lambda: Fields(Interpolant(), b=lambda x, t: x[:1]).b(points(), 0.5), "b must return x's shape"),
+        (lambda: Fields(Interpolant(), b=lambda x, t: x[:1]).b(points(), 0.5), r"b must return a tensor.* got \(1, 2\)"),
+        (lambda: Fields(Interpolant(), b=lambda x, t: (x,)).b(points(), 0.5), r"b must return a tensor.* got \(Tensor"),
         (lambda: Fields(Interpolant(), b=lambda x, t: x).s(points(), 0.5), "s or eta must be given"),
         (lambda: Fields(Interpolant(), s=lambda x, t: x).b(points(), 0.5), "b or v must be given"),
         (lambda: Fields(MIRROR, b=lambda x, t: x).s(points(), 0.5), "s or eta must be given"),
@@ -185,6 +194,8 @@ def test_draws() -> None:
         (lambda: interpolant_loss("s", torch.add, points(), points(), Interpolant(gamma="zero")), "kind must be 'b' or"),
         (lambda: interpolant_loss("v", torch.add, None, points(), MIRROR), "kind must not be 'v'"),
         (lambda: interpolant_loss("b", lambda x, t: x[:, :1], points(), points(), Interpolant()), "net must return"),
+        (lambda: interpolant_loss("b", lambda x, t: (x,), points(), points(), Interpolant()), "net must return a tensor"),
+        (lambda: interpolant_loss("b", lambda x, t: x[:1], points(), points(), Interpolant(), antithetic=False), "net must return"),
         (
             lambda: interpolant_loss("b", torch.add, points(), points(), Interpolant(), t=torch.rand(3)),
             r"t must have shape \(5,\)",
@@ -361,6 +372,14 @@ def posterior(path: Interpolant, x: torch.Tensor, t: float, end: int) -> torch.T
     return mean / total
 
 
+@pytest.mark.parametrize("t", [0.3, torch.tensor(0.3, dtype=torch.float64), torch.full((5,), 0.3, dtype=torch.float64)])
+def test_networks_are_told_a_time_for_each_row_in_the_states_type(t: Any) -> None:
+    told = []
+    fields = Fields(Interpolant(), b=lambda x, t: told.append((t.dtype, tuple(t.shape))) or x)
+    assert fields.b(points().float(), t).dtype == torch.float32
+    assert told == [(torch.float32, (5,))]
+
+
 def test_on_the_linear_path_the_denoiser_is_the_papers() -> None:
     fields, x, t = exact(Interpolant()), points(), 0.4
     want = x + (1 - t) * fields.v(x, t) + t * (1 - t) * fields.s(x, t)
@@ -450,6 +469,25 @@ def test_a_network_learns_the_score_in_any_shape_and_type() -> None:
     assert weight.grad is not None
     assert weight.grad.isfinite()
     assert torch.equal(x1, torch.zeros(64, 1, 2, 2))
+    assert interpolant_loss("b", lambda x, t: x, None, x1[:0], path, seeded()).shape == (0,)
+    line = points()[:, 0]
+    assert interpolant_loss("eta", lambda x, t: x, line, line, Interpolant(), seeded()).shape == (5,)
+
+
+def test_a_time_that_is_drawn_at_an_end_is_moved_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    x0, x1 = points(seed=1), points(seed=2)
+    for end in (0.0, 1.0):
+        monkeypatch.setattr(torch, "rand", lambda n, end=end, **how: torch.full((n,), end, dtype=how["dtype"]))
+        for kind in ("b", "s"):
+            assert interpolant_loss(kind, lambda x, t: x, x0, x1, Interpolant(), seeded()).isfinite().all()
+
+
+@pytest.mark.parametrize(("path", "rows"), [(TWO_SIDED[0], 10), (TWO_SIDED[2], 5), (ONE_SIDED[0], 10), (MIRROR, 10)])
+def test_pairs_are_evaluated_twice_where_there_is_a_latent(path: Interpolant, rows: int) -> None:
+    told = []
+    x0 = None if path.mirror else points(seed=1)
+    interpolant_loss("b", lambda x, t: told.append((len(x), len(t))) or x, x0, points(seed=2), path, seeded())
+    assert told == [(rows, rows)]
 
 
 # ---------------------------------------------------------------------------------------------- one-sided paths, processes

@@ -18,6 +18,7 @@ from polyak.generate import (
     CFG,
     DDIM,
     EDM,
+    GHVB,
     PFGMPP,
     RK4,
     Denoiser,
@@ -213,6 +214,14 @@ def test_pfgm_on_the_line_is_cauchy_and_many_dimensions_are_gaussian() -> None:
         assert gap.abs().max().item() < bound
 
 
+@pytest.mark.parametrize("D", [3.0, 199.0, 201.0, 1e4, 1e8, 1e13])
+def test_the_kernels_largest_value_keeps_its_digits_at_any_D(D: float) -> None:
+    # With two dimensions more it is (N + D) / D / (2 pi sigma^2) times as large.
+    sigma = 1 / math.sqrt(2 * math.pi)
+    top = [PFGMPP(D).log_kernel(zeros(1, N), zeros(1, N), sigma).item() for N in (64, 66)]
+    assert top[1] - top[0] == pytest.approx(math.log1p(64 / D), abs=1e-12)
+
+
 def test_weights_of_thousands_of_dimensions_neither_vanish_nor_overflow() -> None:
     N, D, sigma = 3072, 2048.0, 0.01
     data = torch.randn(5, N, dtype=F64, generator=rng())
@@ -227,6 +236,8 @@ def test_weights_of_thousands_of_dimensions_neither_vanish_nor_overflow() -> Non
     near = PFGMPP(D).posterior_weights(data[:2] + 1e-3, data, 1e-4)  # N + D = 5120 as an exponent
     assert near.argmax(1).tolist() == [0, 1]
     assert bool(near.isfinite().all())
+    far = [PFGMPP(4.0).posterior_weights(data[:2, :3] + c, data[:, :3] + c, 0.5) for c in (0.0, 1e7)]
+    assert torch.allclose(*far, atol=1e-6)  # distances are of differences, not of squares
 
 
 # --- the equation
@@ -526,6 +537,29 @@ def test_the_loss_is_its_formula_and_networks_are_told_sigma_not_r() -> None:
     assert pfgmpp_loss(denoiser, Y, process, sigma_data=0.5, generator=rng(5)).item() != pytest.approx(got.item())
 
 
+def test_the_loss_of_data_in_half_precision_is_computed_in_single() -> None:
+    process = PFGMPP(64.0, sigma_min=1e-5)
+    denoiser = Denoiser(lambda x, label: torch.tanh(x), process, "edm")
+    for dtype in (torch.float16, torch.bfloat16):  # at sigma = e^-6 the weight is beyond float16
+        loss = pfgmpp_loss(denoiser, Y.to(dtype), process, P_mean=-6.0, P_std=0.0, generator=rng())
+        assert loss.dtype == torch.float32
+        assert 0 < loss.item() < 100
+
+
+def test_samples_of_one_number_need_no_further_dimension() -> None:
+    process = PFGMPP(4.0, 1, clip=1e-3)
+    denoiser = Denoiser(lambda x, label: torch.tanh(x), process, "edm")
+
+    def made(y: Tensor) -> list[Tensor]:
+        x, _ = process.perturb(y, 0.5, generator=rng())
+        laws = process.log_kernel(x, y, 0.5), process.posterior_weights(x, y, 0.5), stf_target(x, y, 0.5, process)
+        return [x, *laws, pfgmpp_loss(denoiser, y, process, generator=rng())]
+
+    flat = Y[:, 0, 0, 0]
+    for one, other in zip(made(flat), made(flat[:, None]), strict=True):
+        assert torch.allclose(one, other.reshape(one.shape))
+
+
 def test_the_loss_is_least_at_the_exact_denoiser() -> None:
     process, generator = PFGMPP(4.0), rng()
     exact = StudentDenoiser(POINTS, process)
@@ -546,7 +580,7 @@ def test_the_target_of_a_reference_batch() -> None:
     got = stf_target(x, reference, sigma, process)
     assert got.shape == x.shape
     assert got.dtype == x.dtype
-    assert not got.requires_grad
+    assert not stf_target(x.clone().requires_grad_(), reference, sigma, process).requires_grad
     assert np.allclose(got.flatten(1).numpy(), want, atol=1e-6)
     assert torch.allclose(stf_target(x, Y[:1], sigma, process), Y[:1].expand_as(x))
     model = net()
@@ -567,6 +601,26 @@ def test_no_noise_injected_is_the_solver_itself(solver: Any) -> None:
     assert torch.equal(sample(denoiser, (8, 1), solver=same, nfe=12, generator=rng()), want)
     assert not same.stochastic
     assert repr(same) == f"inject_noise({solver!r}, alpha=0)"
+
+
+@pytest.mark.parametrize("solver", [Heun(), GHVB(3, 0.7), DPMSolverMultistep(order=2)], ids=repr)
+def test_with_noise_a_solver_is_what_it_was_but_stochastic(solver: Any) -> None:
+    noisy = inject_noise(solver, 0.3)
+    for fact in ("order", "tapers", "stages", "needs_gaussian", "history", "grid", "no_corrector", "reaches_zero"):
+        assert getattr(noisy, fact) == getattr(solver, fact), fact
+    assert noisy.stochastic
+    steps: list[Any] = []
+    denoiser, states = StudentDenoiser(POINTS, PFGMPP(4.0, sigma_max=5.0)), []
+    generator = rng(3)
+
+    def heard(step: Any) -> None:
+        steps.append(step)
+        states.append(generator.get_state())
+
+    run: dict[str, Any] = {"solver": noisy, "steps": 6, "generator": generator}
+    whole = sample(denoiser, PFGMPP(4.0).prior((4, 1), generator=rng()), callback=heard, **run)
+    generator.set_state(states[2])
+    assert torch.equal(sample(denoiser, steps[2], **run), whole)  # with what the solver remembers
 
 
 def test_a_solver_without_noise_passes_as_a_solver() -> None:
@@ -611,6 +665,9 @@ def test_weights_are_rounded_to_as_many_levels(bits: int) -> None:
         assert (p - w).abs().max().item() <= step / 2 + 1e-7
         assert p.min() == w.min()
         assert p.max().item() == pytest.approx(w.max().item(), rel=1e-6)
+    half = nn.Linear(30, 40).half()
+    single = quantize_weights(half.float(), bits).weight
+    assert torch.equal(quantize_weights(half.half(), bits).weight, single.half())
     tied = nn.Linear(4, 4)
     nn.init.constant_(tied.weight, 0.3)
     both = quantize_weights(nn.ModuleList([tied, tied]), 4)
@@ -642,6 +699,8 @@ def test_weights_are_rounded_to_as_many_levels(bits: int) -> None:
          r"data must hold at least one sample of x's shape, got \(3, 5\) for x of shape \(2, 4\)"),
         (lambda: PFGMPP(4.0).posterior_weights(torch.ones(2, 4), torch.ones(0, 4), 1.0), "data must hold at least one sample"),
         (lambda: PFGMPP(4.0).log_kernel(torch.ones(2, 4), torch.ones(2, 5), 1.0), "y must have x's shape"),
+        (lambda: PFGMPP(4.0).log_kernel(torch.ones(6, 4), torch.ones(2, 4), 1.0), "y must have x's shape"),
+        (lambda: PFGMPP(4.0).log_kernel(torch.tensor(1.0), torch.tensor(1.0), 1.0), "x must be a .* at least 1 dimension"),
         (lambda: PFGMPP(4.0).perturb(torch.ones(2, 4).long(), 0.5), "x0 must be floating point"),
         (lambda: PFGMPP(4.0).perturb(torch.ones(2, 4), torch.ones(3)), r"shape \(2,\)"),
         (lambda: StudentDenoiser(torch.ones(3), PFGMPP()), r"points must have shape \(n, d\)"),

@@ -161,8 +161,6 @@ def normalized_guidance(
 
 def _guided(base: Tensor, c: Tensor, d: Tensor, gain: float, eta: float, r: float, channels: bool = False) -> Tensor:
     """``base + gain (d_orth + eta d_par)`` of the capped d: two or three reductions, and one combination of c and d."""
-    if base.numel() == 0:
-        return base.clone()
     weight = None
     if r > 0:
         size = torch.linalg.vector_norm(d, dim=_within(d), keepdim=True)
@@ -307,7 +305,7 @@ class APG:
             quantile: 0.5 is the median.
             how: solver, steps or nfe, and whatever else :func:`polyak.generate.sample` takes.
         """
-        probe = _Probe(dataclasses.replace(self, norm_threshold=0.0, momentum=None))
+        probe = _Probe(self)
         sample(denoiser, x_T, guidance=probe, **how)
         sizes = torch.cat(probe.sizes)
         return dataclasses.replace(self, norm_threshold=torch.quantile(sizes.double(), quantile).item())

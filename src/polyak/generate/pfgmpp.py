@@ -35,6 +35,7 @@ __all__ = ["PFGMPP", "inject_noise", "pfgmpp_loss", "quantize_weights", "stf_tar
 
 _STIRLING = 100.0  # D / 2 above which log-gammas are subtracted as their series
 _SIGMA = checks.Operand(checks.positive)  # a number, or one for each row
+_DATA = checks.Tensor(floating=True, least_ndim=1)
 
 
 @checks.arguments(
@@ -129,17 +130,20 @@ class PFGMPP(EDM):
             squared = self.D * _odds(squared, _chi2(self.D, n, generator, device), self.clip)
         return _level(sigma, squared) * squared.sqrt()
 
-    @checks.arguments(x=checks.floating, y=checks.floating, sigma=_SIGMA)
+    @checks.arguments(x=_DATA, y=_DATA, sigma=_SIGMA)
     def log_kernel(self, x: Tensor, y: Tensor, sigma: float | Tensor) -> Tensor:
-        """``log p_r(x | y)``, normalised over x: x and y of shape (B, ...), sigma a number or (B,); (B,), float64."""
-        if x.ndim == 0 or x.shape[1:] != y.shape[1:]:
+        """``log p_r(x | y)``, normalised over x: x and y of shape (B, ...), sigma a number or (B,); (B,), float64.
+
+        One row of x or of y goes with all of the other.
+        """
+        if x.shape[1:] != y.shape[1:] or (len(x) != len(y) and 1 not in (len(x), len(y))):
             raise ValueError(f"y must have x's shape {tuple(x.shape)}, got {tuple(y.shape)}")
         self._check_size(x.shape)
-        squared = (x.to(wide(x.device)) - y.to(wide(x.device))).flatten(1).square().sum(1)
+        squared = _rows(x.to(wide(x.device)) - y.to(wide(x.device))).square().sum(1)
         n, level = math.prod(x.shape[1:]), _level(sigma, squared)
         return _log_ratio(self.D, n) - n / 2 * (2 * math.pi * level**2).log() + self._exponent(squared, level, n)
 
-    @checks.arguments(x=checks.floating, data=checks.floating, sigma=_SIGMA)
+    @checks.arguments(x=_DATA, data=_DATA, sigma=_SIGMA)
     def posterior_weights(self, x: Tensor, data: Tensor, sigma: float | Tensor) -> Tensor:
         """The probability of each data point given x: x (B, ...), data (n, ...), sigma a number or (B,); (B, n), float64.
 
@@ -147,7 +151,7 @@ class PFGMPP(EDM):
         """
         _check_points("data", data, "x", x)
         self._check_size(x.shape)
-        rows, points = (part.to(wide(x.device)).reshape(len(part), math.prod(x.shape[1:])) for part in (x, data))
+        rows, points = (_rows(part.to(wide(x.device))) for part in (x, data))
         squared = torch.cdist(rows, points, compute_mode="donot_use_mm_for_euclid_dist").square()
         level = _level(sigma, squared[:, 0])
         return self._exponent(squared, level[:, None] if level.ndim else level, rows.shape[1]).softmax(1)
@@ -166,7 +170,7 @@ class PFGMPP(EDM):
         chi2 = _chi2(self.D, len(z), generator, z.device)
         if clip is None:
             return (self.D / chi2).sqrt()
-        own = z.flatten(1).to(chi2.dtype).square().sum(1).clamp(min=torch.finfo(z.dtype).tiny)
+        own = _rows(z).to(chi2.dtype).square().sum(1).clamp(min=torch.finfo(z.dtype).tiny)
         return (self.D * _odds(own, chi2, clip) / own).sqrt()
 
     def _held(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -182,6 +186,11 @@ class PFGMPP(EDM):
             raise ValueError(f"{what}; draw in a wider dtype, or give clip= to clamp them")
         warnings.warn(f"{what}, and were clamped", RuntimeWarning, stacklevel=3)
         return x.clamp(-most, most).to(dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, ...) as (B, N)."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 def _work(dtype: torch.dtype) -> torch.dtype:
@@ -209,7 +218,7 @@ def _chi2(degrees: float, n: int, generator: Generators | None, device: torch.de
 
 
 def _check_points(name: str, points: Tensor, other: str, x: Tensor) -> None:
-    if not (x.ndim and points.ndim and len(points)) or points.shape[1:] != x.shape[1:]:
+    if not len(points) or points.shape[1:] != x.shape[1:]:
         shapes = f"{tuple(points.shape)} for {other} of shape {tuple(x.shape)}"
         raise ValueError(f"{name} must hold at least one sample of {other}'s shape, got {shapes}")
 
@@ -232,9 +241,9 @@ def _log_ratio(D: float, n: int) -> float:
 
 
 @checks.arguments(
-    denoiser=MODEL, y=checks.Tensor(floating=True, least_ndim=1), process=checks.Instance(PFGMPP, words="a PFGMPP"),
+    denoiser=MODEL, y=_DATA, process=checks.Instance(PFGMPP, words="a PFGMPP"),
     P_mean=checks.Number(-30, 30), P_std=checks.Number(0, 8), sigma_data=checks.Number(1e-6, 1e6) | None,
-    generator=checks.generators | None, reference=checks.floating | None,
+    generator=checks.generators | None, reference=_DATA | None,
 )  # fmt: skip
 def pfgmpp_loss(
     denoiser: Model,
@@ -250,7 +259,8 @@ def pfgmpp_loss(
     """EDM's training loss (arXiv 2206.00364, equation 8) under PFGM++'s noise (arXiv 2302.04265, equation 10); a scalar.
 
     ``ln sigma ~ N(P_mean, P_std^2)``; ``(sigma^2 + sd^2) / (sigma sd)^2 |D(x, sigma) - y|^2``, summed over a sample and averaged
-    over the batch. Networks are told sigma, not r. With ``D=inf`` it is EDM's loss, number by number.
+    over the batch; of data in half precision in float32. Networks are told sigma, not r. With ``D=inf`` it is EDM's loss, number by
+    number.
 
     Args:
         denoiser: a :class:`Denoiser` (usually of the dialect "edm"), or any ``(x, sigma) -> Prediction``.
@@ -274,12 +284,13 @@ def pfgmpp_loss(
     x, _ = process.perturb(y, sigma, generator=generator)
     target = y if reference is None else stf_target(x, reference, sigma, process)
     weight = edm_loss_weight(sigma, sd)
-    error = (denoiser(x, sigma).x0 - target).square()  # type: ignore[attr-defined, arg-type]
-    return (expand(weight, error) * error).flatten(1).sum(1).mean()
+    gap = denoiser(x, sigma).x0 - target  # type: ignore[attr-defined, arg-type]
+    error = gap.to(_work(gap.dtype)).square()
+    return _rows(expand(weight, error) * error).sum(1).mean()
 
 
 @checks.arguments(
-    x=checks.Tensor(floating=True, least_ndim=1), reference=checks.floating, sigma=_SIGMA,
+    x=_DATA, reference=_DATA, sigma=_SIGMA,
     process=checks.Instance(PFGMPP, words="a PFGMPP"),
 )  # fmt: skip
 @torch.no_grad()
@@ -293,7 +304,7 @@ def stf_target(x: Tensor, reference: Tensor, sigma: float | Tensor, process: PFG
     """
     _check_points("reference", reference, "x", x)
     weights = process.posterior_weights(x, reference, sigma)
-    return (weights @ reference.to(weights).flatten(1)).reshape(x.shape).to(x.dtype)
+    return (weights @ _rows(reference.to(weights))).reshape(x.shape).to(x.dtype)
 
 
 class _Injected(Solver):

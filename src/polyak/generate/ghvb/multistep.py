@@ -98,9 +98,10 @@ class _Momentum(LinearSolver):
     def _table(self, times: Sequence[float], process: ProbabilityPath) -> list[Stage]:
         k, steps = self.order, len(times) - 1
         started = k - 1 if self.start == "rk" and steps >= k else 0  # steps of Runge-Kutta
-        at, places = _points(process.moments(times), process, started)
-        levels = [at.sigma_hat[i] for i in places]
+        at = process.moments(times)
+        levels = at.sigma_hat
         _check_levels(levels, times, process)
+        at, places = _points(at, process, started)
         stages, weights = [], self._weights(levels)
         size = started  # of what is remembered
         known: dict[tuple[int, Form], _Row] = {}

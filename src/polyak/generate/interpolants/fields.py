@@ -19,6 +19,14 @@ Eps = float | Callable[[Any], Any]
 EPS = checks.non_negative | checks.Function("a function of t", 1)
 
 
+def checked(name: str, said: Any, x: Tensor) -> Tensor:
+    """What a network said at x, if it is a tensor of x's shape."""
+    if not isinstance(said, Tensor) or said.shape != x.shape:
+        got = tuple(said.shape) if isinstance(said, Tensor) else checks.shown(said)
+        raise ValueError(f"{name} must return a tensor of x's shape {tuple(x.shape)}, got {got}")
+    return said
+
+
 class Fields:
     """``b``, ``v``, ``s`` and ``eta`` of an interpolant at (x, t), from one network, or one of each pair.
 
@@ -69,10 +77,7 @@ class Fields:
             told = one_for_each_row(t, x).to(device=x.device, dtype=x.dtype).expand(len(x))  # type: ignore[union-attr]
         else:
             told = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
-        said = net(x, told)
-        if said.shape != x.shape:
-            raise ValueError(f"{name} must return x's shape {tuple(x.shape)}, got {tuple(said.shape)}")
-        return said
+        return checked(name, net(x, told), x)
 
     def _need(self, *names: str) -> ValueError:
         return ValueError(f"{' or '.join(names)} must be given to Fields for this: it does not follow from the others")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from polyak.core import checks
-from polyak.generate.interpolants.fields import INTERPOLANT, NETWORK, Network
+from polyak.generate.interpolants.fields import INTERPOLANT, NETWORK, Network, checked
 from polyak.generate.interpolants.path import Interpolant
 from polyak.generate.process import wide
 
@@ -44,7 +45,8 @@ def interpolant_loss(
     Args:
         kind: which field net says.
         net: (x, t) of shapes (B, ...) and (B,), of x's shape; in its training mode, with gradients.
-        x0, x1: pairs, (B, ...), coupled as they are given; x0 is None on the mirror path, and may be None on a one-sided one.
+        x0, x1: pairs, (B, ...), coupled as they are given; x0 is None on the mirror path, and may be None on a one-sided one,
+            whose x0 is N(0, I) whatever x1 is. (Noise that is coupled with the data is the path "linear" with gamma "zero".)
         antithetic: the mean over ``I + gamma z`` and ``I - gamma z`` (one call of net with 2B rows). With the brownian gamma
             "b" and "s" have without it a variance that grows as 1 / t and 1 / (1 - t) at the ends.
         t: times, (B,); drawn where they are left out.
@@ -72,9 +74,10 @@ def interpolant_loss(
     fixed, moving = _target(kind, path, t, x0, x1, z)
     told = t.to(x1.dtype)
     if not antithetic or path.latent_free:
-        return _loss(net(mean + noise, told), _sum(fixed, moving), mse)
-    both = net(torch.cat([mean + noise, mean - noise]), torch.cat([told, told]))
-    plus, minus = both.chunk(2)
+        x = mean + noise
+        return _loss(checked("net", net(x, told), x), _sum(fixed, moving), mse)
+    x = torch.cat([mean + noise, mean - noise])
+    plus, minus = checked("net", net(x, torch.cat([told, told])), x).chunk(2)
     return (_loss(plus, _sum(fixed, moving), mse) + _loss(minus, _sum(fixed, moving, -1), mse)) / 2
 
 
@@ -101,8 +104,11 @@ def _sum(fixed: Tensor | None, moving: Tensor | None, sign: int = 1) -> Any:
 
 
 def _loss(said: Tensor, target: Tensor, mse: bool) -> Tensor:
-    if said.shape != target.shape:
-        raise ValueError(f"net must return x's shape {tuple(target.shape)}, got {tuple(said.shape)}")
     if mse:
-        return (said - target).square().reshape(len(said), -1).sum(1) / 2
-    return (said * (said / 2 - target)).reshape(len(said), -1).sum(1)
+        return _summed((said - target).square()) / 2
+    return _summed(said * (said / 2 - target))
+
+
+def _summed(x: Tensor) -> Tensor:
+    """Over each sample's elements."""
+    return x.reshape(len(x), math.prod(x.shape[1:])).sum(1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from polyak.core import checks
 from polyak.core.integrators import EULER, HEUN, RK4, euler_maruyama, runge_kutta
@@ -72,6 +73,9 @@ def integrate(
 
     Returns:
         Samples at the other end, in x0's shape and dtype (half precision is solved in float32).
+
+    Raises:
+        ValueError: options that do not go together; on the CPU, a state that is not finite, with its step and time.
     """
     if method == "rk4" and not (isinstance(eps, (int, float)) and eps == 0):
         raise ValueError("method must be 'euler' or 'heun' for eps > 0, got 'rk4'")
@@ -79,7 +83,7 @@ def integrate(
     kept, x = x0.dtype, x0.float() if x0.dtype in HALF else x0
     inner = _lowered(fields, kept) if kept in HALF else fields
     times = _grid(steps, t0, sign < 0)
-    for s, t in pairwise(times):
+    for step, (s, t) in enumerate(pairwise(times), 1):
         level = _level(eps, s)
         if level == 0:
             x = runge_kutta(TABLEAUS[method], inner.drift, x, s, t - s)
@@ -88,9 +92,18 @@ def integrate(
         else:
             x = x + math.sqrt(2 * level * abs(t - s)) * _noise(x, generator)
             x = runge_kutta(HEUN, lambda y, _, t=t, e=sign * level: inner.drift(y, t, e), x, s, t - s)
+        _look(x, step, t)
     if finish:
         x = inner.x1(x, times[-1]) if sign > 0 else inner.x0(x, times[-1])
     return x.to(kept)
+
+
+def _look(x: Tensor, step: int, t: float) -> None:
+    """ValueError where the state is not finite; on the CPU, as elsewhere a look would wait for the device."""
+    if x.device.type != "cpu" or isinstance(x, FakeTensor) or math.isfinite(x.sum().item()):
+        return
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"the state is not finite after step {step}, at t={t:.6g}: the fields are not, or it diverged")
 
 
 def _noise(x: Tensor, generator: Generators | None) -> Tensor:
@@ -108,6 +121,9 @@ def _lowered(fields: Fields, dtype: torch.dtype) -> Any:
     class Lowered:
         def drift(self, x: Tensor, t: float, eps: float = 0.0) -> Tensor:
             return fields.drift(x.to(dtype), t, eps).float()
+
+        def s(self, x: Tensor, t: float) -> Tensor:
+            return fields.s(x.to(dtype), t).float()
 
         def x0(self, x: Tensor, t: float) -> Tensor:
             return fields.x0(x.to(dtype), t).float()
@@ -150,16 +166,22 @@ def log_likelihood(
         probes: how many random signs (Hutchinson) estimate the divergence, each one derivative. Default: the exact
             sum of derivatives up to 20 dimensions, then 1.
         samples: backward paths for each point, for eps > 0.
-        generator: of all that is drawn.
+        generator: of all that is drawn; a list has one for each path, ``samples`` for the first point, and so on.
 
     Returns:
-        Shape (B,), in nats.
+        Shape (B,), in nats, in x's dtype; for x in half precision in float32, in which it is solved.
+
+    Raises:
+        ValueError: no log_prob0, where the source is not N(0, I); on the CPU, a state that is not finite.
     """
     rho0 = log_prob0
     if rho0 is None:
         if not fields.interpolant.one_sided:
             raise ValueError("log_prob0 must be given: the source is not N(0, I) by itself")
         rho0 = _standard_normal
+    inner: Any = fields
+    if x.dtype in HALF:
+        x, inner = x.float(), _lowered(fields, x.dtype)
     size, event = math.prod(x.shape[1:]), x.shape[1:]
     random = probes is not None or size > EXACT
     stochastic = not (isinstance(eps, (int, float)) and eps == 0)
@@ -174,23 +196,25 @@ def log_likelihood(
 
         def slopes(state: Tensor, t: Any) -> Tensor:
             point = state[:, :-1].reshape(rows, *event)
-            b, divergence = trace(lambda y: fields.b(y, t), point, fixed)
+            b, divergence = trace(lambda y: inner.drift(y, t), point, fixed)
             return torch.cat([b.flatten(1), divergence[:, None]], 1)
 
         state = torch.cat([x.flatten(1), x.new_zeros(rows, 1)], 1)
-        for s, t in pairwise(times):
+        for step, (s, t) in enumerate(pairwise(times), 1):
             state = runge_kutta(TABLEAUS[method], slopes, state, s, t - s)
+            _look(state, step, t)
         return _begun(rho0, state[:, :-1].reshape(x.shape)) + state[:, -1]
     y, total = x.repeat_interleave(samples, 0), x.new_zeros(rows)
-    for s, t in pairwise(times):
+    for step, (s, t) in enumerate(pairwise(times), 1):
         level = _level(eps, s)
-        drift, divergence = trace(lambda p, s=s, e=level: fields.drift(p, s, e), y, along())
+        drift, divergence = trace(lambda p, s=s, e=level: inner.drift(p, s, e), y, along())
         if level:
-            score = fields.s(y, s)
+            score = inner.s(y, s)
             divergence = divergence + level * score.square().flatten(1).sum(1)
             drift = drift - 2 * level * score  # b - eps s
         total = total - abs(t - s) * divergence
         y = _maruyama(lambda p, u, known=drift: known, y, s, t - s, level, generator)
+        _look(y, step, t)
     return (_begun(rho0, y) + total).reshape(len(x), samples).mean(1)
 
 
