@@ -147,7 +147,7 @@ class Forecast:
 @checks.arguments(
     denoiser=checks.Function("a function of the context, or of (context, mask), that returns a Denoiser"),
     context=_CONTEXT, process=PATH | None, solver=SOLVER, guidance=GUIDANCE | None, members=checks.Integer(1),
-    shape=checks.Each(checks.Integer(1)) | None, mask=_MASK, steps=checks.Integer(1) | None, nfe=checks.Integer(1) | None,
+    shape=checks.Each(checks.Integer(1), least=1) | None, mask=_MASK, steps=checks.Integer(1) | None, nfe=checks.Integer(1) | None,
     grid=checks.anything, generator=checks.generator | None,
 )  # fmt: skip
 def ensemble_forecast(

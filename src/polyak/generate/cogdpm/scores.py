@@ -97,6 +97,8 @@ def fss(samples: Tensor, truth: Tensor, threshold: float, size: int, mask: Tenso
 def power_spectrum(x: Tensor) -> Tensor:
     """The power of fields (..., H, W) in rings of one wavenumber each: (..., min(H, W) // 2 + 1). Its sum is the mean of x^2."""
     height, width = x.shape[-2:]
+    if not height * width:
+        raise ValueError(f"x must have fields of at least one pixel, got {tuple(x.shape)}")
     power = torch.fft.fft2(x, norm="forward").abs().square()
     ky, kx = (torch.fft.fftfreq(n, 1 / n, dtype=x.dtype, device=x.device) for n in (height, width))
     last = min(height, width) // 2
