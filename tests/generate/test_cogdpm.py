@@ -105,7 +105,9 @@ def test_the_running_variance_is_that_of_the_list(window: int | None) -> None:
     state, history = PrecisionState(members=3, window=window), []
     for seed in range(9):
         history.append(1e3 + drawn(1, seed)[0])  # an offset that sums of squares would not survive
-        state.add(history[-1])
+        said = history[-1].clone()
+        state.add(said)
+        said.zero_()  # as by a network that writes its outputs to one place
     rows = np.var(torch.stack(history[-(window or 9) :]).numpy(), axis=0)
     want = rows.reshape(2, 3, *SHAPE[1:]).mean(1).repeat(3, 0)
     assert state.uncertainty is not None

@@ -1,19 +1,42 @@
-"""Forecasts that are known, and fields that are advected by us: data, networks and scores. This module imports torch."""
+"""Forecasts of a law that is known, what must be true of them, and how guidances are tuned. This module imports torch."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate
+from torch import Tensor
 
-from polyak.generate import EDM, ContextDropout, Denoiser, Euler, Flow, ensemble_forecast, train_denoiser
-from polyak.generate.cogdpm import Forecast
+from polyak.generate import CFG, EDM, Denoiser, Euler, Heun, PrecisionGuidance, ensemble_forecast, sample
+from polyak.generate.cogdpm import Forecast, crps, spread_skill
 
 PIXELS, NARROW, WIDE = 64, 0.02, 0.98
-FLOW = Flow(t_min=1e-3, t_max=0.999)
 PROCESS = EDM(sigma_min=0.01, sigma_max=20.0)
+GRID = (0.25, 0.5, 1.0, 2.0, 4.0)  # of w, for every guidance
+
+
+class Even(PrecisionGuidance):
+    """As much guidance at every step, the same for all pixels of a forecast."""
+
+    def weight(self, state: Any) -> Tensor | None:
+        w = super().weight(state)
+        assert w is not None
+        return w.flatten(1).mean(1).reshape(-1, *[1] * (w.ndim - 1)).expand_as(w)
+
+
+def guidance(arm: str, w: float, window: int) -> Any:
+    """An arm's guidance of scale w, as precision guidance counts it."""
+    return {
+        "cond": lambda: PrecisionGuidance(0.0),
+        "cfg": lambda: CFG(1 + w),
+        "pw": lambda: PrecisionGuidance(w),
+        "even": lambda: Even(w),
+        "window": lambda: PrecisionGuidance(w, window=window),
+        "flat": lambda: PrecisionGuidance(w, clip=(1.0, 1.0)),
+    }[arm]()
 
 
 class Known:
@@ -44,10 +67,10 @@ class Known:
             of(mean, self.variance), PROCESS, "sample", unconditional=of(0.0, torch.ones(())), label=lambda t: t
         )
 
-    def forecast(self, guidance: Any, members: int, steps: int = 18) -> Forecast:
+    def forecast(self, guidance: Any, rows: slice, members: int) -> Forecast:
         draw = torch.Generator().manual_seed(self.seed + 10_000)
         return ensemble_forecast(
-            self.denoiser, self.context, solver=Euler(), steps=steps, grid="karras", members=members, guidance=guidance,
+            self.denoiser, self.context[rows], solver=Euler(), steps=18, grid="karras", members=members, guidance=guidance,
             generator=draw,
         )  # fmt: skip
 
@@ -62,96 +85,111 @@ def spearman(x: Tensor, y: Tensor) -> Tensor:
     return (a * b).sum(-1) / (a.square().sum(-1) * b.square().sum(-1)).sqrt()
 
 
-# --- advection
+def scored(
+    forecast: Callable[[Any, slice], Forecast],
+    truth: Tensor,
+    arm: str,
+    window: int,
+    *,
+    fixed: Sequence[float],
+    against: Callable[[Forecast, Tensor], Tensor],
+) -> dict[str, float]:
+    """One arm's scores on the second half of the cases: at some w, and at that of the grid which is best on the first half.
 
-SIZE, PAST, AHEAD, BAND = 16, 4, 4, 8  # pixels, frames of context, frames ahead, rows of one band
-
-
-def advected(n: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Two bands of a tracer, each carried along its rows by a wind of its own, on a periodic square: frames (n, 8, 16, 16).
-
-    A band is warm (its tracer about 0.5) or cold (about -0.5). The wind of a cold band stays; that of a warm one jumps after the
-    last frame of the context by a normal number of one pixel a frame. Also returned: which pixels are warm, (n, 1, 16, 16).
+    ``against`` says what U should be in order with.
     """
-    shape = (n, SIZE // BAND)
-    warm = torch.rand(shape, generator=draw) < 0.5
-    wind = 2 * torch.rand(shape, generator=draw) - 1
-    jump = torch.randn(shape, generator=draw) * warm
-    frames = torch.arange(PAST + AHEAD)
-    moved = wind[..., None] * frames + jump[..., None] * (frames - PAST + 1).clamp(min=0)
-    k = torch.arange(SIZE // 2 + 1)
-    # A smooth random field in each band: few waves along the rows, and two across them.
-    size = torch.exp(-((k / 2.0) ** 2)) * (k > 0)
-    waves = torch.complex(*torch.randn(2, *shape, 2, len(k), generator=draw)) * size
-    rows = torch.arange(BAND) / BAND * torch.pi
-    across = torch.stack([rows.cos(), rows.sin()], 1).to(waves.dtype)
-    still = torch.einsum("rm,nbmk->nbrk", across, waves)
-    turn = torch.exp(-2j * torch.pi / SIZE * moved[..., None] * k)  # (n, bands, frames, k)
-    field = torch.fft.irfft(still[:, :, None] * turn[:, :, :, None], SIZE, norm="forward")
-    field = 0.35 * field + (warm.float() - 0.5)[..., None, None, None]
-    whole = field.permute(0, 2, 1, 3, 4).reshape(n, PAST + AHEAD, SIZE, SIZE)
-    where = warm[:, :, None, None].expand(-1, -1, BAND, SIZE).reshape(n, 1, SIZE, SIZE)
-    return whole, where
+    half = len(truth) // 2
+    first, second = slice(0, half), slice(half, None)
+    guided = arm not in ("cond", "window")
+    found = {
+        w: crps(forecast(guidance(arm, w, window), first).samples, truth[first]).mean().item() for w in GRID if guided
+    }
+    w = min(found, key=found.__getitem__) if guided else 1.0
+    made = {v: forecast(guidance(arm, v, window), second) for v in {w, 1.0, *(fixed if guided else ())}}
+    score = {v: crps(f.samples, truth[second]).mean().item() for v, f in made.items()}
+    one, best = made[1.0], made[w]
+    wanted = against(one, truth[second])
+    return {
+        **{f"crps_{v:g}": score.get(v, score[w]) for v in fixed},
+        "crps": score[w],
+        "w": w if arm != "cond" else 0.0,
+        "spearman": spearman(one.uncertainty.flatten(1), wanted).mean().item(),
+        "spread": spread_skill(best.samples, truth[second]).mean().item(),
+    }
 
 
-class Block(nn.Module):
-    """Two convolutions about the time's embedding, on a periodic square, and what they are added to."""
-
-    def __init__(self, inside: int, out: int, embed: int) -> None:
-        super().__init__()
-        conv = dict(kernel_size=3, padding=1, padding_mode="circular")
-        self.first = nn.Sequential(nn.GroupNorm(4, inside), nn.SiLU(), nn.Conv2d(inside, out, **conv))
-        self.time = nn.Linear(embed, out)
-        self.second = nn.Sequential(nn.GroupNorm(4, out), nn.SiLU(), nn.Conv2d(out, out, **conv))
-        self.skip = nn.Conv2d(inside, out, 1) if inside != out else nn.Identity()
-
-    def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        return self.skip(x) + self.second(self.first(x) + self.time(e)[:, :, None, None])
+# --- what must be true
 
 
-class Net(nn.Module):
-    """A U-Net of three levels: ``(x, label of t, told) -> output``, all told as further channels."""
+def measured(arm: str, window: int, seed: int) -> dict[str, float]:
+    """All metrics of the equations' task, for the map of one arm."""
+    problem = Known(seed, 6)
+    w = 2.0
+    x_T = PROCESS.prior((6, PIXELS), generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    made = problem.denoiser(problem.context)
 
-    def __init__(self, width: int = 16, embed: int = 32) -> None:
-        super().__init__()
-        w = width
-        self.time = nn.Sequential(nn.Linear(16, embed), nn.SiLU(), nn.Linear(embed, embed))
-        self.enter = nn.Conv2d(AHEAD + PAST + 1, w, 3, padding=1, padding_mode="circular")
-        self.high, self.middle, self.low = Block(w, w, embed), Block(w, 2 * w, embed), Block(2 * w, 2 * w, embed)
-        self.rise, self.top = Block(4 * w, 2 * w, embed), Block(3 * w, w, embed)
-        self.leave = nn.Conv2d(w, AHEAD, 3, padding=1, padding_mode="circular")
+    def run(given: Any, x: Tensor = x_T, denoiser: Denoiser = made, **how: Any) -> tuple[Tensor, Any]:
+        seen: list[Any] = []
+        how = {"solver": Euler(), "steps": 18, "grid": "karras"} | how
+        end = sample(denoiser, x, guidance=given, callback=lambda step: seen.append(step.guidance), **how)
+        return end, seen[-1]
 
-    def forward(self, x: Tensor, label: Tensor, told: Tensor) -> Tensor:
-        waves = label[:, None].to(x.dtype) * 2.0 ** torch.arange(-3, 5, device=x.device)
-        e = self.time(torch.cat([waves.sin(), waves.cos()], 1))
-        high = self.high(self.enter(torch.cat([x, told], 1)), e)
-        middle = self.middle(avg_pool2d(high, 2), e)
-        low = self.low(avg_pool2d(middle, 2), e)
-        middle = self.rise(torch.cat([middle, interpolate(low, scale_factor=2.0)], 1), e)
-        return self.leave(self.top(torch.cat([high, interpolate(middle, scale_factor=2.0)], 1), e))
-
-
-class Rows(nn.Module):
-    """A network that is told the context of a row of the data, or nothing, for :func:`polyak.generate.train_denoiser`."""
-
-    def __init__(self, network: Net, contexts: Tensor, drop: float) -> None:
-        super().__init__()
-        self.network, self.drop = network, ContextDropout(drop)
-        self.contexts = contexts
-
-    def forward(self, x: Tensor, label: Tensor, rows: Tensor) -> Tensor:
-        return self.network(x, label, self.drop(self.contexts[rows]))
+    own = guidance(arm, w, window)
+    end, state = run(own)
+    watched = _Watch(own)
+    run(watched)
+    listed = np.var(torch.stack(watched.history).numpy(), axis=0)
+    still = guidance(arm, 0.0, window) if arm != "flat" else PrecisionGuidance(0.0)
+    plain, kept = run(still)
+    alone, _ = run(own, x_T[2:3], problem.denoiser(problem.context[2:3]))
+    return {
+        "from_cfg": (end - run(CFG(1 + w))[0]).abs().max().item(),
+        "from_cond": (plain - run(None)[0]).abs().max().item(),
+        "variance": float(np.abs(state.uncertainty.numpy() / listed - 1).max()),
+        "recurrence": (kept.uncertainty / _recurrence(problem, x_T) - 1).abs().max().item(),
+        "batch": (alone - end[2:3]).abs().max().item(),
+        **_derived(problem, still, run),
+    }
 
 
-def trained(seed: int, *, sequences: int, steps: int, batch: int, width: int, lr: float) -> Net:
-    """A network of so many steps of Adam, on as many sequences of the seed's."""
-    draw = torch.Generator().manual_seed(seed)
-    frames, _ = advected(sequences, draw)
-    with torch.random.fork_rng([]):
-        torch.manual_seed(seed)  # initial weights and dropout come from torch's global generator
-        rows = Rows(Net(width), frames[:, :PAST], 0.15)
-        made = train_denoiser(
-            rows, frames[:, PAST:], FLOW, "flow", labels=torch.arange(sequences), drop=0.0, steps=steps, batch=batch,
-            lr=lr, generator=draw,
-        )  # fmt: skip
-    return made.network
+class _Watch:
+    """Writes down what data a guidance is given at the first evaluation of each step."""
+
+    paired = True
+
+    def __init__(self, guidance: Any) -> None:
+        self.guidance, self.history = guidance, []
+
+    def init(self) -> Any:
+        return self.guidance.init()
+
+    def __call__(self, cond: Any, uncond: Any, state: Any = None, *, update: bool = True) -> Any:
+        self.history += [cond.x0] if update else []
+        return self.guidance(cond, uncond, state, update=update)
+
+    def reindex(self, state: Any, ancestors: Tensor) -> Any:
+        return self.guidance.reindex(state, ancestors)
+
+
+def _recurrence(problem: Known, x_T: Tensor) -> Tensor:
+    """U of Euler's method without guidance: ``(x_T - mean)^2 Var_j g_j``, of the factors by which each step shrinks a pixel."""
+    c, off, seen = problem.variance, torch.ones(PIXELS, dtype=torch.float64), []
+    times = PROCESS.grid(18, "karras").tolist()
+    for s, t in itertools.pairwise(times):
+        share = c / (c + s**2)
+        seen.append(share * off)
+        off = off * (1 + (t - s) / s * (1 - share))
+    return (x_T - problem.mean(problem.context)).square() * torch.stack(seen).var(0, correction=0)
+
+
+def _derived(problem: Known, still: Any, run: Any) -> dict[str, float]:
+    """U on the ODE itself, of starts at one standard deviation: ``c Var_j sqrt(c / (c + s_j^2))``, and its order beside c's."""
+    c, times = problem.variance, PROCESS.grid(400, "karras").tolist()
+    start = problem.mean(problem.context) + (c + times[0] ** 2).sqrt()
+    _, state = run(still, start, solver=Heun(), grid=times, steps=None)
+    s = torch.tensor(times[:-1], dtype=torch.float64)[:, None]
+    want = c * (c / (c + s**2)).sqrt().var(0, correction=0)
+    return {
+        "derived": (state.uncertainty / want - 1).abs().max().item(),
+        "order": spearman(state.uncertainty, c.expand_as(state.uncertainty)).min().item(),
+    }

@@ -215,7 +215,6 @@ def _watched(guidance: Guidance | None, members: int, mask: Tensor | None) -> Pr
             raise ValueError(f"guidance.members must be members={members}, or left out, got {own}")
         given = guidance.mask if mask is None else mask
         return replace(guidance, members=members, mask=given)
-    pool = "member"
     if guidance is None:
-        return PrecisionGuidance(0.0, pool=pool)
-    return PrecisionGuidance(1.0, pool=pool, clip=(1.0, 1.0), inner=guidance)
+        return PrecisionGuidance(0.0, pool="member")
+    return PrecisionGuidance(1.0, pool="member", clip=(1.0, 1.0), inner=guidance)

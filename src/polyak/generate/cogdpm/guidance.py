@@ -55,6 +55,7 @@ class PrecisionState:
                 f"state is of predictions of shape {tuple(self.mean.shape)}, got {tuple(x0.shape)}: every forecast begins with "
                 "a state of its own, init()"
             )
+        x0 = x0.clone()  # a network may write its next output over this one
         self.count += 1
         if self.window is not None:
             self.recent = (*self.recent, x0)[-self.window :]
