@@ -432,6 +432,10 @@ def test_what_a_network_is_told() -> None:
     again = drop(many, generator=torch.Generator().manual_seed(0))
     assert torch.equal(told, again)
     assert repr(drop) == "ContextDropout(p=0.5)"
+    asked: list[Tensor] = []
+    context_denoiser(lambda x, t, told: asked.append(told) or x, c, EDM20).pair(c, 1.0)
+    assert torch.equal(asked[0], ContextDropout(0.0)(c))
+    assert not bool(asked[1].any())  # nor does the mask say that anything is known
     cond, uncond = MAKE(c).pair(torch.zeros(4, 3, 6, 4).double(), 1.0)
     assert torch.equal(cond.x0, c[:, -1:].expand_as(c))
     assert not bool(uncond.x0.any())
@@ -447,11 +451,24 @@ def test_missing_pixels() -> None:
     with pytest.raises(ValueError, match="which needs mask to be False there"):
         forecast(c=hole.fill_(math.nan), mask=mask)
     hole = c.masked_fill(~mask, math.nan)
-    made = forecast(PrecisionGuidance(1.0), c=hole, mask=mask)
+    made = forecast(PrecisionGuidance(1.0, quantile=0.5), c=hole, mask=mask)
     assert bool(made.samples.isfinite().all())
-    assert torch.equal(made.samples, forecast(PrecisionGuidance(1.0), c=c.masked_fill(~mask, 9.0), mask=mask).samples)
+    filled = c.masked_fill(~mask, 9.0)
+    assert torch.equal(made.samples, forecast(PrecisionGuidance(1.0, quantile=0.5), c=filled, mask=mask).samples)
     told = ContextDropout(0.0)(hole, mask)
     assert torch.equal(told[:, -1:], mask.double())
+    # The same mask is the guidance's.
+    rows = mask.repeat_interleave(8, 0)
+    with_mask, without = (
+        sample(
+            MAKE(hole.repeat_interleave(8, 0), mask=rows), (16, 3, 6, 4), dtype=torch.float64,
+            generator=torch.Generator().manual_seed(0), **RUN,
+            guidance=PrecisionGuidance(1.0, quantile=0.5, members=8, mask=m),
+        )
+        for m in (rows, None)
+    )  # fmt: skip
+    assert torch.equal(made.samples.flatten(0, 1), with_mask)
+    assert not torch.allclose(with_mask, without, rtol=1e-3)
 
 
 # --- what is refused

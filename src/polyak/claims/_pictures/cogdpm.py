@@ -6,7 +6,8 @@ from typing import Any
 
 from polyak.lab.pictures import INK, MUTED, SERIES, described, panels
 
-STEPS, MEMBERS, SEED = 18, 16, 12
+STEPS, MEMBERS = 18, 16
+SEED = 21  # of a field whose upper half is warm, and whose lower half is not
 ROWS = ("came", "forecast", "weight W")
 
 
@@ -19,10 +20,7 @@ def picture():
     from polyak.generate.cogdpm import PrecisionState
 
     draw = torch.Generator().manual_seed(SEED)
-    while True:
-        frames, warm, wind = (v[0] for v in a.advected(1, draw))
-        if warm.tolist() == [True, False] and wind.abs().min() > 0.6:  # the upper half is warm, and both move
-            break
+    frames, warm, wind = (v[0] for v in a.advected(1, draw))
     process = EDM(sigma_min=0.02, sigma_max=20.0)
     denoiser = a.exact(frames[a.PAST - 1], warm, wind, process)
     guidance = PrecisionGuidance(0.5)

@@ -183,10 +183,9 @@ CLAIM = Claim(
         "what is compared is guidances of one network.",
     ),
     usage=(
-        "from functools import partial\n"
-        "from polyak.generate import EDM, Heun, PrecisionGuidance, context_denoiser, ensemble_forecast\n\n"
-        "make = partial(context_denoiser, network, process=EDM(), prediction=\"edm\")  # network(x, label of t, told)\n"
-        "made = ensemble_forecast(make, context, solver=Heun(), steps=18, guidance=PrecisionGuidance(1.0))\n"
-        "made.samples, made.precision"
+        "from polyak.generate import VP, Denoiser, DPMSolver, PrecisionGuidance, sample\n\n"
+        "denoiser = Denoiser(network, VP(), unconditional=network)  # network(x, t) with its context, and without\n"
+        "guidance = PrecisionGuidance(1.0, members=8)  # eight rows are one forecast; ensemble_forecast returns the map, too\n"
+        "x = sample(denoiser, (16, 4, 32, 32), solver=DPMSolver(), nfe=12, guidance=guidance)"
     ),
 )  # fmt: skip
