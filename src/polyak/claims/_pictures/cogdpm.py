@@ -8,6 +8,7 @@ from polyak.lab.pictures import INK, MUTED, SERIES, described, panels
 
 STEPS, MEMBERS = 18, 16
 SEED = 21  # of a field whose upper half is warm, and whose lower half is not
+LEADS = (0, 1, 3)
 ROWS = ("came", "forecast", "weight W")
 
 
@@ -30,10 +31,10 @@ def picture():
     )  # fmt: skip
     weights = guidance.weight(PrecisionState(count=2, mean=made.uncertainty, m2=2 * made.uncertainty))
     assert weights is not None
-    titles = [f"{i + 1} frame{'s' * (i > 0)} ahead" for i in range(a.AHEAD)] + [""] * (2 * a.AHEAD)
-    figure, axes = panels(3 * a.AHEAD, rows=3, titles=titles, height=400, frame=False, square=True)
+    titles = ["1 frame ahead", "2 frames ahead", "4 frames ahead"] + [""] * 6
+    figure, axes = panels(9, rows=3, titles=titles, height=420, frame=False, square=True)
     for i, one in enumerate(axes):
-        row, frame = divmod(i, a.AHEAD)
+        row, frame = i // 3, LEADS[i % 3]
         if row < 2:
             shown = frames[a.PAST + frame] if row == 0 else made.samples[0, 0, frame]
             _filled(one, shown, (0.2, 0.6, 1.0), SERIES[1])
@@ -46,10 +47,10 @@ def picture():
             one.set_ylabel(ROWS[row], color=INK)
     return described(
         figure,
-        "Four frames ahead of a field that two winds carry along. The wind of the lower half stays; that of the upper half may "
-        "jump, and nobody knows by how much. Above: what came. Middle: one member of the forecast, which is right in the lower "
-        "half and displaced in the upper one. Below: the weights of the guidance, dark where they are large. There are none where "
-        "the forecast is sure; they grow with the lead, and are largest at the flanks of the upper pattern.",
+        "One, two and four frames ahead of a field that two winds carry along. The wind of the lower half stays; that of the upper "
+        "half may jump, and nobody knows by how much. Above: what came. Middle: one member of the forecast, which is right in the "
+        "lower half and displaced in the upper one. Below: the weights of the guidance, dark where they are large. There are none "
+        "where the forecast is sure; they grow with the lead, and are largest at the flanks of the upper pattern.",
     )
 
 

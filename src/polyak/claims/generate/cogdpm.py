@@ -185,7 +185,6 @@ CLAIM = Claim(
     usage=(
         "from polyak.generate import VP, Denoiser, DPMSolver, PrecisionGuidance, sample\n\n"
         "denoiser = Denoiser(network, VP(), unconditional=network)  # network(x, t) with its context, and without\n"
-        "guidance = PrecisionGuidance(1.0, members=8)  # eight rows are one forecast; ensemble_forecast returns the map, too\n"
-        "x = sample(denoiser, (16, 4, 32, 32), solver=DPMSolver(), nfe=12, guidance=guidance)"
+        "x = sample(denoiser, (16, 4, 32, 32), solver=DPMSolver(), nfe=12, guidance=PrecisionGuidance(1.0, members=8))"
     ),
 )  # fmt: skip
