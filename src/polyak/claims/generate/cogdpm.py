@@ -179,8 +179,8 @@ CLAIM = Claim(
         "The known law is built so that the model errs where the variance is large. That is the method's best case.",
         "In pilots on seed 0 the wind's jump had a deviation of 1 pixel a frame, too: after four frames a warm band may then be "
         "anywhere. CFG at w = 1 was better there (0.171, and 0.183), at w = 2 worse (0.207, and 0.182).",
-        "The network is trained for a minute. A simple extrapolation, which moves rows as the fields are moved, beats it; "
-        "what is compared is guidances of one network.",
+        "The network is small, and trained for 600 steps. A simple extrapolation, which moves rows as the fields are moved, beats "
+        "it; what is compared is guidances of one network.",
     ),
     usage=(
         "from polyak.generate import VP, Denoiser, DPMSolver, PrecisionGuidance, sample\n\n"
