@@ -121,6 +121,7 @@ def pairs(count=2):
 
 
 X, LAW, VP = torch.ones(6, 2), Gaussian([0.0, 0.0]), G.VP()
+MEMBERS = torch.ones(6, 3, 2)
 SEPARATION = G.gaussian_separation([2.0, 0.5, 0.5])
 STATES = [{"w": torch.full((3,), float(i))} for i in range(4)]
 LISTS = ("params", "grads", "exp_avgs", "exp_avg_diffs", "exp_avg_sqs", "neg_pre_grads")
@@ -209,6 +210,18 @@ NEEDS = {
     "generate.problems.path_rmse": lambda: dict(x=X, y=X),
     "generate.check_solver": lambda: dict(solver=G.DDIM()),
     "generate.conditional_flow_matching_loss": lambda: dict(model=lambda x, t: -x, x1=X, process=VP),
+    "generate.Forecast": lambda: dict(samples=MEMBERS, uncertainty=X, precision=X),
+    "generate.context_denoiser": lambda: dict(model=lambda x, t, told: x, context=X, process=VP),
+    "generate.ensemble_forecast": lambda: dict(
+        denoiser=lambda context: denoiser(), context=X, solver=G.DDIM(), members=2, steps=2
+    ),
+    "generate.cogdpm.crps": lambda: dict(samples=MEMBERS, truth=X),
+    "generate.cogdpm.csi": lambda: dict(samples=MEMBERS, truth=X, threshold=0.5),
+    "generate.cogdpm.ensemble_rmse": lambda: dict(samples=MEMBERS, truth=X),
+    "generate.cogdpm.fss": lambda: dict(samples=torch.ones(1, 2, 3, 3), truth=torch.ones(1, 3, 3), threshold=0.5, size=2),
+    "generate.cogdpm.power_spectrum": lambda: dict(x=X),
+    "generate.cogdpm.rank_histogram": lambda: dict(samples=MEMBERS, truth=X),
+    "generate.cogdpm.spread_skill": lambda: dict(samples=MEMBERS, truth=X),
     "generate.denoising_loss": lambda: dict(denoiser=denoiser(), x0=X),
     "generate.gaussian_separation": lambda: dict(spectrum=[2.0, 0.5]),
     "generate.kinetic_energy": lambda: dict(path=VP, separation=SEPARATION),
@@ -253,6 +266,9 @@ NEEDS = {
     "generate.adapters.diffusers.APGGuider": lambda: dict(space="pred"),
     "generate.adapters.diffusers.Guided": lambda: dict(pipe=pipeline(), guidance=G.APG(), networks=[]),
     "generate.adapters.diffusers.guide": lambda: dict(pipe=pipeline(), guidance=G.APG()),
+    "generate.adapters.diffusers.PrecisionGuider": lambda: dict(
+        scheduler=importlib.import_module("polyak.generate.adapters.diffusers").PolyakScheduler(solver=G.DDIM())
+    ),
     "generate.adapters.diffusers.PolyakScheduler": lambda: dict(solver=G.DDIM()),
     "generate.adapters.diffusers.PolyakSchedulerOutput": lambda: dict(prev_sample=X),
     "generate.adapters.diffusers.as_diffusers": lambda: dict(solver=G.DDIM(), process=VP),

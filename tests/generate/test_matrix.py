@@ -49,6 +49,7 @@ GUIDANCES: dict[str, Any] = {
     "APG": generate.APG(3.0),
     "APG, eta=1": generate.APG(3.0, eta=1.0),
     "APG, threshold": generate.APG(5.0, norm_threshold=0.4),  # half of the difference, twice the scale
+    "Precision, W = 1": generate.PrecisionGuidance(2.0, clip=(1.0, 1.0)),
 }
 
 # Paths between two laws, forward in a time of their own: sample() refuses them, and tests of their own solve them.

@@ -12,6 +12,14 @@ schedulers for diffusers in ``polyak.generate.adapters.diffusers``.
 
 from polyak.generate.apg import APG, APGState, normalized_guidance
 from polyak.generate.checking import check_process, check_solver
+from polyak.generate.cogdpm import (
+    ContextDropout,
+    Forecast,
+    PrecisionGuidance,
+    PrecisionState,
+    context_denoiser,
+    ensemble_forecast,
+)
 from polyak.generate.ddim import DDIM
 from polyak.generate.dpm_solver import (
     DPMSolver,
@@ -94,6 +102,7 @@ __all__ = [
     "VP",
     "APGState",
     "Change",
+    "ContextDropout",
     "CosineVP",
     "DPMSolver",
     "DPMSolverAdaptive",
@@ -109,6 +118,7 @@ __all__ = [
     "Euler",
     "Evaluator",
     "Flow",
+    "Forecast",
     "GaussianMixtureInterpolant",
     "Guidance",
     "HeavyBall",
@@ -122,6 +132,8 @@ __all__ = [
     "MetaVelocity",
     "Nesterov",
     "PopulationEncoder",
+    "PrecisionGuidance",
+    "PrecisionState",
     "Prediction",
     "PredictionLike",
     "ProbabilityPath",
@@ -144,10 +156,12 @@ __all__ = [
     "check_solver",
     "conditional_flow_matching_loss",
     "conservativity_penalty",
+    "context_denoiser",
     "denoising_loss",
     "divergence",
     "dpm_step",
     "drive",
+    "ensemble_forecast",
     "flow_jacobian",
     "gauge_moments",
     "gauge_residual",

@@ -7,7 +7,7 @@
 
 :class:`PolyakScheduler` answers a solver's questions with what the pipeline's model says: the same coroutine that
 :func:`polyak.generate.sampling.sample` runs, hence the same numbers. :func:`guide` lets a guidance take the place of the one inside
-a pipeline; :class:`APGGuider` is one for pipelines that have a place for it.
+a pipeline; :class:`APGGuider` and :class:`PrecisionGuider` are for pipelines that have a place for one.
 """
 
 try:
@@ -17,6 +17,7 @@ except ImportError as error:
 
 from polyak.generate.adapters.diffusers.ghvb import GHVBScheduler, HeavyBallScheduler
 from polyak.generate.adapters.diffusers.guiding import APGGuider, Guided, guide
+from polyak.generate.adapters.diffusers.precision import PrecisionGuider
 from polyak.generate.adapters.diffusers.scheduler import PolyakScheduler, PolyakSchedulerOutput, as_diffusers
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "HeavyBallScheduler",
     "PolyakScheduler",
     "PolyakSchedulerOutput",
+    "PrecisionGuider",
     "as_diffusers",
     "guide",
 ]
