@@ -56,7 +56,7 @@ class PotentialFlow(nn.Module):
 
     @checks.arguments(
         dim=checks.Integer(2, 1_000_000), k=checks.Integer(2, 1_000_000), steps=checks.Integer(4, 1_000_000),
-        laplacian=LAPLACIAN, c_init=checks.real,
+        laplacian=LAPLACIAN, c_init=checks.Number(0, 1e6),
     )  # fmt: skip
     def __init__(
         self, dim: int, k: int = 16, steps: int = 10, laplacian: Laplacian = "trace", c_init: float = 1.0

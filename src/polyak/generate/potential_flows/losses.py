@@ -128,5 +128,5 @@ def _warn_of_batch_norm(generator_fn: Any) -> None:
         isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training for part in module.modules()
     ):
         warnings.warn(
-            "generator_fn has batch norm in training mode, which mixes samples: call eval() on it", stacklevel=3
+            "generator_fn has batch norm in training mode, which mixes samples: call eval() on it", stacklevel=4
         )
