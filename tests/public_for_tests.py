@@ -191,6 +191,15 @@ NEEDS = {
     "generate.PopulationEncoder": lambda: dict(dim=2),
     "generate.meta_flow.wasserstein": lambda: dict(x=X, y=X),
     "generate.meta_flow.mmd_rbf": lambda: dict(x=X, y=X),
+    "generate.PairClassifier": lambda: dict(k=2),
+    "generate.PotentialFlow": lambda: dict(dim=2),
+    "generate.potential_flow_loss": lambda: dict(
+        flow=G.PotentialFlow(2, 2, 4), generator_fn=lambda z: z.sin(), z=X, k=0, s=0
+    ),
+    "generate.variation_predictability": lambda: dict(
+        pairs=torch.rand(8, 2, 1, 4, 4), labels=torch.arange(8) % 2, train_fraction=0.5, steps=1
+    ),
+    "generate.wave_residual": lambda: dict(u_fn=lambda z, t: z.sin().sum(1), z=X, t=0.5),
     "generate.Prediction": lambda: dict(output=X, x=X, t=0.5, process=VP),
     "generate.Query": lambda: dict(x=X, t=0.5),
     "generate.Separation": lambda: dict(snr=[0.5, 2.0], values=[0.3, 0.85]),

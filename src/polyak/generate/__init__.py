@@ -70,6 +70,13 @@ from polyak.generate.kinetic_optimal import (
 from polyak.generate.linear import LinearSolver, Memory, Stage
 from polyak.generate.meta_flow import MetaFlowMatching, MetaVelocity, PopulationEncoder
 from polyak.generate.pfgmpp import PFGMPP, inject_noise, pfgmpp_loss, quantize_weights, stf_target
+from polyak.generate.potential_flows import (
+    PairClassifier,
+    PotentialFlow,
+    potential_flow_loss,
+    variation_predictability,
+    wave_residual,
+)
 from polyak.generate.prediction import Denoiser, Prediction, PredictionLike
 from polyak.generate.process import (
     EDM,
@@ -131,7 +138,9 @@ __all__ = [
     "MetaFlowMatching",
     "MetaVelocity",
     "Nesterov",
+    "PairClassifier",
     "PopulationEncoder",
+    "PotentialFlow",
     "PrecisionGuidance",
     "PrecisionState",
     "Prediction",
@@ -176,6 +185,7 @@ __all__ = [
     "matrix_gauge",
     "normalized_guidance",
     "pfgmpp_loss",
+    "potential_flow_loss",
     "project_conservative",
     "quantize_weights",
     "reparametrize",
@@ -186,4 +196,6 @@ __all__ = [
     "stability_region",
     "stf_target",
     "train_denoiser",
+    "variation_predictability",
+    "wave_residual",
 ]
