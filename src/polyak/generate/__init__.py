@@ -38,6 +38,7 @@ from polyak.generate.gauge_freedom import (
     matrix_gauge,
     project_conservative,
 )
+from polyak.generate.geotdm import EGTN, GeometricTrajectoryDiffusion
 from polyak.generate.ghvb import (
     GHVB,
     HeavyBall,
@@ -86,6 +87,7 @@ __all__ = [
     "CFG",
     "DDIM",
     "EDM",
+    "EGTN",
     "GHVB",
     "OU",
     "PFGMPP",
@@ -110,6 +112,7 @@ __all__ = [
     "Evaluator",
     "Flow",
     "GaussianMixtureInterpolant",
+    "GeometricTrajectoryDiffusion",
     "Guidance",
     "HeavyBall",
     "HeavyBallDPM",
