@@ -76,9 +76,9 @@ class Sparse:
     def __init__(self, inputs: Inputs) -> None:
         h, edge_index, self.edges, batch = inputs
         assert edge_index is not None
-        self.receiver, self.sender = edge_index
+        self.receiver, self.sender = edge_index.long()
         self.nodes = len(h)
-        self.batch = torch.zeros(self.nodes, dtype=torch.long, device=h.device) if batch is None else batch
+        self.batch = torch.zeros(self.nodes, dtype=torch.long, device=h.device) if batch is None else batch.long()
 
     @cached_property
     def count(self) -> int:
@@ -96,7 +96,7 @@ class Sparse:
 
     @cached_property
     def _degree(self) -> Tensor:
-        return torch.bincount(self.receiver, minlength=self.nodes).clamp(min=1)
+        return self.total(torch.ones_like(self.receiver)).clamp(min=1)
 
     def mean(self, e: Tensor) -> Tensor:
         total = self.total(e)

@@ -1,4 +1,4 @@
-"""Trajectories of N bodies: springs, charges and gravity, as in the paper's experiments (section 5.1)."""
+"""Trajectories of N bodies: springs, charges and gravity, as in the paper's experiments."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def mlp(into: int, hidden: int, out: int) -> nn.Sequential:
 
 
 class Spatial(nn.Module):
-    """Messages between points, in each frame by itself (the paper's EGCL):
+    """Messages between points, in each frame by itself, as in EGNN (arXiv 2102.09844):
 
     m_ij = MLP(h_i, h_j, |x_i - x_j|^2, a_ij),   h_i <- MLP(h_i, sum_j m_ij),
     x_i <- x_i + mean_j MLP(m_ij) (x_i - x_j) / (|x_i - x_j| + 1).
@@ -82,7 +82,7 @@ class Temporal(nn.Module):
 
 
 class EGTN(nn.Module):
-    """The equivariant geometric trajectory network (section 4.1 and 4.3): ``layers`` times :class:`Spatial` and :class:`Temporal`.
+    """The equivariant geometric trajectory network: ``layers`` times :class:`Spatial` and :class:`Temporal`.
 
     Its output turns, mirrors and permutes with its input, and does not move with it: it is equivariant under E(3), and therefore
     cannot tell a molecule from its mirror image.
@@ -163,7 +163,7 @@ class EGTN(nn.Module):
         batch: Tensor | None = None,
         cond_mask: Tensor | None = None,
     ) -> Tensor:
-        """The reference trajectory, [..., 3, future] (section 4.3): an affine combination of the frames that are given.
+        """The reference trajectory, [..., 3, future]: an affine combination of the frames that are given.
 
         With x~ and h the output of the reference's own layers on them, and w_s the mean of h over its channels in frame s:
 

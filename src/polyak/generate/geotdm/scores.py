@@ -1,6 +1,6 @@
 """Scores that train a network: whether it tells samples from data, and what it learns from samples for data.
 
-The paper's (section 5.2, from time series models) use EqMotion; here it is a small :class:`EGTN`.
+The paper's, which come from models of time series, use EqMotion; here it is a small :class:`EGTN`.
 """
 
 from __future__ import annotations
