@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 
+from polyak.claims.generate import _symmetries
 from polyak.claims.generate import _trajectories as p
 from polyak.claims.generate.geotdm import CLAIM, NET
 from polyak.generate.geotdm import simulate_nbody
@@ -14,6 +16,8 @@ from polyak.lab.claim import Diverged, Measurement, Trial
 
 PAIRS = [(task.name, arm.name) for task in CLAIM.tasks for arm in CLAIM.arms_on(task.name)]
 TINY = {"count": 2, "chain": 2, "steps": 2, "train": 4, "test": 2, "batch": 2, "width": 8, "layers": 1}
+# What they return follows from their arguments, and takes thousands of steps.
+bodies, simulator = (functools.cache(one) for one in (_symmetries.bodies, _symmetries.simulator))
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +25,8 @@ def _quick(monkeypatch):
     """A chain that does not diverge without training, and bodies that take few steps."""
     monkeypatch.setattr(p, "STEPS", 1000)
     monkeypatch.setattr(p, "DT", 0.1)
+    monkeypatch.setattr(_symmetries, "bodies", bodies)
+    monkeypatch.setattr(_symmetries, "simulator", simulator)
     monkeypatch.setattr(p.GeometricTrajectoryDiffusion, "sample", _end)
 
 
@@ -94,7 +100,7 @@ def test_arms_are_trained_alike(monkeypatch):
 
 def test_the_closed_form_goes_on_as_the_simulator_does():
     x, _, edges, charges = simulate_nbody(
-        "springs", 6, p.BODIES, 601 * p.FRAMES, save_every=600, generator=torch.Generator().manual_seed(0)
+        "springs", 6, p.BODIES, 1201, save_every=120, dt=0.005, generator=torch.Generator().manual_seed(0)
     )
     known = p.data(x, edges / p.STIFFNESS, charges, torch.float64)
     assert (p.continued(known) - known.future).abs().max() < 0.005

@@ -482,7 +482,7 @@ def test_it_is_learned_and_saved():
     x, given = x.permute(0, 2, 3, 1), dict(h=charges[..., None], edge_attr=10 * edges[..., None])
     model = GeometricTrajectoryDiffusion(egtn(node_dim=1), 20)
     optimizer, losses = torch.optim.Adam(model.parameters(), 5e-3), []
-    for i in range(40):
+    for i in range(25):
         optimizer.zero_grad()
         loss = model.loss(x, **given, generator=seeded(i))
         loss.backward()
