@@ -122,6 +122,7 @@ def pairs(count=2):
 
 X, LAW, VP = torch.ones(6, 2), Gaussian([0.0, 0.0]), G.VP()
 MEMBERS = torch.ones(6, 3, 2)
+PATHS = torch.arange(60.0).reshape(5, 2, 3, 2).sin()
 SEPARATION = G.gaussian_separation([2.0, 0.5, 0.5])
 STATES = [{"w": torch.full((3,), float(i))} for i in range(4)]
 LISTS = ("params", "grads", "exp_avgs", "exp_avg_diffs", "exp_avg_sqs", "neg_pre_grads")
@@ -189,6 +190,14 @@ NEEDS = {
     "generate.MetaFlowMatching": lambda: dict(encoder=net(), velocity=net()),
     "generate.MetaVelocity": lambda: dict(dim=2, embed=3),
     "generate.PopulationEncoder": lambda: dict(dim=2),
+    "generate.EGTN": lambda: dict(node_dim=1, edge_dim=0, hidden=4, layers=1),
+    "generate.GeometricTrajectoryDiffusion": lambda: dict(net=G.EGTN(1, 0, 4, 1), steps=3),
+    "generate.geotdm.ade": lambda: dict(samples=PATHS, truth=PATHS),
+    "generate.geotdm.fde": lambda: dict(samples=PATHS, truth=PATHS),
+    "generate.geotdm.marginal_score": lambda: dict(samples=PATHS, truth=PATHS),
+    "generate.geotdm.classification_score": lambda: dict(samples=PATHS, truth=PATHS, epochs=1, hidden=2),
+    "generate.geotdm.prediction_score": lambda: dict(samples=PATHS, truth=PATHS, epochs=1, hidden=2),
+    "generate.geotdm.simulate_nbody": lambda: dict(kind="springs", n=1, bodies=2, steps=3, save_every=1),
     "generate.meta_flow.wasserstein": lambda: dict(x=X, y=X),
     "generate.meta_flow.mmd_rbf": lambda: dict(x=X, y=X),
     "generate.PairClassifier": lambda: dict(k=2),

@@ -46,6 +46,7 @@ from polyak.generate.gauge_freedom import (
     matrix_gauge,
     project_conservative,
 )
+from polyak.generate.geotdm import EGTN, GeometricTrajectoryDiffusion
 from polyak.generate.ghvb import (
     GHVB,
     HeavyBall,
@@ -101,6 +102,7 @@ __all__ = [
     "CFG",
     "DDIM",
     "EDM",
+    "EGTN",
     "GHVB",
     "OU",
     "PFGMPP",
@@ -127,6 +129,7 @@ __all__ = [
     "Flow",
     "Forecast",
     "GaussianMixtureInterpolant",
+    "GeometricTrajectoryDiffusion",
     "Guidance",
     "HeavyBall",
     "HeavyBallDPM",
