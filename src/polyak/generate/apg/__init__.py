@@ -29,8 +29,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from polyak.core import checks
 from polyak.generate.apg.kernel import How, Pair
 from polyak.generate.apg.update import difference, precise, share, updated, within
-from polyak.generate.evaluate import Model
-from polyak.generate.guidance import CFG
+from polyak.generate.evaluate import HALF, Model
+from polyak.generate.guidance import CFG, OnOutputs
 from polyak.generate.prediction import Prediction
 from polyak.generate.sampling import sample
 
@@ -255,6 +255,23 @@ class APG:
         dtype = pair.cond.dtype if pair.x is None else torch.promote_types(pair.x.dtype, pair.cond.dtype)
         return cond.replace(self._made(pair, state, update, dtype), "sample")
 
+    def on_outputs(self, kind: str) -> OnOutputs | None:
+        """See :class:`polyak.generate.guidance.OnOutputs`."""
+        if not self.paired or type(self) is not APG or (self.start, self.stop) != (0, 1):
+            return None
+        if self._plain:
+            return CFG(self.scale).on_outputs(kind)
+        of_data = self.space == "x0"
+        return OnOutputs("sample" if of_data else kind, of_data, self._on_outputs)
+
+    def _on_outputs(
+        self, cond: Tensor, uncond: Tensor, x: Tensor, weights: tuple[float, float], state: APGState, first: bool
+    ) -> Tensor:
+        state.step += first
+        a, b = weights
+        pair = Pair(_known(cond, x), _known(uncond, x), x if a else None, a, b)
+        return self._made(pair, state, first, x.dtype)
+
     def combine(self, cond: Tensor, uncond: Tensor, state: APGState, *, update: bool = True) -> Tensor:
         """What is made of two tensors of shape (B, ...), whatever they are predictions of; ``cond`` for a scale of 1."""
         if not self.paired:
@@ -299,6 +316,12 @@ class APG:
         gain = float(self.scale if of_uncond else self.scale - 1)
         how = How(gain, self.eta, self.norm_threshold, of_uncond, self.channelwise, self.rescale)
         return updated(pair, state if self.momentum else None, update or self.update == "every", how, dtype)
+
+
+def _known(output: Tensor, x: Tensor) -> Tensor:
+    """An output in x's dtype, or as it is where it is read in that."""
+    same = output.dtype == x.dtype or (x.dtype == torch.float32 and output.dtype in HALF)
+    return output if same else output.to(x.dtype)
 
 
 def _pair(cond: Any, uncond: Any) -> Pair:
