@@ -74,7 +74,7 @@ def check(pair: Pair, memory: Tensor | None, how: How, moves: bool = True) -> No
     assert got.stride() == pair.cond.stride()
     assert (average is None) == (not moves)
     # Of a term of size s each of some ten operations errs by s EPS / 2; a sum of m terms of size t by log2(m) t EPS / 2 or so,
-    # less than |sum of |t||'s own ten roundings.
+    # which is less.
     largest = max(t.abs().max().item() for t in (c, d, *([] if memory is None else [memory])))
     size = 1 + abs(pair.a) + abs(pair.b)
     atol = 16 * EPS * size * largest * (1 + abs(how.gain))
