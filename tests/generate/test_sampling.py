@@ -11,6 +11,7 @@ import torch
 from generate_cases import BETAS, MIXTURE, PROCESSES, every_process, exact, noise
 
 from polyak.generate import (
+    APG,
     CFG,
     DDIM,
     EDM,
@@ -426,6 +427,64 @@ def test_a_function_will_do_as_denoiser() -> None:
     exact_one = exact(process)
     x = sample(lambda x, t: exact_one(x, t), noise(), process=process, solver=DDIM(), steps=5)
     assert torch.equal(x, sample(exact(process), noise(), solver=DDIM(), steps=5))
+
+
+@pytest.mark.parametrize("solver", [DDIM(), DDIM(0.7), Heun(), TWO_M], ids=repr)
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        CFG(3.0),
+        APG(3.0, norm_threshold=1.0, momentum=-0.5),
+        APG(3.0, base="uncond"),
+        APG(3.0, space="pred"),
+        APG(3.0, eta=1),
+    ],
+    ids=repr,
+)
+def test_the_fast_loop_with_guidance_is_the_coroutine(solver: Any, guidance: Any) -> None:
+    def said(x: torch.Tensor, t: torch.Tensor, turn: float) -> torch.Tensor:
+        made = torch.sin(turn * x.float() + t[:, None]).to(x.dtype if turn < 3 else torch.float32)
+        t.mul_(0.5)  # which the next one must not see
+        return made
+
+    process = VP()
+    networks = [lambda x, t, turn=turn: said(x, t, turn) for turn in (2.0, 3.0)]
+    both = Denoiser(networks[0], process, "v_prediction", unconditional=networks[1])
+    for dtype in (torch.float32, torch.bfloat16):
+        ends = []
+        for heard in ({}, {"callback": lambda step: None}):
+            both.nfe = both.evaluations = 0
+            how: dict[str, Any] = {"solver": solver, "nfe": 8, "generator": rng(), "guidance": guidance, **heard}
+            end, info = sample(both, noise(4, 3).to(dtype), return_info=True, **how)
+            assert (both.nfe, both.evaluations) == (info.nfe, info.evaluations)
+            ends.append((end, info.nfe, info.evaluations, info.queries, info.steps))
+        assert torch.equal(ends[0][0], ends[1][0])
+        assert ends[0][1:] == ends[1][1:]
+
+
+def test_what_is_made_of_a_guidance_is_asked_itself() -> None:
+    """Neither one derived from CFG nor one around it is taken for it."""
+
+    class Halved(CFG):
+        def __call__(self, cond: Any, uncond: Any, state: Any = None, *, update: bool = True) -> Any:
+            return cond.replace(super().__call__(cond, uncond, state).output / 2)
+
+    class Around:
+        def __init__(self, guidance: Any) -> None:
+            self.guidance = guidance
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.guidance, name)
+
+        def __call__(self, *given: Any, **options: Any) -> Any:
+            return self.guidance(*given, **options)
+
+    both = Denoiser(lambda x, t: torch.sin(x), VP(), unconditional=lambda x, t: torch.cos(x))
+    made = [
+        sample(both, noise(3), solver=DDIM(), steps=4, guidance=g) for g in (CFG(3.0), Halved(3.0), Around(Halved(3.0)))
+    ]
+    assert not torch.allclose(made[0], made[1])
+    assert torch.equal(made[1], made[2])
 
 
 @pytest.mark.gpu

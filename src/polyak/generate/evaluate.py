@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from polyak.core import checks
-from polyak.generate.guidance import Guidance
+from polyak.generate.guidance import Guidance, OnOutputs
 from polyak.generate.prediction import Denoiser, Prediction, PredictionLike
 from polyak.generate.solver import Query
 
@@ -144,7 +144,8 @@ class Evaluator:
         output = prediction.output
         if self.looks(output):
             look(output, self.nfe, query.t)
-        return prediction if output.dtype == query.x.dtype else prediction.rebase(query.x)
+        same = output.dtype == query.x.dtype == prediction.x.dtype  # x may have been rounded for the network
+        return prediction if same else prediction.rebase(query.x)
 
     def looks(self, x: Tensor) -> bool:
         """Whether predictions on x's device are looked at."""
@@ -154,8 +155,19 @@ class Evaluator:
 
     @property
     def plain(self) -> bool:
-        """Whether it is a network and nothing else."""
-        return type(self.denoiser) is Denoiser and self.guidance is None and self.corrector is None
+        """Whether it is a network and nothing else, or two and a guidance that is a function of their outputs."""
+        if type(self.denoiser) is not Denoiser or self.corrector is not None:
+            return False
+        return self.guidance is None or self.on_outputs is not None
+
+    @property
+    def on_outputs(self) -> OnOutputs | None:
+        """The guidance as a function of the network's outputs, if it can be one."""
+        denoiser: Any = self.denoiser
+        found = getattr(type(self.guidance), "on_outputs", None)  # of its own, not of what it may wrap
+        if found is None or getattr(denoiser, "unconditional", None) is None:
+            return None
+        return found(self.guidance, denoiser.prediction)
 
 
 def look(output: Tensor, evaluation: int, t: float | Tensor) -> None:

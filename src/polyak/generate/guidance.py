@@ -6,7 +6,8 @@ A guidance is asked once per evaluation. What it carries along a trajectory (mom
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -45,6 +46,22 @@ class Guidance(Protocol):
         ...
 
 
+class OnOutputs(NamedTuple):
+    """A guidance as a function of the network's two outputs, for runs in which nobody asks for its predictions.
+
+    A guidance that can be one has a method ``on_outputs(kind)``, which says how outputs of a dialect are combined, or None.
+
+    Attributes:
+        kind: the dialect of what is made.
+        reads_data: whether the weights of clean data are needed.
+        combine: ``(cond, uncond, x, (a, b), state, first) -> output`` in x's dtype; clean data are ``a x + b output``.
+    """
+
+    kind: str
+    reads_data: bool
+    combine: Callable[[Tensor, Tensor, Tensor, tuple[float, float], Any, bool], Tensor]
+
+
 class CFG:
     """Classifier-free guidance ``cond + (scale - 1) (cond - uncond)`` (Ho and Salimans, arXiv 2207.12598).
 
@@ -72,6 +89,12 @@ class CFG:
         other = uncond.output if uncond.kind == cond.kind else uncond.x0
         own = cond if uncond.kind == cond.kind else cond.replace(cond.x0, "sample")
         return own.replace(torch.lerp(other, own.output, self.scale))
+
+    def on_outputs(self, kind: str) -> OnOutputs | None:
+        return OnOutputs(kind, False, self._combine) if self.paired and type(self) is CFG else None
+
+    def _combine(self, cond: Tensor, uncond: Tensor, x: Tensor, *_: Any) -> Tensor:
+        return torch.lerp(uncond.to(x.dtype), cond.to(x.dtype), self.scale)
 
     def reindex(self, state: None, ancestors: Tensor) -> None:
         return None

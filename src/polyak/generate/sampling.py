@@ -373,8 +373,11 @@ class _Loop:
         """Nobody has to be asked or told on the way."""
         check = look if self.evaluator.looks(x) else None
         denoiser: Any = self.evaluator.denoiser
-        x, stages = run_table(solver, denoiser, x, times, process, dtype=dtype, generator=self.generator, check=check)
-        self.info.nfe = self.info.evaluations = len(stages)
+        guidance, state = self.evaluator.on_outputs, self.evaluator.state
+        how = {"dtype": dtype, "generator": self.generator, "check": check, "guidance": guidance, "state": state}
+        x, stages = run_table(solver, denoiser, x, times, process, **how)
+        self.info.nfe = len(stages)
+        self.info.evaluations = len(stages) * (1 if guidance is None else 2)
         self.info.queries = [float(stage.t) for stage in stages]
         firsts = [float(stage.t) for stage in stages if stage.first]
         self.info.steps = list(zip(firsts, (float(stage.to) for stage in stages if stage.last), strict=False))

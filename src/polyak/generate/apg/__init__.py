@@ -27,8 +27,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from polyak.core import checks
+from polyak.generate.apg.kernel import How, Pair
+from polyak.generate.apg.update import difference, precise, share, updated, within
 from polyak.generate.evaluate import HALF, Model
-from polyak.generate.guidance import CFG
+from polyak.generate.guidance import CFG, OnOutputs
 from polyak.generate.prediction import Prediction
 from polyak.generate.sampling import sample
 
@@ -79,19 +81,15 @@ class APGState:
     average: Tensor | None = None
     before: Tensor | None = None
 
-    def added(self, d: Tensor, update: bool) -> Tensor:
-        """``d + beta d_before``, in d's memory."""
+    def memory(self, update: bool, shape: torch.Size) -> Tensor | None:
+        """``d_before`` for an evaluation that updates it, or does not."""
         memory = self.average if update else self.before
-        if memory is not None:
-            if memory.shape != d.shape:
-                raise ValueError(
-                    f"state is of predictions of shape {tuple(memory.shape)}, got {tuple(d.shape)}: every trajectory "
-                    "begins with a state of its own, init(), and reindex(state, ancestors) follows a resampled batch"
-                )
-            d = d.add_(memory, alpha=self.momentum)
-        if update:
-            self.before, self.average = memory, d
-        return d
+        if memory is not None and memory.shape != shape:
+            raise ValueError(
+                f"state is of predictions of shape {tuple(memory.shape)}, got {tuple(shape)}: every trajectory "
+                "begins with a state of its own, init(), and reindex(state, ancestors) follows a resampled batch"
+            )
+        return memory
 
     def reindex(self, ancestors: Tensor) -> APGState:
         """The state after resampling: row i of the batch came from row ``ancestors[i]``."""
@@ -109,7 +107,7 @@ def project(v0: Tensor, v1: Tensor) -> tuple[Tensor, Tensor]:
     """
     _check_alike(v0=v0, v1=v1)
     a, b = (v if v.device.type == "mps" else v.double() for v in (v0, v1))
-    parallel = (_share(a, b, _within(b)) * b).to(v0.dtype)
+    parallel = (share(a, b, within(b)) * b).to(v0.dtype)
     return parallel, v0 - parallel
 
 
@@ -149,42 +147,11 @@ def normalized_guidance(
         _look(name, value)
     if scale == 1:
         return pred_cond
-    c, u = (_precise(p) for p in (pred_cond, pred_uncond))
     if eta == 1 and norm_threshold <= 0 and state is None:
-        return torch.lerp(u, c, scale).to(pred_cond.dtype)
-    d = c - u
+        return torch.lerp(precise(pred_uncond), precise(pred_cond), scale).to(pred_cond.dtype)
     if state is not None:
         state.step += 1
-        d = state.added(d, True)
-    return _guided(c, c, d, scale - 1, eta, norm_threshold).to(pred_cond.dtype)
-
-
-def _guided(base: Tensor, c: Tensor, d: Tensor, gain: float, eta: float, r: float, channels: bool = False) -> Tensor:
-    """``base + gain (d_orth + eta d_par)`` of the capped d: two or three reductions, and one combination of c and d."""
-    weight = None
-    if r > 0:
-        size = torch.linalg.vector_norm(d, dim=_within(d), keepdim=True)
-        weight = torch.div(r, size).clamp(max=1.0) * gain  # the cap is 1 where d is 0
-    if eta == 1:
-        return torch.add(base, d, alpha=gain) if weight is None else torch.addcmul(base, d, weight)
-    along = _share(d, c, _within(d, channels)) * ((1 - eta) * (gain if weight is None else weight))
-    made = c * (1 - along) if base is c else torch.addcmul(base, c, along, value=-1)
-    return made.add_(d, alpha=gain) if weight is None else made.addcmul_(d, weight)
-
-
-def _share(d: Tensor, c: Tensor, within: tuple[int, ...]) -> Tensor:
-    """``<d, c> / |c|^2`` of each sample; 0 where c is 0. (Not a matrix product, which rounds to TF32 on some GPUs.)"""
-    size = torch.linalg.vector_norm(c, dim=within, keepdim=True).clamp(min=torch.finfo(c.dtype).tiny)
-    return (d * c).sum(within, keepdim=True) / size / size
-
-
-def _within(x: Tensor, channels: bool = False) -> tuple[int, ...]:
-    """The dimensions of one sample, or of one of its channels."""
-    return tuple(range(2 if channels else 1, x.ndim))
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in HALF else x
+    return updated(Pair(pred_cond, pred_uncond), state, True, How(scale - 1, eta, norm_threshold), pred_cond.dtype)
 
 
 def _look(name: str, x: Tensor) -> None:
@@ -284,17 +251,35 @@ class APG:
             if uncond.kind != cond.kind:
                 raise ValueError(f"uncond must be of cond's kind {cond.kind!r} with space='pred', got {uncond.kind!r}")
             return cond.replace(self.combine(cond.output, uncond.output, state, update=update))
-        return cond.replace(self._of_data(cond, uncond, state, update), "sample")
+        pair = _pair(cond, uncond)
+        dtype = pair.cond.dtype if pair.x is None else torch.promote_types(pair.x.dtype, pair.cond.dtype)
+        return cond.replace(self._made(pair, state, update, dtype), "sample")
+
+    def on_outputs(self, kind: str) -> OnOutputs | None:
+        """See :class:`polyak.generate.guidance.OnOutputs`."""
+        if not self.paired or type(self) is not APG or (self.start, self.stop) != (0, 1):
+            return None
+        if self._plain:
+            return CFG(self.scale).on_outputs(kind)
+        of_data = self.space == "x0"
+        return OnOutputs("sample" if of_data else kind, of_data, self._on_outputs)
+
+    def _on_outputs(
+        self, cond: Tensor, uncond: Tensor, x: Tensor, weights: tuple[float, float], state: APGState, first: bool
+    ) -> Tensor:
+        state.step += first
+        a, b = weights
+        pair = Pair(_known(cond, x), _known(uncond, x), x if a else None, a, b)
+        return self._made(pair, state, first, x.dtype)
 
     def combine(self, cond: Tensor, uncond: Tensor, state: APGState, *, update: bool = True) -> Tensor:
         """What is made of two tensors of shape (B, ...), whatever they are predictions of; ``cond`` for a scale of 1."""
         if not self.paired:
             return cond
         _check_alike(cond=cond, uncond=uncond)
-        c, u = _precise(cond), _precise(uncond)
         if self._plain:
-            return torch.lerp(u, c, self.scale).to(cond.dtype)
-        return self._made(c, u, c - u, state, update).to(cond.dtype)
+            return torch.lerp(precise(uncond), precise(cond), self.scale).to(cond.dtype)
+        return self._made(Pair(cond, uncond), state, update, cond.dtype)
 
     @checks.arguments(quantile=checks.fraction)
     def measured(self, denoiser: Model, x_T: Tensor, *, quantile: float = 0.5, **how: Any) -> APG:
@@ -323,34 +308,28 @@ class APG:
         now = state.step if first else state.step - 1
         return int(self.start * state.steps) <= now < int(self.stop * state.steps)
 
-    def _difference(self, cond: Any, uncond: Any) -> tuple[Tensor, Tensor]:
-        """``(D_c, D_c - D_u)``; without ``D_u`` where one number leads from the outputs to it."""
-        if not _one_affine(cond, uncond):
-            c = _precise(cond.x0)
-            return c, c - _precise(uncond.x0)
-        a, b = cond.weights("x0")
-        own, other = _precise(cond.output), _precise(uncond.output)
-        if a == 0 and b == 1:
-            return own, own - other
-        return torch.mul(_precise(cond.x), a).add_(own, alpha=b), torch.sub(own, other).mul_(b)
-
-    def _of_data(self, cond: Any, uncond: Any, state: APGState, update: bool) -> Tensor:
-        c, d = self._difference(cond, uncond)
-        u = c if self.base == "cond" else _precise(uncond.x0)
-        return self._made(c, u, d, state, update).to(cond.x0.dtype)
-
-    def _made(self, c: Tensor, u: Tensor, d: Tensor, state: APGState, update: bool) -> Tensor:
-        if c.ndim < 2 + self.channelwise:
+    def _made(self, pair: Pair, state: APGState, update: bool, dtype: torch.dtype) -> Tensor:
+        if pair.cond.ndim < 2 + self.channelwise:
             shape = "(B, C, ...) with channelwise=True" if self.channelwise else "(B, ...)"
-            raise ValueError(f"cond must have shape {shape}, got {tuple(c.shape)}")
-        if self.momentum:
-            d = state.added(d, update or self.update == "every")
-        base, gain = (c, self.scale - 1) if self.base == "cond" else (u, self.scale)
-        made = _guided(base, c, d, float(gain), self.eta, self.norm_threshold, self.channelwise)
-        if not self.rescale:
-            return made
-        wanted, found = (v.std(_within(v), keepdim=True) for v in (c, made))
-        return made * torch.where(found > 0, torch.lerp(torch.ones_like(found), wanted / found, self.rescale), 1.0)
+            raise ValueError(f"cond must have shape {shape}, got {tuple(pair.cond.shape)}")
+        of_uncond = self.base == "uncond"
+        gain = float(self.scale if of_uncond else self.scale - 1)
+        how = How(gain, self.eta, self.norm_threshold, of_uncond, self.channelwise, self.rescale)
+        return updated(pair, state if self.momentum else None, update or self.update == "every", how, dtype)
+
+
+def _known(output: Tensor, x: Tensor) -> Tensor:
+    """An output in x's dtype, or as it is where it is read in that."""
+    same = output.dtype == x.dtype or (x.dtype == torch.float32 and output.dtype in HALF)
+    return output if same else output.to(x.dtype)
+
+
+def _pair(cond: Any, uncond: Any) -> Pair:
+    """Two predictions as data, unread where the same numbers lead from both outputs to them."""
+    if not _one_affine(cond, uncond):
+        return Pair(cond.x0, uncond.x0)
+    a, b = cond.weights("x0")
+    return Pair(cond.output, uncond.output, cond.x if a else None, a, b)
 
 
 def _one_affine(cond: Any, uncond: Any) -> bool:
@@ -376,8 +355,8 @@ class _Probe:
     def __call__(self, cond: Any, uncond: Any, state: None = None, *, update: bool = True) -> Any:
         if update:
             pred = self.guidance.space == "pred"
-            d = cond.output - uncond.output if pred else self.guidance._difference(cond, uncond)[1]
-            self.sizes.append(torch.linalg.vector_norm(d, dim=_within(d)))
+            d = cond.output - uncond.output if pred else difference(_pair(cond, uncond))[1]
+            self.sizes.append(torch.linalg.vector_norm(d, dim=within(d)))
         return cond
 
     def reindex(self, state: None, ancestors: Tensor) -> None:
