@@ -73,7 +73,7 @@ def checked(denoiser: Model, process: Any) -> Process:
 def check_range(name: str, low: float, high: float, process: Process) -> None:
     """ValueError where levels are beyond those of the model."""
     least, most = process.sigma_hat(process.t_min), process.sigma_hat(process.t_max)
-    if low < least * (1 - _FORGIVEN) or high > most * (1 + _FORGIVEN):
+    if not (low >= least * (1 - _FORGIVEN) and high <= most * (1 + _FORGIVEN)):  # nor where one is NaN
         raise ValueError(
             f"{name} must be within the model's levels sigma / alpha, {least:.6g} to {most:.6g} for {process!r}, got {low:.6g} to "
             f"{high:.6g}"
