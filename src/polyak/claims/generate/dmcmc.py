@@ -266,9 +266,11 @@ CLAIM = Claim(
         ),
     ),
     usage=(
-        "from polyak.generate import DenoisingLangevinGibbs, KarrasHeun\n\n"
-        "chains = DenoisingLangevinGibbs(denoiser, process, classifier, integrator=KarrasHeun(4), n_skip=2)\n"
-        "chains.warmup((200, 3, 32, 32))\n"
-        "x = chains.sample(8000)  # 9 evaluations each; a NoiseClassifier tells the levels"
+        "from polyak.generate import EDM, Denoiser, DenoisingLangevinGibbs, NoiseClassifier\n\n"
+        'denoiser = Denoiser(network, EDM(), "edm")\n'
+        "classifier = NoiseClassifier((3, 32, 32))  # trained by noise_classifier_loss\n"
+        "chains = DenoisingLangevinGibbs(denoiser, EDM(), classifier, eta=0.5, n_skip=4)\n"
+        "chains.warmup((16, 3, 32, 32))\n"
+        "x = chains.sample(32)  # 9 evaluations each"
     ),
 )  # fmt: skip
