@@ -52,10 +52,11 @@ def test_arms_measure_what_is_asked_of_them(made):
 def test_arms_spend_what_they_say(made):
     for (task, arm), (*curve, final) in made.items():
         if arm.startswith("dlg"):
-            assert [m.at["nfe"] for m in curve] == list(BUDGETS)
+            assert [m.at["nfe"] for m in curve] == (list(BUDGETS) if arm == "dlg" else [9])
             # 57 evaluations of the warm-up for each chain, 9 for each sample
             assert final.values["nfe_five"] == pytest.approx(9 + 57 / 5), (task, arm)
-            assert final.values["nfe_forty"] == pytest.approx(9 + 57 / 7)
+            if arm == "dlg":
+                assert final.values["nfe_forty"] == pytest.approx(9 + 57 / 7)
     for name in ("heun", "churn", "dpm"):
         for nfe in (5, 7, 9, 11):
             denoiser, *rest = _chains.known(0)
