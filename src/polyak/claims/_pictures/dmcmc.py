@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from polyak.lab.pictures import GRID, INK, MUTED, SERIES, described, log, name, panels
 
-CHAINS, SAMPLES, STEPS, SEED = 3, 40, 4, 4
+CHAINS, SAMPLES, STEPS, SEED = 3, 36, 4, 4
 
 
 def picture():
@@ -42,14 +42,14 @@ def picture():
     )
     colors = (SERIES[0], SERIES[1], SERIES[2])
     for one in (states, samples):
-        one.plot(*spiral.T, linestyle="none", marker="o", markersize=5, color=GRID)
+        one.plot(*spiral.T, linewidth=5, color=GRID)
         one.grid(visible=False)
         one.set(aspect="equal", xlim=(-6, 6), ylim=(-6, 6), xticks=(-4, 0, 4), yticks=(-4, 0, 4))
     for k, color in enumerate(colors):
         states.plot(*began[:, k].T, color=color, linewidth=0.6, alpha=0.5)
         states.plot(*began[:, k].T, linestyle="none", marker="o", markersize=2.5, color=color)
-        for a, b in zip(began[:, k], made[:, k], strict=True):
-            samples.plot(*torch.stack([a, b]).T, color=color, linewidth=0.6, alpha=0.5)
+        paths = torch.stack([began[:, k], made[:, k], torch.full_like(made[:, k], torch.nan)], 1)
+        samples.plot(*paths.flatten(0, 1).T, color=color, linewidth=0.6, alpha=0.5)
         samples.plot(*made[:, k].T, linestyle="none", marker="o", markersize=2.5, color=INK)
         sigma.plot(levels[:, k], color=color, linewidth=1.2)
     sigma.axhline(50.0, color=MUTED, linewidth=1.2, linestyle=(0, (3, 1)))

@@ -270,11 +270,9 @@ CLAIM = Claim(
         ),
     ),
     usage=(
-        "from polyak.generate import EDM, Denoiser, DenoisingLangevinGibbs, NoiseClassifier\n\n"
-        'denoiser = Denoiser(network, EDM(), "edm")\n'
-        "classifier = NoiseClassifier((3, 32, 32))  # trained by noise_classifier_loss\n"
-        "chains = DenoisingLangevinGibbs(denoiser, EDM(), classifier, eta=0.5, n_skip=4)\n"
+        "from polyak.generate import EDM, Denoiser, DenoisingLangevinGibbs, NoiseClassifier\n"
+        'chains = DenoisingLangevinGibbs(Denoiser(network, EDM(), "edm"), EDM(), NoiseClassifier((3, 32, 32)), n_skip=4)\n'
         "chains.warmup((16, 3, 32, 32))\n"
-        "x = chains.sample(32)  # 9 evaluations each"
+        "x = chains.sample(32)  # 9 evaluations each; the classifier is trained by noise_classifier_loss"
     ),
 )  # fmt: skip
