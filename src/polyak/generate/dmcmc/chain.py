@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.func import vjp
 
 from polyak.core import checks
 from polyak.generate.dmcmc.integrators import Integrator, KarrasHeun
 from polyak.generate.dmcmc.levels import check_levels, check_logits, draw, noise_levels, uniform
 from polyak.generate.dmcmc.scaled import PROCESS, Scaled, check_range, checked, working
 from polyak.generate.evaluate import MODEL, Model
-from polyak.generate.fields import signs, trace
+from polyak.generate.fields import signs
 from polyak.generate.process import Generators, Process, expand, standard_normal, wide
 
 _COUNT, _LEVEL = checks.Integer(1, 10**9), checks.positive
@@ -286,7 +287,10 @@ class DenoisingLangevinGibbs:
         low, high, d = self.levels[-1].item(), self.levels[0].item(), math.prod(y.shape[1:])
         for _ in range(_ROUNDS):
             # D = y - sigma eps: |y - D|^2 = sigma^2 |eps|^2 and d - div D = sigma div eps.
-            eps, divergence = trace(lambda y, s=sigma: scaled.eps(y, s), y, signs(y, 1, generator))
+            # One direction, and no vmap, which the channels-last kernels of UNets do not take.
+            eps, back, *_ = vjp(lambda y, s=sigma: scaled.eps(y, s), y)
+            v = signs(y, 1, generator)[0]
+            divergence = (v * back(v)[0]).flatten(1).sum(1)
             removed = sigma.square() * eps.flatten(1).to(sigma).square().sum(1)
             # An estimate, of one direction, may be anything; of all d dimensions at least a hundredth is noise.
             freedom = (sigma * divergence.to(sigma)).clamp(d / 100, 2 * d)
