@@ -271,8 +271,8 @@ CLAIM = Claim(
     ),
     usage=(
         "from polyak.generate import EDM, Denoiser, DenoisingLangevinGibbs, NoiseClassifier\n"
-        'chains = DenoisingLangevinGibbs(Denoiser(network, EDM(), "edm"), EDM(), NoiseClassifier((3, 32, 32)), n_skip=4)\n'
-        "chains.warmup((16, 3, 32, 32))\n"
-        "x = chains.sample(32)  # 9 evaluations each; the classifier is trained by noise_classifier_loss"
+        "classifier = NoiseClassifier((3, 32, 32))  # trained by noise_classifier_loss\n"
+        'chains = DenoisingLangevinGibbs(Denoiser(network, EDM(), "edm"), EDM(), classifier, eta=0.5, n_skip=4)\n'
+        "def many(n): chains.warmup((200, 3, 32, 32)); return chains.sample(n)  # 9 evaluations each"
     ),
 )  # fmt: skip
