@@ -98,6 +98,10 @@ def denoiser():
     return G.Denoiser(lambda x, t: x * 0.1, G.VP())
 
 
+def posterior():
+    return G.NoisePosterior(lambda x: torch.zeros(len(x), 5), G.noise_levels(0.1, 50.0, 5))
+
+
 def fields():
     return importlib.import_module("polyak.generate.interpolants").Fields(G.Interpolant(), b=field, s=field)
 
@@ -259,6 +263,16 @@ NEEDS = {
     "generate.resume": lambda: dict(
         solver=G.DDIM(), step=G.Step(X, 1.0, 0.5, 0, False), times=[1.0, 0.5, 0.1], process=VP
     ),
+    "generate.DenoisingLangevinGibbs": lambda: dict(denoiser=denoiser(), process=VP, noise_posterior=posterior()),
+    "generate.KarrasHeun": lambda: dict(steps=3),
+    "generate.NoiseClassifier": lambda: dict(in_shape=(1, 4, 4), classes=5),
+    "generate.NoisePosterior": lambda: dict(logits=lambda x: x, levels=[2.0, 1.0]),
+    "generate.PerSample": lambda: dict(solver=G.DDIM(), steps=3),
+    "generate.ReverseDiffusion": lambda: dict(steps=3),
+    "generate.dmcmc.autocorrelation": lambda: dict(values=X),
+    "generate.dmcmc.effective_sample_size": lambda: dict(values=X),
+    "generate.heun_per_sample": lambda: dict(denoiser=denoiser(), x=X, sigma0=1.0, steps=2),
+    "generate.noise_classifier_loss": lambda: dict(classifier=posterior(), x0=X),
     "generate.Dimension": lambda: dict(k=X, singular_values=X, tangent=X),
     "generate.EnergyScore": lambda: dict(potential=net()),
     "generate.Projection": lambda: dict(gradient=field, remainder_norm=0.0, cos=0.0),
