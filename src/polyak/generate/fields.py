@@ -30,6 +30,7 @@ MOST = 4096  # elements of a row, beyond which nothing is exact: it would take a
 _ROOM = 2**22  # elements of the tangents that go through a field at once
 
 FIELD = checks.Function("a field (x, t) -> tensor, or a denoiser", 2)
+POTENTIAL = checks.Function("a function (x, t) -> one number for each row", 2)
 STATE = checks.Tensor(floating=True, least_ndim=2)
 PROCESS = checks.Instance(Process, words="a Process of Gaussian noise (an instance, not the class)")
 METHOD = checks.Choice("exact", "hutchinson")
@@ -135,6 +136,15 @@ def value(field: Field, x: Tensor, t: Any) -> Tensor:
         got = tuple(said.shape) if isinstance(said, Tensor) else "no tensor"
         raise ValueError(f"field must return a tensor of x's shape {tuple(x.shape)}, got {got}")
     return said
+
+
+def scalar(potential: Callable[[Tensor, Any], Tensor], x: Tensor, t: Any) -> Tensor:
+    """What a potential says at (x, t), (B,)."""
+    said = potential(x, t)
+    if not isinstance(said, Tensor) or said.shape not in ((len(x),), (len(x), 1)):
+        got = tuple(said.shape) if isinstance(said, Tensor) else type(said).__name__
+        raise ValueError(f"potential must return shape ({len(x)},) or ({len(x)}, 1), got {got}")
+    return said.reshape(len(x))
 
 
 def velocity(denoiser: Model, x: Tensor, t: float) -> Tensor:
