@@ -155,7 +155,7 @@ def velocity(denoiser: Model, x: Tensor, t: float) -> Tensor:
     return said.flow
 
 
-def check_process(denoiser: Model, process: Process) -> None:
+def check_process(denoiser: Any, process: Process) -> None:
     """ValueError unless the noise is Gaussian and the process is the denoiser's own, where it has one."""
     if not process.is_gaussian:
         raise ValueError(f"process must have Gaussian noise, got {process!r}")
