@@ -1,4 +1,4 @@
-"""The ODE-SDE gap's claim at a tiny scale: every arm measures what is asked, and what is exact holds, as do the laws on the line."""
+"""The ODE-SDE gap's claim at a tiny scale: arms measure what is asked, what is exact holds, and laws on the line are right."""
 
 from __future__ import annotations
 

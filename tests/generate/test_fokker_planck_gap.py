@@ -24,6 +24,7 @@ from polyak.generate import (
     PotentialNet,
     antisymmetric_gauge,
     denoising_loss,
+    divergence,
     exact_ode_logdensity,
     fp_regularized_loss,
     histogram_w2,
@@ -35,6 +36,7 @@ from polyak.generate import (
     wasserstein_bound,
 )
 from polyak.generate.fokker_planck_gap.training import _score
+from polyak.generate.networks import unet
 from polyak.generate.problems import ExactDenoiser, Gaussian, Mixture
 
 DOUBLE = torch.float64
@@ -178,6 +180,26 @@ def test_a_network_of_edm_is_diagnosed():
 
     t = torch.linspace(0.2, 5.0, 6, dtype=DOUBLE)
     assert score_fp_residual(Denoiser(F, exact.process, "edm"), exact.process, draw(6, 2), t).abs().max() < 1e-8
+
+
+def test_a_network_of_images_is_diagnosed():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        denoiser = Denoiser(unet(4, width=8, levels=1), VP(), "epsilon")
+    x, process, h = draw(2, 1, 4, 4).float(), VP(), 1e-2
+    y = x.clone().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivatives
+        got = score_fp_residual(denoiser, process, x, 0.5, "hutchinson", generator=seeded())
+        s = denoiser(y, 0.5).score
+        inner = process.drift(0.5) * (y * s).sum() - process.diffusion2(0.5) / 2 * (
+            s.square().sum() + divergence(denoiser, y, 0.5, method="hutchinson", generator=seeded()).sum()
+        )
+        (gradient,) = torch.autograd.grad(inner, y)
+        with torch.no_grad():
+            moved = (denoiser(x, 0.5 + h).score - denoiser(x, 0.5 - h).score) / (2 * h)
+    assert torch.allclose(got, gradient + moved, atol=2e-2 * moved.abs().max().item())
 
 
 # --- densities, and the bound

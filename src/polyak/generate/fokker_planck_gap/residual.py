@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, jvp
+from torch.func import grad, vjp
 
 from polyak.core import checks
 from polyak.generate.fields import (
@@ -94,7 +94,7 @@ def score_fp_residual(
         process, x, t, laplacian, probes, generator: as for :func:`log_fp_residual`; what is estimated is ``div s``.
 
     Returns:
-        x's shape; differentiable in x and in the parameters. s_t takes one product in forward mode.
+        x's shape; differentiable in x and in the parameters. All derivatives are in reverse mode.
 
     Raises:
         ValueError: as for :func:`log_fp_residual`.
@@ -109,8 +109,10 @@ def score_fp_residual(
         s, div = trace(lambda z: value(score_fn, z, at), y, along)
         return ((f * y * s).flatten(1).sum(1) - g2 / 2 * (div + s.flatten(1).square().sum(1))).sum()
 
-    moved = jvp(lambda tau: value(score_fn, x, tau), (at,), (torch.ones_like(at),))[1]
-    return moved + grad(inner)(x)
+    # s_t by reverse mode twice: forward mode is missing in parts of which image networks are made.
+    pull: Any = vjp(lambda tau: value(score_fn, x, tau), at)[1]
+    push: Any = vjp(lambda w: pull(w)[0], torch.zeros_like(x))[1]
+    return push(torch.ones_like(at))[0] + grad(inner)(x)
 
 
 def check_smooth(name: str, model: Any) -> None:
