@@ -136,6 +136,10 @@ def field(x, t):
     return -x
 
 
+def bowl(x, t):
+    return -x.flatten(1).square().sum(1)
+
+
 class Potential(nn.Linear):
     """A scalar function of x and t."""
 
@@ -245,6 +249,16 @@ NEEDS = {
     "generate.cogdpm.rank_histogram": lambda: dict(samples=MEMBERS, truth=X),
     "generate.cogdpm.spread_skill": lambda: dict(samples=MEMBERS, truth=X),
     "generate.denoising_loss": lambda: dict(denoiser=denoiser(), x0=X),
+    "generate.Gap": lambda: dict(ode_sde=0.1, ode_data=None, sde_data=None),
+    "generate.GapBound": lambda: dict(w2=0.1, times=X[0], residual=X[0], score_error=X[0], lipschitz=X[0]),
+    "generate.PotentialNet": lambda: dict(dim=2, width=4),
+    "generate.exact_ode_logdensity": lambda: dict(potential=bowl, process=VP, x=X, steps=1),
+    "generate.fp_regularized_loss": lambda: dict(potential=bowl, process=VP, x0=X),
+    "generate.histogram_w2": lambda: dict(x=X, y=X, bins=4),
+    "generate.log_fp_residual": lambda: dict(potential=bowl, process=VP, x=X, t=0.5),
+    "generate.ode_sde_gap": lambda: dict(denoiser=denoiser(), process=VP, n=4, steps=2, metric="sliced", shape=(2,)),
+    "generate.score_fp_residual": lambda: dict(score_fn=field, process=VP, x=X, t=0.5),
+    "generate.wasserstein_bound": lambda: dict(denoiser=denoiser(), process=VP, shape=(2,), n=4, steps=2),
     "generate.gaussian_separation": lambda: dict(spectrum=[2.0, 0.5]),
     "generate.kinetic_energy": lambda: dict(path=VP, separation=SEPARATION),
     "generate.reparametrize": lambda: dict(denoiser=denoiser(), old_process=VP, new_process=G.Flow()),

@@ -30,6 +30,7 @@ MOST = 4096  # elements of a row, beyond which nothing is exact: it would take a
 _ROOM = 2**22  # elements of the tangents that go through a field at once
 
 FIELD = checks.Function("a field (x, t) -> tensor, or a denoiser", 2)
+POTENTIAL = checks.Function("a function (x, t) -> one number for each row", 2)
 STATE = checks.Tensor(floating=True, least_ndim=2)
 PROCESS = checks.Instance(Process, words="a Process of Gaussian noise (an instance, not the class)")
 METHOD = checks.Choice("exact", "hutchinson")
@@ -139,6 +140,15 @@ def value(field: Field, x: Tensor, t: Any) -> Tensor:
     return said
 
 
+def scalar(potential: Callable[[Tensor, Any], Tensor], x: Tensor, t: Any) -> Tensor:
+    """What a potential says at (x, t), (B,)."""
+    said = potential(x, t)
+    if not isinstance(said, Tensor) or said.shape not in ((len(x),), (len(x), 1)):
+        got = tuple(said.shape) if isinstance(said, Tensor) else type(said).__name__
+        raise ValueError(f"potential must return shape ({len(x)},) or ({len(x)}, 1), got {got}")
+    return said.reshape(len(x))
+
+
 def velocity(denoiser: Model, x: Tensor, t: float) -> Tensor:
     """``dx/dt`` of the probability-flow ODE."""
     said: Any = denoiser(x, t)
@@ -159,7 +169,7 @@ def widened(denoiser: Model, x: Tensor) -> tuple[Model, Tensor]:
     return asked, x.float()
 
 
-def check_process(denoiser: Model, process: Process) -> None:
+def check_process(denoiser: Any, process: Process) -> None:
     """ValueError unless the noise is Gaussian and the process is the denoiser's own, where it has one."""
     if not process.is_gaussian:
         raise ValueError(f"process must have Gaussian noise, got {process!r}")

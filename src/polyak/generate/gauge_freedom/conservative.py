@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp, vmap
 
 from polyak.core import checks
-from polyak.generate.fields import FIELD, PROBES, STATE, STEPS, Field, signs, value
+from polyak.generate.fields import FIELD, PROBES, STATE, STEPS, Field, scalar, signs, value
 from polyak.generate.process.path import TIME, one_for_each_row
 
 
@@ -35,11 +35,7 @@ class EnergyScore(nn.Module):
 
     def energy(self, x: Tensor, t: Any) -> Tensor:
         """phi, (B,)."""
-        phi = self.potential(x, t)
-        if not isinstance(phi, Tensor) or phi.shape not in ((len(x),), (len(x), 1)):
-            got = tuple(phi.shape) if isinstance(phi, Tensor) else type(phi).__name__
-            raise ValueError(f"potential must return shape ({len(x)},) or ({len(x)}, 1), got {got}")
-        return phi.reshape(len(x))
+        return scalar(self.potential, x, t)
 
     def forward(self, x: Tensor, t: Any) -> Tensor:
         """``grad_x phi(x, t)``, x's shape."""
