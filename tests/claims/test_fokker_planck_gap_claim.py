@@ -32,6 +32,19 @@ def run(task: str, arm: str, seed: int = 0) -> list[Measurement]:
 @pytest.fixture(scope="module")
 def finals() -> dict[tuple[str, str], dict[str, float]]:
     found = {}
+    # 25 steps in place of 100 miss densities by 1e-7
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("exact_ode_logdensity", "log_likelihood"):
+            whole = getattr(_fokker_planck, name)
+            patch.setattr(
+                _fokker_planck, name, lambda a, b, x, *_, whole=whole, **how: whole(a, b, x, **{**how, "steps": 25})
+            )
+        found |= measured()
+    return found
+
+
+def measured() -> dict[tuple[str, str], dict[str, float]]:
+    found = {}
     for task in CLAIM.tasks:
         for arm in CLAIM.arms_on(task.name):
             [final] = run(task.name, arm.name)

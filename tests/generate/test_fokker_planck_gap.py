@@ -36,7 +36,6 @@ from polyak.generate import (
     wasserstein_bound,
 )
 from polyak.generate.fokker_planck_gap.training import _score
-from polyak.generate.networks import unet
 from polyak.generate.problems import ExactDenoiser, Gaussian, Mixture
 
 DOUBLE = torch.float64
@@ -182,23 +181,36 @@ def test_a_network_of_edm_is_diagnosed():
     assert score_fp_residual(Denoiser(F, exact.process, "edm"), exact.process, draw(6, 2), t).abs().max() < 1e-8
 
 
-def test_a_network_of_images_is_diagnosed():
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+class Images(nn.Module):
+    """Of what image networks are made: convolutions and group norms."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.norm = (
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.Conv2d(4, 1, 3, padding=1),
+            nn.GroupNorm(2, 4),
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.norm(self.first(x)) + torch.sin(4 * t)[:, None, None, None]
+        return self.last(nn.functional.silu(h).transpose(2, 3))
+
+
+def test_a_network_of_images_is_diagnosed():
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        denoiser = Denoiser(unet(4, width=8, levels=1), VP(), "epsilon")
+        denoiser = Denoiser(Images(), VP(), "epsilon")
     x, process, h = draw(2, 1, 4, 4).float(), VP(), 1e-2
     y = x.clone().requires_grad_()
-    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivatives
-        got = score_fp_residual(denoiser, process, x, 0.5, "hutchinson", generator=seeded())
-        s = denoiser(y, 0.5).score
-        inner = process.drift(0.5) * (y * s).sum() - process.diffusion2(0.5) / 2 * (
-            s.square().sum() + divergence(denoiser, y, 0.5, method="hutchinson", generator=seeded()).sum()
-        )
-        (gradient,) = torch.autograd.grad(inner, y)
-        with torch.no_grad():
-            moved = (denoiser(x, 0.5 + h).score - denoiser(x, 0.5 - h).score) / (2 * h)
+    got = score_fp_residual(denoiser, process, x, 0.5, "hutchinson", generator=seeded())
+    s = denoiser(y, 0.5).score
+    inner = process.drift(0.5) * (y * s).sum() - process.diffusion2(0.5) / 2 * (
+        s.square().sum() + divergence(denoiser, y, 0.5, method="hutchinson", generator=seeded()).sum()
+    )
+    (gradient,) = torch.autograd.grad(inner, y)
+    with torch.no_grad():
+        moved = (denoiser(x, 0.5 + h).score - denoiser(x, 0.5 - h).score) / (2 * h)
     assert torch.allclose(got, gradient + moved, atol=2e-2 * moved.abs().max().item())
 
 
@@ -224,8 +236,6 @@ def test_a_true_density_is_that_of_its_ode():
     assert torch.allclose(got, exact.log_prob(x, 1e-3), atol=1e-4)
     plain = exact_ode_logdensity(exact.log_prob, process, x, 25)
     assert 1e-6 < (plain - got).abs().max() < 0.1  # the normal prior is not quite the law at t_max
-    signs = exact_ode_logdensity(exact.log_prob, process, x, 25, laplacian="hutchinson", generator=seeded())
-    assert not torch.allclose(signs, plain, atol=1e-3)
 
 
 @pytest.mark.parametrize("stretch", [0.8, 1.2])
