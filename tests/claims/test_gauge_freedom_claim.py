@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import pytest
 import torch
@@ -30,9 +31,10 @@ TINY = {
 }
 
 
-def run(task: str, arm: str, seed: int = 0) -> list[Measurement]:
+@lru_cache
+def run(task: str, arm: str, seed: int = 0) -> tuple[Measurement, ...]:
     options = {**CLAIM.options("small", task, arm), **TINY[task]}
-    return list(CLAIM.trial(Trial(claim=CLAIM.slug, scale="small", task=task, arm=arm, seed=seed, options=options)))
+    return tuple(CLAIM.trial(Trial(claim=CLAIM.slug, scale="small", task=task, arm=arm, seed=seed, options=options)))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def test_what_is_exact_holds_and_its_controls_fail(finals):
 @pytest.mark.parametrize(("task", "arm"), [("plane", "gauge1"), ("roll", "energy")])
 def test_a_trial_is_a_function_of_its_seed(task, arm):
     first = run(task, arm)
-    assert run(task, arm) == first
+    assert run.__wrapped__(task, arm) == first
     assert run(task, arm, seed=1) != first
 
 

@@ -333,7 +333,7 @@ def test_the_penalty_trains_a_field_to_be_conservative():
 # --- the flow's Jacobian
 
 
-@pytest.mark.parametrize("kappa", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("kappa", [0.0, 3.0])
 def test_the_flow_takes_covariances_to_covariances(kappa):
     C = torch.tensor([[0.8, 0.3], [0.3, 0.4]], dtype=DOUBLE)
     exact, s, t = ExactDenoiser(Gaussian([0.0, 0.0], C), PROCESS), 0.4, 0.1
@@ -461,7 +461,7 @@ def gauged(kappa: float) -> Denoiser:
     return told(matrix_gauge(plane, lambda x, t: torch.cos(x[:, 2] / t)[:, None, None] * pair), EDM())
 
 
-@pytest.mark.parametrize(("kappa", "k", "low", "high"), [(0.0, 2, 0, 1), (1.0, 1, 20, 45), (3.0, 1, 60, 80)])
+@pytest.mark.parametrize(("kappa", "k", "low", "high"), [(0.0, 2, 0, 1), (3.0, 1, 60, 80)])
 def test_a_gauge_misleads_the_score_and_not_the_flow(kappa, k, low, high):
     x = torch.tensor([[0.16, 0.12, 0.0, 0.0, 0.0]], dtype=DOUBLE)
     found = intrinsic_dimension(gauged(kappa), EDM(), x, "score", sigma_lo=0.05, points=500, generator=seeded(1))
