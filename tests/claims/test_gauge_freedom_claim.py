@@ -20,7 +20,7 @@ EXACT = {
     "ode_steps": 10,
     "sde_steps": 10,
     "permutations": 10,
-    "steps": 40,
+    "steps": 30,
 }
 TINY = {
     "gaussian": EXACT,
@@ -59,14 +59,14 @@ def test_arms_measure_what_is_asked_of_them(finals):
 def test_what_is_exact_holds_and_its_controls_fail(finals):
     for c in CLAIM.criteria:
         if c.kind == "mechanism":
-            # a fifth of the steps: 5^4 times the claim's own error of likelihoods, which is 2e-5
+            # a seventh of the steps, where the error of likelihoods, of fourth order, is 2e-4
             bound = 200 * c.bound if c.metric == "missed_most" else c.bound
             holds = {"<=": lambda v, b=bound: v <= b, ">=": lambda v, b=bound: v >= b}[c.op]
             assert holds(finals[c.task, c.arm][c.metric]), c.name
             assert not c.control or not holds(finals[c.task, c.control][c.metric]), c.name
 
 
-@pytest.mark.parametrize(("task", "arm"), [("plane", "gauge1"), ("roll", "energy")])
+@pytest.mark.parametrize(("task", "arm"), [("sphere", "free"), ("roll", "energy")])
 def test_a_trial_is_a_function_of_its_seed(task, arm):
     first = run(task, arm)
     assert run.__wrapped__(task, arm) == first
