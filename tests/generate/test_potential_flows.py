@@ -417,6 +417,8 @@ def test_predictability_is_high_for_edits_that_differ_and_chance_for_others():
     low = variation_predictability(*pairs(600, False), 0.1, steps=60, generator=seeded())
     assert high > 0.95
     assert abs(low - 1 / 3) < 5 * math.sqrt(2 / 9 / 540)
+    images, labels = pairs(600, True)
+    assert variation_predictability(images, labels.int(), 0.1, steps=60, generator=seeded()) == high
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
     assert variation_predictability(*pairs(600, True), 0.1, steps=60, generator=seeded()) == high
@@ -470,6 +472,7 @@ BAD = {
         lambda f: potential_flow_loss(f, lambda z: images(z.detach()), Z, 0, 0),
         lambda f: potential_flow_loss(f, lambda z: (255 * images(z)).long(), Z, 0, 0),
         lambda f: potential_flow_loss(f, lambda z: torch.ones(B, 1, 2, 2), Z, 0, 0),
+        lambda f: potential_flow_loss(f, torch.no_grad()(images), Z, 0, 0),
     ],
     "generator_fn must return 5 images": [lambda f: potential_flow_loss(f, lambda z: images(z)[:2], Z, 0, 0)],
     "reconstructor must return shape": [lambda f: potential_flow_loss(f, images, Z, 0, 0, lambda a, b: a)],
@@ -484,6 +487,9 @@ BAD = {
         lambda f: variation_predictability(torch.rand(6, 2, 1, 8, 8), torch.zeros(5).long()),
     ],
     "labels must be 0 or more": [lambda f: variation_predictability(torch.rand(6, 2, 1, 8, 8), -torch.ones(6).long(), 0.5)],
+    "pairs must be finite": [
+        lambda f: variation_predictability(torch.rand(6, 2, 1, 8, 8) / 0, torch.zeros(6).long(), 0.5),
+    ],
     "pairs must have shape": [lambda f: variation_predictability(torch.rand(6, 3, 1, 8, 8), torch.zeros(6).long())],
     "train_fraction must leave pairs": [lambda f: variation_predictability(torch.rand(6, 2, 1, 8, 8), torch.zeros(6).long())],
 }  # fmt: skip

@@ -115,7 +115,9 @@ def _images(generator_fn: Callable[[Tensor], Tensor], z: Tensor, v: Tensor) -> t
                 f"generator_fn must return {len(z)} images for {len(z)} latents, got {checks.shown(images)}"
             )
         shown, change = forward_ad.unpack_dual(images)
-        if change is None:
+        # Forward mode does not mind no_grad inside G, where nothing would be learned from images.
+        cut = z.requires_grad and torch.is_grad_enabled() and not shown.requires_grad
+        if change is None or cut:
             raise ValueError(
                 f"generator_fn must be differentiable: generator output does not depend on z, got {images.dtype}"
             )
