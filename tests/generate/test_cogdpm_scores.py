@@ -83,8 +83,9 @@ def test_missing_data() -> None:
         assert torch.allclose(score(e, hole, mask).double(), score(e[..., 3:], y[..., 3:]).double(), rtol=1e-12)
         with pytest.raises(ValueError, match="truth has NaN, which needs a mask that is False there"):
             score(e, hole)
-    assert torch.equal(csi(e, hole, 0.1, mask), csi(e[..., 3:], y[..., 3:], 0.1))
-    assert torch.allclose(fss(e, hole, 0.1, 1, mask), fss(e[..., 3:], y[..., 3:], 0.1, 1))
+    for threshold in (0.1, -0.1):  # which a 0 in place of the missing would pass
+        assert torch.equal(csi(e, hole, threshold, mask), csi(e[..., 3:], y[..., 3:], threshold))
+        assert torch.allclose(fss(e, hole, threshold, 1, mask), fss(e[..., 3:], y[..., 3:], threshold, 1))
     samples = e.clone()
     samples[0, 1, 0, 0, 5] = hole[0, 0, 0, 5] = math.nan  # where there should be data
     for given in ((samples, y, None), (samples, y, mask), (e, hole, mask)):
