@@ -311,6 +311,52 @@ def test_hutchinsons_loss_is_drawn_by_the_generator_and_near_the_trace():
     torch.testing.assert_close(many, potential_flow_loss(flow, images, z, 0, 0)["pde"], rtol=0.02, atol=0)
 
 
+class Sine(torch.autograd.Function):
+    """Without a derivative in forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].cos()
+
+
+def test_a_generator_without_derivatives_in_forward_mode_is_differentiated_twice_backwards():
+    flow, z, mix = made(), draw(B, DIM), draw(DIM, 4, seed=9)
+    backwards = lambda y: Sine.apply(y @ mix).unflatten(1, (1, 2, 2))  # noqa: E731 - what images() says
+    for how in ({}, {"reconstructor": told}):
+        expected, found = (potential_flow_loss(flow, g, z, 1, 1, **how) for g in (images, backwards))
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-13)
+        weights = [*flow.potentials[1].parameters(), flow.c]
+        for a, b in zip(*(torch.autograd.grad(d["loss"], weights) for d in (found, expected)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        still = potential_flow_loss(flow, backwards, z, 1, 1, told)
+    torch.testing.assert_close(still["loss"], found["loss"].detach())
+    assert not still["loss"].requires_grad
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda y: nn.functional.scaled_dot_product_attention(*[y.reshape(-1, 1, 2, DIM // 2)] * 3),
+        lambda y: nn.functional.group_norm((y[:, None] * y.sin()[..., None]).mT.reshape(-1, DIM, 2, 2), 2),
+    ],
+    ids=["attention", "group norm"],
+)
+def test_operations_of_decoders_are_differentiated(layers):
+    flow, z, h = made(), draw(B, DIM), 1e-5
+    parts = potential_flow_loss(flow, layers, z, 0, 0)
+    v = flow.velocity(0, parts["before"], 1.0)
+    change = (layers(parts["before"] + h * v) - layers(parts["before"] - h * v)) / (2 * h)
+    torch.testing.assert_close(parts["jvp"], change.square().mean(), rtol=1e-6, atol=0)
+    parts["loss"].backward()
+
+
 def test_gradients_reach_the_drawn_potential_alone():
     flow, z = made(), draw(B, DIM)
     judge = PairClassifier(K, 1, padding=2).double()
