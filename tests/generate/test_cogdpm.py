@@ -209,6 +209,9 @@ def test_resampled_rows_take_their_history_along() -> None:
         again = guidance.reindex(state, ancestors)
         assert torch.equal(again.uncertainty, moved.uncertainty)
         assert again.count == 3
+        for s in (again, moved):
+            s.add(drawn(1, 7)[0])
+        assert torch.equal(again.uncertainty, moved.uncertainty)
         if guidance.inner is not None:
             assert torch.equal(again.inner.average, moved.inner.average)
 
@@ -413,6 +416,24 @@ def test_any_guidance_gets_a_map(guidance: Any) -> None:
     assert bool((made.uncertainty > 0).all())
 
 
+def test_an_inner_guidance_asks_for_both_predictions_where_it_needs_them() -> None:
+    inner, made = APG(5.0, momentum=-0.5, start=0.2, stop=0.6), []
+
+    def make(c: Tensor) -> Denoiser:
+        made.append(MAKE(c))
+        return made[-1]
+
+    run = {"guidance": inner, "generator": torch.Generator().manual_seed(0)} | RUN | {"solver": Heun()}
+    alone = make(context().repeat_interleave(2, 0))
+    x = sample(alone, (4, 3, 6, 4), dtype=torch.float64, **run)
+    run["generator"].manual_seed(0)
+    assert torch.equal(ensemble_forecast(make, context(), members=2, **run).samples.flatten(0, 1), x)
+    assert made[1].evaluations == alone.evaluations == 10 + 4
+    state = PrecisionGuidance(1.0, inner=inner).init(5)
+    assert not PrecisionGuidance(0.0, inner=inner).paired_at(0.5, state, True)
+    assert PrecisionGuidance(1.0, inner=CFG(2.0)).paired_at(0.5, state, True)
+
+
 def test_one_member_is_its_own_ensemble() -> None:
     with pytest.warns(UserWarning, match="members=1 leaves nothing to pool: the member's own variance is used"):
         made = forecast(PrecisionGuidance(1.0), members=1)
@@ -422,20 +443,23 @@ def test_one_member_is_its_own_ensemble() -> None:
 
 
 def test_what_a_network_is_told() -> None:
-    c, drop = context(4), ContextDropout(0.5)
+    c, drop = context(4), ContextDropout(0.2)
     assert torch.equal(drop.eval()(c), torch.cat([c, torch.ones(4, 1, 6, 4).double()], 1))
     many = context(1).expand(4000, 3, 6, 4)
     told = drop.train()(many, generator=torch.Generator().manual_seed(0))
     left = (told == 0).flatten(1).all(1)
     assert torch.equal(told[~left], ContextDropout(0.0)(many)[~left])
-    assert abs(left.double().mean() - 0.5) < 5 * 0.5 / math.sqrt(4000)
+    assert abs(left.double().mean() - 0.2) < 5 * 0.4 / math.sqrt(4000)
     again = drop(many, generator=torch.Generator().manual_seed(0))
     assert torch.equal(told, again)
-    assert repr(drop) == "ContextDropout(p=0.5)"
+    assert repr(drop) == "ContextDropout(p=0.2)"
     asked: list[Tensor] = []
     context_denoiser(lambda x, t, told: asked.append(told) or x, c, EDM20).pair(c, 1.0)
     assert torch.equal(asked[0], ContextDropout(0.0)(c))
     assert not bool(asked[1].any())  # nor does the mask say that anything is known
+    encoded = c.clone().requires_grad_()  # by an encoder that is trained along
+    MAKE(encoded)(torch.zeros(4, 3, 6, 4).double(), 1.0).x0.sum().backward()
+    assert torch.equal(encoded.grad, torch.tensor([0.0, 0, 3])[:, None, None].double().expand_as(c))  # type: ignore[arg-type]
     cond, uncond = MAKE(c).pair(torch.zeros(4, 3, 6, 4).double(), 1.0)
     assert torch.equal(cond.x0, c[:, -1:].expand_as(c))
     assert not bool(uncond.x0.any())
@@ -457,6 +481,18 @@ def test_missing_pixels() -> None:
     assert torch.equal(made.samples, forecast(PrecisionGuidance(1.0, quantile=0.5), c=filled, mask=mask).samples)
     told = ContextDropout(0.0)(hole, mask)
     assert torch.equal(told[:, -1:], mask.double())
+
+    # Forecasts may have other dimensions before the context's own; pixels must be the same.
+    def volumes(c: Tensor, mask: Tensor) -> Denoiser:
+        return context_denoiser(lambda x, t, told: 0.5 * x, c, EDM20, "sample", mask=mask)
+
+    how = {"mask": mask, "members": 2, "guidance": PrecisionGuidance(1.0)} | RUN
+    assert ensemble_forecast(volumes, c, shape=(2, 3, 6, 4), **how).samples.shape == (2, 2, 2, 3, 6, 4)
+    assert ensemble_forecast(volumes, c, shape=(6, 4), **how).samples.shape == (2, 2, 6, 4)
+    with pytest.raises(
+        ValueError, match=r"mask must broadcast to the batch's shape \(4, 2, 5, 4\), got \(4, 1, 6, 4\)"
+    ):
+        ensemble_forecast(volumes, c, shape=(2, 5, 4), **how)
     # The same mask is the guidance's.
     rows = mask.repeat_interleave(8, 0)
     with_mask, without = (
@@ -469,6 +505,9 @@ def test_missing_pixels() -> None:
     )  # fmt: skip
     assert torch.equal(made.samples.flatten(0, 1), with_mask)
     assert not torch.allclose(with_mask, without, rtol=1e-3)
+    # And so is one that it has of its own.
+    own = [forecast(PrecisionGuidance(1.0, quantile=0.5, mask=m), c=filled).samples for m in (rows, None)]
+    assert not torch.allclose(*own, rtol=1e-3)
 
 
 # --- what is refused

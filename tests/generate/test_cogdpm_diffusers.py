@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -110,12 +111,39 @@ def test_with_weight_one_it_is_cfg_and_scale_one_is_none() -> None:
     assert torch.allclose(modular(none, steps, start()), own(scheduler(), CFG(1.0))[0], rtol=1e-12, atol=1e-12)
 
 
+def test_half_precision() -> None:
+    steps = scheduler()
+    guider = PrecisionGuider(3.0, members=2, scheduler=steps)
+    want = modular(guider, steps, start())
+    half = modular(guider, steps, start().half())
+    assert half.dtype == torch.float16
+    assert (half - want).abs().max() < 0.1
+    assert guider.uncertainty.dtype == torch.float32  # type: ignore[union-attr]
+
+
+def test_a_run_that_fails_leaves_nothing_behind() -> None:
+    steps = scheduler()
+    guider, network = PrecisionGuider(3.0, members=2, scheduler=steps), Network()
+    want = modular(guider, steps, start())
+    guider.set_state(step=0, num_inference_steps=6, timestep=steps.timesteps[0])
+    for _ in range(2):
+        guider.prepare_models(network)
+        with pytest.raises(TypeError):
+            network(start())
+    guider.cleanup_models(network)
+    assert not network._forward_pre_hooks
+    assert torch.equal(modular(guider, steps, start()), want)
+    with pytest.raises(ValueError, match=r"scheduler has no evaluation left: .* the scheduler that the pipeline has"):
+        modular(copy.deepcopy(guider), steps, start())  # whose scheduler is a copy, too
+
+
 def test_configuration_and_what_is_refused(tmp_path: Any) -> None:
     steps = scheduler()
-    guider = PrecisionGuider(3.0, members=2, quantile=0.9, clip=(0.0, 2.0), scheduler=steps)
+    options: dict[str, Any] = dict(window=3, pool="member", quantile=0.9, clip=(0.0, 2.0), smooth=1.5, members=2)
+    guider = PrecisionGuider(3.0, precision_start=2, scheduler=steps, **options)
     guider.save_config(tmp_path)
     again = PrecisionGuider.from_config(PrecisionGuider.load_config(tmp_path), scheduler=steps)
-    assert again.guidance == guider.guidance == PrecisionGuidance(2.0, quantile=0.9, clip=(0.0, 2.0), members=2)
+    assert again.guidance == guider.guidance == PrecisionGuidance(2.0, start=2, **options)
     assert guider.new(guidance_scale=2.0).guidance.scale == 1.0
     with pytest.raises(ValueError, match="scheduler is needed"):
         PrecisionGuider(3.0)

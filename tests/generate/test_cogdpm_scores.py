@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -64,6 +65,15 @@ def test_power_spectrum() -> None:
     assert power_spectrum(wave).tolist() == pytest.approx([0, 0, 0.5, 0], abs=1e-6)
 
 
+def test_half_precision_is_scored_in_float32() -> None:
+    """The sum of the errors is beyond float16."""
+    e, y = torch.tensor([1.0, 3.0]).reshape(1, 2, 1, 1).expand(1, 2, 300, 300).half(), torch.zeros(1, 300, 300).half()
+    assert crps(e, y).tolist() == [1.5]
+    assert ensemble_rmse(100 * e, y).tolist() == pytest.approx([200])
+    assert spread_skill(e, y).tolist() == pytest.approx([math.sqrt(1.5 * 2) / 2])
+    assert power_spectrum(e).sum(-1).tolist() == [pytest.approx([1, 9])]
+
+
 def test_missing_data() -> None:
     e, y = fields()
     mask = torch.ones(6, 8, dtype=torch.bool)
@@ -73,8 +83,17 @@ def test_missing_data() -> None:
         assert torch.allclose(score(e, hole, mask).double(), score(e[..., 3:], y[..., 3:]).double(), rtol=1e-12)
         with pytest.raises(ValueError, match="truth has NaN, which needs a mask that is False there"):
             score(e, hole)
-    assert torch.equal(csi(e, hole, 0.1, mask), csi(e[..., 3:], y[..., 3:], 0.1))
-    assert torch.allclose(fss(e, hole, 0.1, 1, mask), fss(e[..., 3:], y[..., 3:], 0.1, 1))
+    for threshold in (0.1, -0.1):  # which a 0 in place of the missing would pass
+        assert torch.equal(csi(e, hole, threshold, mask), csi(e[..., 3:], y[..., 3:], threshold))
+        assert torch.allclose(fss(e, hole, threshold, 1, mask), fss(e[..., 3:], y[..., 3:], threshold, 1))
+    samples = e.clone()
+    samples[0, 1, 0, 0, 5] = hole[0, 0, 0, 5] = math.nan  # where there should be data
+    for given in ((samples, y, None), (samples, y, mask), (e, hole, mask)):
+        for score in (crps, rank_histogram, partial(csi, threshold=0.1), partial(fss, threshold=0.1, size=2)):
+            with pytest.raises(ValueError, match=r"(samples|truth) has NaN, which needs a mask"):
+                score(*given[:2], mask=given[2])
+    with pytest.raises(ValueError, match=r"mask must broadcast to \(3, 2, 6, 8\), got \(6, 7\)"):
+        crps(e, y, mask[:, 1:])
     with pytest.raises(ValueError, match="mask must be of bool"):
         crps(e, y, mask.double())
     with pytest.raises(ValueError, match=r"truth must have shape \(3, 2, 6, 8\), got \(3, 2, 6, 7\)"):

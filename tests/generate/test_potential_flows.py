@@ -117,6 +117,9 @@ def test_official_laplacian_is_the_row_sums_of_the_hessian():
     found = wave_residual(u, z, 2.0, 0.7, "official")
     assert found.shape == z.shape
     torch.testing.assert_close(found, by_autograd(u, z, 2.0, 0.7), rtol=0, atol=1e-13)
+    speeds = torch.linspace(0.2, 1.0, B, dtype=DOUBLE)
+    found = wave_residual(u, z, 2.0, speeds, "official")
+    torch.testing.assert_close(found, by_autograd(u, z, 2.0, speeds[:, None]), rtol=0, atol=1e-13)
     still = wave_residual(lambda y, t: 0.5 * ((y @ N) ** 2), z, 0.0, 1.0, "official")
     torch.testing.assert_close(still, (-N.sum() * N).expand(B, DIM), rtol=0, atol=1e-13)  # H = n n^T, its trace is 1
 
@@ -308,6 +311,52 @@ def test_hutchinsons_loss_is_drawn_by_the_generator_and_near_the_trace():
     torch.testing.assert_close(many, potential_flow_loss(flow, images, z, 0, 0)["pde"], rtol=0.02, atol=0)
 
 
+class Sine(torch.autograd.Function):
+    """Without a derivative in forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.saved_tensors[0].cos()
+
+
+def test_a_generator_without_derivatives_in_forward_mode_is_differentiated_twice_backwards():
+    flow, z, mix = made(), draw(B, DIM), draw(DIM, 4, seed=9)
+    backwards = lambda y: Sine.apply(y @ mix).unflatten(1, (1, 2, 2))  # noqa: E731 - what images() says
+    for how in ({}, {"reconstructor": told}):
+        expected, found = (potential_flow_loss(flow, g, z, 1, 1, **how) for g in (images, backwards))
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-13)
+        weights = [*flow.potentials[1].parameters(), flow.c]
+        for a, b in zip(*(torch.autograd.grad(d["loss"], weights) for d in (found, expected)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        still = potential_flow_loss(flow, backwards, z, 1, 1, told)
+    torch.testing.assert_close(still["loss"], found["loss"].detach())
+    assert not still["loss"].requires_grad
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda y: nn.functional.scaled_dot_product_attention(*[y.reshape(-1, 1, 2, DIM // 2)] * 3),
+        lambda y: nn.functional.group_norm((y[:, None] * y.sin()[..., None]).mT.reshape(-1, DIM, 2, 2), 2),
+    ],
+    ids=["attention", "group norm"],
+)
+def test_operations_of_decoders_are_differentiated(layers):
+    flow, z, h = made(), draw(B, DIM), 1e-5
+    parts = potential_flow_loss(flow, layers, z, 0, 0)
+    v = flow.velocity(0, parts["before"], 1.0)
+    change = (layers(parts["before"] + h * v) - layers(parts["before"] - h * v)) / (2 * h)
+    torch.testing.assert_close(parts["jvp"], change.square().mean(), rtol=1e-6, atol=0)
+    parts["loss"].backward()
+
+
 def test_gradients_reach_the_drawn_potential_alone():
     flow, z = made(), draw(B, DIM)
     judge = PairClassifier(K, 1, padding=2).double()
@@ -419,7 +468,9 @@ def test_predictability_is_high_for_edits_that_differ_and_chance_for_others():
     assert abs(low - 1 / 3) < 5 * math.sqrt(2 / 9 / 540)
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    assert variation_predictability(*pairs(600, True), 0.1, steps=60, generator=seeded()) == high
+    images, labels = pairs(600, True)
+    with torch.no_grad():  # it trains all the same
+        assert variation_predictability(images, labels.int(), 0.1, steps=60, generator=seeded()) == high
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -429,18 +480,18 @@ def test_predictability_is_judged_on_pairs_that_were_not_in_training():
 
         def __init__(self):
             super().__init__()
-            self.w, self.seen = nn.Parameter(torch.zeros(())), {}
+            self.w, self.seen, self.asked = nn.Parameter(torch.zeros(())), {}, {}
 
         def forward(self, before, after):
             keys = [row.sum().item() for row in before]
-            if self.training:
-                self.seen.update(dict.fromkeys(keys))
+            (self.seen if self.training else self.asked).update(dict.fromkeys(keys))
             known = torch.tensor([[1.0, float(key in self.seen)] for key in keys])
             return torch.nn.functional.pad(known, (0, 1)) + self.w
 
-    memory = Memory()
+    memory = Memory().eval()
     share = variation_predictability(*pairs(90, True), 0.2, classifier=memory, steps=30, generator=seeded())
-    assert len(memory.seen) == 18
+    assert (len(memory.seen), len(memory.asked)) == (18, 72)
+    assert not memory.seen.keys() & memory.asked.keys()
     assert abs(share - 1 / 3) < 0.1  # all new ones are called 0
     assert share * 72 == pytest.approx(round(share * 72))
 
@@ -470,6 +521,7 @@ BAD = {
         lambda f: potential_flow_loss(f, lambda z: images(z.detach()), Z, 0, 0),
         lambda f: potential_flow_loss(f, lambda z: (255 * images(z)).long(), Z, 0, 0),
         lambda f: potential_flow_loss(f, lambda z: torch.ones(B, 1, 2, 2), Z, 0, 0),
+        lambda f: potential_flow_loss(f, torch.no_grad()(images), Z, 0, 0),
     ],
     "generator_fn must return 5 images": [lambda f: potential_flow_loss(f, lambda z: images(z)[:2], Z, 0, 0)],
     "reconstructor must return shape": [lambda f: potential_flow_loss(f, images, Z, 0, 0, lambda a, b: a)],
@@ -484,6 +536,9 @@ BAD = {
         lambda f: variation_predictability(torch.rand(6, 2, 1, 8, 8), torch.zeros(5).long()),
     ],
     "labels must be 0 or more": [lambda f: variation_predictability(torch.rand(6, 2, 1, 8, 8), -torch.ones(6).long(), 0.5)],
+    "pairs must be finite": [
+        lambda f: variation_predictability(torch.rand(6, 2, 1, 8, 8) / 0, torch.zeros(6).long(), 0.5),
+    ],
     "pairs must have shape": [lambda f: variation_predictability(torch.rand(6, 3, 1, 8, 8), torch.zeros(6).long())],
     "train_fraction must leave pairs": [lambda f: variation_predictability(torch.rand(6, 2, 1, 8, 8), torch.zeros(6).long())],
 }  # fmt: skip

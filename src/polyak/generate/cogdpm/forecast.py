@@ -106,8 +106,7 @@ def context_denoiser(
         ValueError: a context with NaN that no mask leaves out.
     """
     _need_finite(context, mask)
-    with torch.no_grad():
-        told = ContextDropout(0.0)(context, mask)
+    told = ContextDropout(0.0)(context, mask)
     nothing = torch.zeros_like(told)
     return Denoiser(
         lambda x, t: model(x, t, told),
@@ -175,7 +174,8 @@ def ensemble_forecast(
         guidance: :class:`PrecisionGuidance`, or any other (the map is made all the same); None: by the context alone.
         members: M.
         shape: of one forecast, (F, ...); None: that of one context.
-        mask: bool, True where the context is known, (B, 1, ...). Pixels elsewhere have no part in the weights' quantile.
+        mask: bool, True where the context is known, (B, 1, ...). Pixels elsewhere have no part in the weights' quantile, for which
+            they must be the forecast's.
         solver, steps, nfe, grid, generator: as of :func:`polyak.generate.sample`.
 
     Raises:
@@ -188,10 +188,10 @@ def ensemble_forecast(
     else:
         mask = _of_rows(mask, context).repeat_interleave(members, 0)
         asked = denoiser(rows, mask=mask)
-    watched = _watched(guidance, members, mask)
+    event = tuple(context.shape[1:] if shape is None else shape)
+    watched = _watched(guidance, members, mask if mask is None else _of_forecasts(mask, event))
     if watched.paired and getattr(asked, "unconditional", asked) is None:
         raise ValueError(f"{MISSING}: train the network with ContextDropout(p), p > 0, or leave guidance out")
-    event = tuple(context.shape[1:] if shape is None else shape)
     states: list[PrecisionState] = []
 
     def keep(step: Step) -> None:
@@ -205,6 +205,12 @@ def ensemble_forecast(
     u = torch.zeros_like(x) if u is None else u
     u = u.unflatten(0, (len(context), members)).mean(1)
     return Forecast(x.unflatten(0, (len(context), members)), u, 1 / (u + EPS))
+
+
+def _of_forecasts(mask: Tensor, event: tuple[int, ...]) -> Tensor:
+    """A context's mask (B, 1, ...) as that of forecasts of this shape: the same for all that comes before its own dimensions."""
+    own = mask.shape[2:]
+    return mask.reshape(len(mask), *[1] * (len(event) - len(own)), *own)
 
 
 def _watched(guidance: Guidance | None, members: int, mask: Tensor | None) -> PrecisionGuidance:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -140,6 +141,14 @@ class PrecisionGuidance:
     def paired(self) -> bool:
         return self.scale != 0 and (self.inner is None or self.inner.paired)
 
+    def paired_at(self, t: Any, state: PrecisionState, first: bool) -> bool:
+        """Whether the prediction without the context is needed at the next evaluation: as ``inner`` says."""
+        asks = getattr(self.inner, "paired_at", None)
+        if asks is None or not self.paired:
+            return self.paired
+        told = {"state": state.inner, "first": first} if "state" in inspect.signature(asks).parameters else {}
+        return bool(asks(t, **told))
+
     def init(self, steps: int | None = None) -> PrecisionState:
         """The state at the start of a trajectory, of so many steps where ``inner`` asks for their number."""
         together = self.members or 1
@@ -162,8 +171,14 @@ class PrecisionGuidance:
             return None
         if state.count <= self.start:
             u = torch.zeros_like(u)
-        mask = None if self.mask is None else self.mask.to(u.device).expand_as(u)
-        if mask is not None:
+        mask = None
+        if self.mask is not None:
+            try:
+                mask = self.mask.to(u.device).expand_as(u)
+            except RuntimeError:
+                raise ValueError(
+                    f"mask must broadcast to the batch's shape {tuple(u.shape)}, got {tuple(self.mask.shape)}"
+                ) from None
             u = u.masked_fill(~mask, 0.0)
         if self.smooth:
             u = _smoothed(u, mask, self.smooth)
@@ -184,7 +199,8 @@ class PrecisionGuidance:
             state.add(cond.x0)
         if not self.paired:
             return cond
-        if uncond is None or uncond is cond:
+        alone = any(uncond is given for given in (None, cond))
+        if alone and not hasattr(self.inner, "paired_at"):  # which says itself whether it needs both
             raise ValueError(f"uncond is missing: {MISSING}; scale=0 does without")
         weight = self.weight(state)
         if weight is None:

@@ -1,6 +1,7 @@
 """Scores of ensemble forecasts: of members (B, M, ...) against what came, (B, ...).
 
-``mask`` is True where there are data; what came may be NaN elsewhere. Thresholds and values are in units of the data.
+``mask`` is True where there are data; both may be NaN elsewhere, and nowhere else. A row without data scores NaN. Thresholds and
+values are in units of the data. Half precision is scored in float32.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from polyak.core import checks
+from polyak.generate.evaluate import HALF
 
 _MEMBERS = checks.Tensor(floating=True, least_ndim=3)
 _TRUTH = checks.Tensor(floating=True, least_ndim=2)
@@ -17,17 +19,27 @@ _MASK = checks.Tensor(least_ndim=1) | None
 
 
 def _prepared(samples: Tensor, truth: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Members, truth (0 where it is not known) and mask, of matching shapes."""
+    """Members and truth (0 where it is not known), in float32 at least, and mask, of matching shapes."""
     if samples.shape[:1] + samples.shape[2:] != truth.shape:
         raise ValueError(f"truth must have shape {(len(samples), *samples.shape[2:])}, got {tuple(truth.shape)}")
     if mask is None:
-        if bool(truth.isnan().any()):
-            raise ValueError("truth has NaN, which needs a mask that is False there")
-        return samples, truth, torch.ones_like(truth, dtype=torch.bool)
-    if mask.dtype != torch.bool:
+        mask = torch.ones_like(truth, dtype=torch.bool)
+    elif mask.dtype != torch.bool:
         raise ValueError(f"mask must be of bool, True where there are data, got {mask.dtype}")
-    mask = mask.expand_as(truth)
-    return samples.masked_fill(~mask[:, None], 0.0), truth.masked_fill(~mask, 0.0), mask
+    else:
+        try:
+            mask = mask.to(truth.device).expand_as(truth)
+        except RuntimeError:
+            raise ValueError(f"mask must broadcast to {tuple(truth.shape)}, got {tuple(mask.shape)}") from None
+        samples, truth = samples.masked_fill(~mask[:, None], 0.0), truth.masked_fill(~mask, 0.0)
+    for name, x in (("samples", samples), ("truth", truth)):
+        if bool(x.isnan().any()):
+            raise ValueError(f"{name} has NaN, which needs a mask that is False there")
+    return _precise(samples), _precise(truth), mask
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in HALF else x
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -99,6 +111,7 @@ def power_spectrum(x: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     if not height * width:
         raise ValueError(f"x must have fields of at least one pixel, got {tuple(x.shape)}")
+    x = _precise(x)
     power = torch.fft.fft2(x, norm="forward").abs().square()
     ky, kx = (torch.fft.fftfreq(n, 1 / n, dtype=x.dtype, device=x.device) for n in (height, width))
     last = min(height, width) // 2

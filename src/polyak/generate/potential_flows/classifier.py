@@ -100,7 +100,8 @@ def variation_predictability(
         The share of right answers, in [0, 1].
 
     Raises:
-        ValueError: labels that are not one whole number for each pair; no pair left to train or to test with.
+        ValueError: labels that are not one whole number for each pair; no pair left to train or to test with; pairs that are not
+            finite.
     """
     if (
         labels.shape != pairs.shape[:1]
@@ -118,6 +119,9 @@ def variation_predictability(
         )
     if int(labels.min()) < 0:
         raise ValueError(f"labels must be 0 or more, got {int(labels.min())}")
+    if not bool(pairs.isfinite().all()):
+        raise ValueError("pairs must be finite, got NaN or infinity in them")
+    labels = labels.to(pairs.device, torch.long)
     device = pairs.device if generator is None else generator.device
     order = torch.randperm(len(pairs), generator=generator, device=device).to(pairs.device)
     train, test = order[:count], order[count:]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polyak.core import checks
 from polyak.generate import fields
@@ -47,7 +48,8 @@ def potential_flow_loss(
 
     Args:
         flow: its ``laplacian`` says which residual is squared.
-        generator_fn: G, (B, d) -> images (B, ...), with derivatives in forward mode; in evaluation mode.
+        generator_fn: G, (B, d) -> images (B, ...), in evaluation mode. It is differentiated in forward mode, or twice backwards
+            where one of its operations has no such derivative.
         z: (B, d), random latents.
         k: in [0, K). s: in [0, T // 2 - 2].
         reconstructor: logits (B, K) of a pair of images, such as :class:`PairClassifier`; None leaves cls out.
@@ -107,19 +109,46 @@ def _residual(flow: PotentialFlow, k: int, states: Tensor, generator: torch.Gene
 
 
 def _images(generator_fn: Callable[[Tensor], Tensor], z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """``G(z)`` and its derivative along v. (``torch.func.jvp`` would refuse a generator that counts its batches.)"""
+    """``G(z)`` and its derivative along v."""
+    try:
+        images, change = _forwards(generator_fn, z, v)
+    except (
+        RuntimeError
+    ):  # an operation of G has no derivative in forward mode, or none for tensors laid out like its own
+        images, change = _backwards(generator_fn, z, v)
+    # Forward mode does not mind no_grad inside G, where nothing would be learned from images.
+    cut = z.requires_grad and torch.is_grad_enabled() and not images.requires_grad
+    if change is None or cut:
+        raise ValueError(
+            f"generator_fn must be differentiable: generator output does not depend on z, got {images.dtype}"
+        )
+    return images, change
+
+
+def _forwards(generator_fn: Callable[[Tensor], Tensor], z: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """By dual numbers. (``torch.func.jvp`` would refuse a generator that counts its batches.)"""
     with forward_ad.dual_level():
-        images = generator_fn(forward_ad.make_dual(z, v))
-        if not isinstance(images, Tensor) or images.shape[:1] != z.shape[:1]:
-            raise ValueError(
-                f"generator_fn must return {len(z)} images for {len(z)} latents, got {checks.shown(images)}"
-            )
-        shown, change = forward_ad.unpack_dual(images)
-        if change is None:
-            raise ValueError(
-                f"generator_fn must be differentiable: generator output does not depend on z, got {images.dtype}"
-            )
-        return shown, change
+        return forward_ad.unpack_dual(_checked(generator_fn(forward_ad.make_dual(z, v)), z))
+
+
+def _backwards(generator_fn: Callable[[Tensor], Tensor], z: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``J v`` as the derivative of ``J^T w`` by w along v. (Fused attention has one derivative only.)"""
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        at = z if z.requires_grad else z.detach().requires_grad_()
+        images = _checked(generator_fn(at), z)
+        if not images.requires_grad:
+            return images, None
+        w = torch.zeros_like(images, requires_grad=True)
+        pulled = torch.autograd.grad(images, at, w, create_graph=True)
+        change = torch.autograd.grad(pulled, w, v, create_graph=graph)[0]
+    return (images, change) if graph else (images.detach(), change.detach())
+
+
+def _checked(images: Tensor, z: Tensor) -> Tensor:
+    if not isinstance(images, Tensor) or images.shape[:1] != z.shape[:1]:
+        raise ValueError(f"generator_fn must return {len(z)} images for {len(z)} latents, got {checks.shown(images)}")
+    return images
 
 
 def _warn_of_batch_norm(generator_fn: Any) -> None:

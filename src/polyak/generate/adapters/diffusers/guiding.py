@@ -149,6 +149,7 @@ class Guider(BaseGuidance):
         return [self._prepare_batch_from_block_state(input_fields, data, i, name) for i, name in enumerate(names)]
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
+        self.cleanup_models(denoiser)  # where the network failed the last time
         super().prepare_models(denoiser)
         if self._of_data:
             self._handle = denoiser.register_forward_pre_hook(self._sees, with_kwargs=True)

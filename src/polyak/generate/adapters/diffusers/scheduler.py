@@ -309,6 +309,10 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         scaled = self._plan.input_data is not None and self._scales is not None
         if self._points is None:
             self._points = self.process.moments(self._asked)
+        if index >= len(self._starts):
+            raise ValueError(
+                "scheduler has no evaluation left: call set_timesteps, and give the guider the scheduler that the pipeline has"
+            )
         return index, self._points[index], self._starts[index], self._scales[index] if scaled else 1.0  # type: ignore[index]
 
     def read(self, output: Tensor, x: Tensor, t: float) -> Prediction:
