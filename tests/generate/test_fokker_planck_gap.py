@@ -190,8 +190,12 @@ def test_a_network_of_images_is_diagnosed():
         denoiser = Denoiser(unet(4, width=8, levels=1), VP(), "epsilon")
     x, process, h = draw(2, 1, 4, 4).float(), VP(), 1e-2
     y = x.clone().requires_grad_()
+    got = score_fp_residual(denoiser, process, x, 0.5, "hutchinson", generator=seeded())
+    with torch.no_grad():
+        again = score_fp_residual(denoiser, process, x, 0.5, "hutchinson", generator=seeded())
+    assert not again.requires_grad
+    assert torch.allclose(again, got, rtol=1e-4, atol=1e-4 * got.abs().max().item())
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivatives
-        got = score_fp_residual(denoiser, process, x, 0.5, "hutchinson", generator=seeded())
         s = denoiser(y, 0.5).score
         inner = process.drift(0.5) * (y * s).sum() - process.diffusion2(0.5) / 2 * (
             s.square().sum() + divergence(denoiser, y, 0.5, method="hutchinson", generator=seeded()).sum()
@@ -200,6 +204,25 @@ def test_a_network_of_images_is_diagnosed():
         with torch.no_grad():
             moved = (denoiser(x, 0.5 + h).score - denoiser(x, 0.5 - h).score) / (2 * h)
     assert torch.allclose(got, gradient + moved, atol=2e-2 * moved.abs().max().item())
+
+
+def test_potentials_with_attention_are_diagnosed_and_trained():
+    class Attentive(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(0.7))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            tokens = (self.weight * (x + t[:, None]))[:, None, :, None].repeat(1, 1, 1, 4)
+            return torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).square().sum((1, 2, 3))
+
+    model, x = Attentive(), draw(4, 3).float()
+    with torch.no_grad():
+        there = log_fp_residual(model, OU(), x, 0.5)
+    assert torch.allclose(there, log_fp_residual(model.double(), OU(), x.double(), 0.5).float(), rtol=1e-3)
+    for weight in (0.0, 0.1):
+        fp_regularized_loss(model.float(), OU(), x, weight, generator=seeded())["loss"].backward()
+        assert model.weight.grad.isfinite()
 
 
 # --- densities, and the bound
