@@ -120,6 +120,7 @@ def score_fp_residual(
 def check_smooth(name: str, model: Any) -> None:
     """ValueError where a model is made of activations whose second derivative is zero."""
     model = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
+    model = getattr(model, "__self__", model)  # of a method, as a potential's score is
     for part in model.modules() if isinstance(model, nn.Module) else ():
         if isinstance(part, _FLAT):
             raise ValueError(
