@@ -375,6 +375,17 @@ def test_evaluations_are_counted(options: dict[str, Any], spent: int) -> None:
     assert made.classified == 21 + 3 * made.n_skip
 
 
+def test_the_last_step_takes_off_what_is_left_at_its_level() -> None:
+    """``x + tweedie^2 score(x, tweedie)``, which of the exact denoiser is the mean of the data, given x."""
+    made, spy = chains(tweedie=0.3, integrator=Spy()), Spy()
+    made.warmup((5, 2), rng(), steps=3, dtype=F64)
+    bare = chains(integrator=spy)
+    bare.load_state_dict(made.state_dict())
+    x = bare.sample(5)
+    score = LAW.score(x, 1.0, torch.tensor(0.3, dtype=F64))
+    assert torch.allclose(made.sample(5), x + 0.3**2 * score, rtol=1e-6)
+
+
 def test_the_warm_up_is_the_papers() -> None:
     """20 levels of Heun with churn from the largest, 0.5 of noise, ten steps of eta 0.5 and ten of the chains' own."""
     by_shape, by_noise = chains(), chains()

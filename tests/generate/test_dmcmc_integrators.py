@@ -30,7 +30,7 @@ from polyak.generate import (
     inject_noise,
     sample,
 )
-from polyak.generate.dmcmc import RK45
+from polyak.generate.dmcmc import RK45, integrators
 from polyak.generate.dmcmc.integrators import karras_levels
 from polyak.generate.dmcmc.scaled import Scaled
 from polyak.generate.problems import ExactDenoiser, Gaussian, Mixture
@@ -186,6 +186,16 @@ def test_any_linear_solver_starts_each_row_where_it_is(solver: Any, process: Any
         want = sample(denoiser, process.alpha(t) * x[i : i + 1], solver=solver, grid=grid, generator=[rng(i)])
         want = want / process.alpha(grid[-1].item())
         assert torch.allclose(got[i : i + 1], want, rtol=1e-9, atol=1e-11)
+
+
+def test_tables_of_levels_that_are_all_new_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integrators, "_KEPT", 6)
+    made, scaled = PerSample(DDIM(), 2), Scaled(ExactDenoiser(LAW, EDM()), EDM())
+    want = PerSample(DDIM(), 2)(scaled, start(), SIGMAS)
+    for i in range(5):
+        made(scaled, start(), SIGMAS + i / 100)
+        assert len(made._tables) <= 6
+    assert torch.equal(made(scaled, start(), SIGMAS), want)
 
 
 def test_what_cannot_start_each_row_is_refused() -> None:

@@ -10,6 +10,8 @@ from generate_cases import PROCESSES
 from torch import nn
 
 from polyak.generate import EDM, OU, VE, VP, Denoiser, Flow, divergence, flow_jacobian, log_likelihood
+from polyak.generate.fields import directions
+from polyak.generate.networks import unet
 from polyak.generate.problems import ExactDenoiser, Gaussian, Mixture
 
 LAW = Mixture([[-1.0, 0.3], [0.6, -0.5]], [[0.25, 0.5], [0.09, 0.3]], [0.4, 0.6])
@@ -162,6 +164,37 @@ def test_a_networks_likelihood_trains_it():
     denoiser = Denoiser(lambda x, t: network(x), VP())
     log_likelihood(denoiser, VP(), torch.ones(3, 2), steps=2).sum().backward()
     assert network.weight.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+def test_a_unet_of_diffusers_has_divergences_and_likelihoods(context):
+    pytest.importorskip("diffusers")
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        network = unet(4, width=8, levels=1).double()
+    denoiser, x = Denoiser(network, VP(), "epsilon"), draw(2, 1, 4, 4)
+    told = dict(method="hutchinson", probes=3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        h, want, exact = 1e-5, 0.0, 0.0
+        for v in directions(x, "hutchinson", 3, torch.Generator().manual_seed(0)):
+            moved = denoiser(x + h * v, 0.5).score - denoiser(x - h * v, 0.5).score
+            want = want + (v * moved).flatten(1).sum(1) / (6 * h)
+        for v in torch.eye(16).double().reshape(16, 1, 1, 4, 4).expand(16, 2, 1, 4, 4):
+            moved = denoiser(x + h * v, 0.5).score - denoiser(x - h * v, 0.5).score
+            exact = exact + (v * moved).flatten(1).sum(1) / (2 * h)
+    with context():
+        assert torch.allclose(divergence(denoiser, x, 0.5, **told, generator=generator), want, rtol=1e-5)
+        assert torch.allclose(divergence(denoiser, x, 0.5), exact, rtol=1e-5)
+        made = log_likelihood(denoiser, VP(), x, "hutchinson", steps=1)
+    if made.requires_grad:  # attention's fused kernels have no second derivative
+        made.sum().backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+    network.model.enable_gradient_checkpointing()
+    network.train()
+    with pytest.raises(RuntimeError) as refused:
+        divergence(denoiser, x, 0.5)
+    assert "without gradient checkpointing" in refused.value.__notes__[0]
 
 
 def test_empty_batches_keep_their_shapes():

@@ -21,6 +21,7 @@ from polyak.generate import (
     EnergyScore,
     Euler,
     Flow,
+    Heun,
     PotentialNet,
     antisymmetric_gauge,
     denoising_loss,
@@ -32,6 +33,7 @@ from polyak.generate import (
     log_fp_residual,
     log_likelihood,
     ode_sde_gap,
+    sample,
     score_fp_residual,
     wasserstein_bound,
 )
@@ -204,14 +206,38 @@ def test_a_network_of_images_is_diagnosed():
     x, process, h = draw(2, 1, 4, 4).float(), VP(), 1e-2
     y = x.clone().requires_grad_()
     got = score_fp_residual(denoiser, process, x, 0.5, "hutchinson", generator=seeded())
-    s = denoiser(y, 0.5).score
-    inner = process.drift(0.5) * (y * s).sum() - process.diffusion2(0.5) / 2 * (
-        s.square().sum() + divergence(denoiser, y, 0.5, method="hutchinson", generator=seeded()).sum()
-    )
-    (gradient,) = torch.autograd.grad(inner, y)
     with torch.no_grad():
-        moved = (denoiser(x, 0.5 + h).score - denoiser(x, 0.5 - h).score) / (2 * h)
+        again = score_fp_residual(denoiser, process, x, 0.5, "hutchinson", generator=seeded())
+    assert not again.requires_grad
+    assert torch.allclose(again, got, rtol=1e-4, atol=1e-4 * got.abs().max().item())
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivatives
+        s = denoiser(y, 0.5).score
+        inner = process.drift(0.5) * (y * s).sum() - process.diffusion2(0.5) / 2 * (
+            s.square().sum() + divergence(denoiser, y, 0.5, method="hutchinson", generator=seeded()).sum()
+        )
+        (gradient,) = torch.autograd.grad(inner, y)
+        with torch.no_grad():
+            moved = (denoiser(x, 0.5 + h).score - denoiser(x, 0.5 - h).score) / (2 * h)
     assert torch.allclose(got, gradient + moved, atol=2e-2 * moved.abs().max().item())
+
+
+def test_potentials_with_attention_are_diagnosed_and_trained():
+    class Attentive(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(0.7))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            tokens = (self.weight * (x + t[:, None]))[:, None, :, None].repeat(1, 1, 1, 4)
+            return torch.nn.functional.scaled_dot_product_attention(tokens, tokens, tokens).square().sum((1, 2, 3))
+
+    model, x = Attentive(), draw(4, 3).float()
+    with torch.no_grad():
+        there = log_fp_residual(model, OU(), x, 0.5)
+    assert torch.allclose(there, log_fp_residual(model.double(), OU(), x.double(), 0.5).float(), rtol=1e-3)
+    for weight in (0.0, 0.1):
+        fp_regularized_loss(model.float(), OU(), x, weight, generator=seeded())["loss"].backward()
+        assert model.weight.grad.isfinite()
 
 
 # --- densities, and the bound
@@ -227,6 +253,21 @@ def test_densities_by_the_residual_are_those_by_the_divergence():
     assert errors[0] > 5 * errors[1]
     # without R, or without the end, it is another number
     assert (bent(x, torch.full((6,), process.t_min)) - by_divergence).abs().min() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_paths_are_followed_in_float32(dtype):
+    process, x = OU(t_min=0.01, t_max=2.0), draw(4, 2).to(dtype)
+    u = lambda x, t: -x.square().sum(1) / (1 + t)  # noqa: E731
+    made = exact_ode_logdensity(u, process, x, 60, grid="quadratic")
+    want = exact_ode_logdensity(u, process, x.double(), 60, grid="quadratic")
+    assert made.dtype == dtype
+    assert torch.allclose(made.double(), want, rtol=0, atol=6 * torch.finfo(dtype).eps)
+    denoiser = told(lambda x, t: -x, process)
+    found = wasserstein_bound(denoiser, process, (2,), 20, 4, seeded(), dtype=dtype)
+    assert torch.allclose(
+        found.lipschitz, torch.full_like(found.lipschitz, 0.5), atol=0.01
+    )  # of dx/dt = x - x/2, run back
 
 
 def test_a_true_density_is_that_of_its_ode():
@@ -336,8 +377,14 @@ def test_in_the_plane_it_is_the_root_of_the_histograms_distance():
     exact = ExactDenoiser(Gaussian([0.0, 0.0], 0.3), process)
     data = draw(200, 2, seed=3) * 0.5
     got = ode_sde_gap(exact, process, 200, 8, seeded(), data=data, bins=8, box=2.5, sde=DDIM(eta=1.0))
-    assert 0 < got.ode_sde < 0.5
-    assert got.ode_data != got.sde_data
+    generator = seeded()
+    start = process.prior((200, 2), generator=generator, dtype=DOUBLE)
+    ode, sde = (
+        sample(exact, start, process=process, solver=solver, steps=8, generator=generator)
+        for solver in (Heun(), DDIM(eta=1.0))
+    )
+    pairs = (ode, sde), (ode, data), (sde, data)
+    assert got == pytest.approx([histogram_w2(x, y, 8, 2.5) ** 0.5 for x, y in pairs], rel=1e-8)
 
 
 # --- histograms
@@ -515,6 +562,7 @@ def test_a_golden_descent():
     [
         (lambda x: log_fp_residual(lambda x, t: -x, OU(), x, 0.5), r"potential must return shape \(3,\) or \(3, 1\), got"),
         (lambda x: log_fp_residual(nn.Sequential(nn.ReLU()), OU(), x, 0.5), "ReLU potentials have no Laplacian; use a smooth"),
+        (lambda x: score_fp_residual(potential_of_relu().score, OU(), x, 0.5), "score_fn must be smooth, got one with ReLU"),
         (lambda x: score_fp_residual(relu(), OU(), x, 0.5), "score_fn must be smooth, got one with LeakyReLU"),
         (lambda x: fp_regularized_loss(nn.Sequential(nn.ReLU()), OU(), x), "potential must be smooth"),
         (lambda x: log_fp_residual(bent, WRONG, x, 0.0), "t must be where noise is positive and the drift finite, not 0.0"),
@@ -551,6 +599,12 @@ def test_a_golden_descent():
 def test_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call(draw(3, 2).clamp(-1, 1))
+
+
+def potential_of_relu() -> PotentialNet:
+    net = PotentialNet(2, 8, 1)
+    net.net[1] = nn.ReLU()
+    return net
 
 
 def relu() -> Denoiser:

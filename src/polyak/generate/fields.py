@@ -12,11 +12,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from polyak.core import checks, integrators
 from polyak.generate.evaluate import HALF, MODEL, Model
@@ -231,21 +233,43 @@ def pullbacks(
     f: Callable[[Tensor], Tensor], x: Tensor, along: Tensor | None
 ) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor]]]:
     """f(x), and some directions v after others with their ``J^T v``, (n, *x.shape) each; all unit vectors where None is given."""
-    said, back, *_ = vjp(f, x)
-    return said, _pulled(vmap(lambda v: back(v)[0]), x, along)
+    with smooth_attention() if torch.is_grad_enabled() else nullcontext():
+        try:
+            said, back, *_ = vjp(f, x)
+        except RuntimeError as error:
+            error.add_note(
+                "A field is differentiated by torch.func.vjp: without gradient checkpointing, and without an "
+                "autograd.Function that lacks setup_context."
+            )
+            raise
+    return said, _pulled(lambda v: back(v)[0], x, along)
+
+
+def smooth_attention() -> AbstractContextManager[Any]:
+    """Within it attention has second derivatives, which fused kernels have not."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _pulled(back: Callable[[Tensor], Tensor], x: Tensor, along: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def one_by_one(directions: Tensor) -> Tensor:
+        return torch.stack([back(v) for v in directions])
+
     size = _size(x)
     count = size if along is None else len(along)
     step = max(1, _ROOM // max(1, x.numel()))
+    batched: Callable[[Tensor], Tensor] = vmap(back)
     for a in range(0, count if x.numel() else 0, step):
         if along is None:
             rows = torch.arange(a, min(a + step, size), device=x.device)[:, None] == torch.arange(size, device=x.device)
             some = rows.to(x.dtype).reshape(-1, 1, *x.shape[1:]).expand(-1, *x.shape)
         else:
             some = along[a : a + step]
-        yield some, back(some)
+        try:
+            products = batched(some)
+        except RuntimeError:  # not all kernels are for vmap: those of channels-last convolutions are not
+            batched = one_by_one
+            products = batched(some)
+        yield some, products
 
 
 def solution(

@@ -328,7 +328,7 @@ class DenoisingLangevinGibbs:
 
         def restored(kept: Tensor) -> torch.Generator:
             made = torch.Generator(x.device)
-            made.set_state(kept)
+            made.set_state(kept.cpu())  # where torch.load put it elsewhere
             return made
 
         kept = state["generator"]

@@ -22,6 +22,7 @@ from polyak.generate.process import RHO, Generators, Process, expand, standard_n
 
 _STEPS = checks.Integer(1, 1_000_000)
 _LEVEL = checks.positive
+_KEPT = 4096  # tables of levels: where levels are no classes, each is new
 _CHURN = dict(
     churn=checks.non_negative | None, churn_range=checks.Each(checks.non_negative, count=2, words="a pair (low, high)"),
     churn_noise=_LEVEL,
@@ -234,7 +235,8 @@ class RK45(Integrator):
 class PerSample(Integrator):
     """Any linear solver of the room, from a level of its own for each row: DDIM, DPM-Solver++, GHVB, Runge-Kutta methods, ...
 
-    The solver's table is made once for each level, and kept; a step is then one combination whose weights are one for each row.
+    The solver's table is made once for each level and kept, some thousands at most; a step is then one combination whose weights
+    are one for each row.
 
     Args:
         solver: how to step; all its work must be in its table.
@@ -291,5 +293,7 @@ class PerSample(Integrator):
             if t <= process.t_min * (1 + 1e-9):
                 raise ValueError(f"sigma must be above the model's smallest level for {self!r}, got t={t:g}")
             times = process.check_times(process.grid(self.steps, self.grid, start=t, end=end))
+            if len(self._tables) >= _KEPT:
+                self._tables.clear()
             known = self._tables[key] = self.solver.table(times, process, kind)
         return known

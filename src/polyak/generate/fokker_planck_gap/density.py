@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polyak.core import checks
 from polyak.generate.ddim import DDIM
-from polyak.generate.evaluate import MODEL, Model
+from polyak.generate.evaluate import HALF, MODEL, Model
 from polyak.generate.fields import (
     POTENTIAL,
     PROCESS,
@@ -69,27 +69,29 @@ def exact_ode_logdensity(
         laplacian, probes, generator: as for :func:`log_fp_residual`; random signs are drawn once for the whole path.
 
     Returns:
-        (B,), in nats, differentiable. :func:`polyak.generate.log_likelihood` of the same score is equal to it.
+        (B,), in nats, differentiable. :func:`polyak.generate.log_likelihood` of the same score is equal to it. The path of x in
+        half precision is followed in float32.
 
     Raises:
         ValueError: as :func:`log_fp_residual`, and a prior that does not give one number for each row.
     """
     check_smooth("potential", potential)
     check_process(potential, process)
+    kind, u = x.dtype, potential
+    if kind in HALF:
+        x, u = x.float(), lambda y, t: potential(y.to(kind), t.to(kind)).float()
     along = spatial(x, laplacian, probes, generator)
     times = process.check_times(process.grid(steps, grid))[::-1]
 
     def slope(state: Tensor, t: float) -> Tensor:
         y, at = state[:, :-1].reshape(x.shape), row_times(process, x, t)
-        s, missed = score_and_residual(potential, process, y, at, along)
+        s, missed = score_and_residual(u, process, y, at, along)
         f, g2 = process.drift(t), process.diffusion2(t)
         return torch.cat([(f * y - g2 / 2 * s).flatten(1), missed[:, None]], 1)
 
     state = solution(slope, torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], 1), times)
     end = state[:, :-1].reshape(x.shape)
-    first, last = (
-        scalar(potential, y, row_times(process, x, t).to(x.dtype)) for y, t in ((x, times[0]), (end, times[-1]))
-    )
+    first, last = (scalar(u, y, row_times(process, x, t).to(x.dtype)) for y, t in ((x, times[0]), (end, times[-1])))
     if prior is None:
         std = torch.as_tensor(process.prior_std, dtype=x.dtype, device=x.device)
         reached = torch.distributions.Normal(torch.zeros_like(std), std).log_prob(end).flatten(1).sum(1)
@@ -97,7 +99,7 @@ def exact_ode_logdensity(
         reached = prior(end)
         if not isinstance(reached, Tensor) or reached.shape != x.shape[:1]:
             raise ValueError(f"prior must return a tensor of shape ({len(x)},), got {checks.shown(reached)}")
-    return first - (last - reached) + state[:, -1]
+    return (first - (last - reached) + state[:, -1]).to(kind)
 
 
 _ROW = checks.Tensor(ndim=1)
@@ -201,7 +203,8 @@ def wasserstein_bound(
 
 def _expansion(denoiser: Model, x: Tensor, t: float) -> Tensor:
     _, J = jacobian(lambda y: -velocity(denoiser, y, t), x)
-    return torch.linalg.eigvalsh((J + J.mT) / 2).max()
+    J = J.float() if x.dtype in HALF else J
+    return torch.linalg.eigvalsh((J + J.mT) / 2).max().to(x.dtype)
 
 
 def _integral(values: Tensor, times: Tensor) -> Tensor:

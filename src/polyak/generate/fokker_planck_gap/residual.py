@@ -24,6 +24,7 @@ from polyak.generate.fields import (
     directions,
     scalar,
     signs,
+    smooth_attention,
     trace,
     value,
 )
@@ -110,14 +111,16 @@ def score_fp_residual(
         return ((f * y * s).flatten(1).sum(1) - g2 / 2 * (div + s.flatten(1).square().sum(1))).sum()
 
     # s_t by reverse mode twice: forward mode is missing in parts of which image networks are made.
-    pull: Any = vjp(lambda tau: value(score_fn, x, tau), at)[1]
-    push: Any = vjp(lambda w: pull(w)[0], torch.zeros_like(x))[1]
-    return push(torch.ones_like(at))[0] + grad(inner)(x)
+    with smooth_attention():
+        pull: Any = vjp(lambda tau: value(score_fn, x, tau), at)[1]
+        push: Any = vjp(lambda w: pull(w)[0], torch.zeros_like(x))[1]
+        return push(torch.ones_like(at))[0] + grad(inner)(x)
 
 
 def check_smooth(name: str, model: Any) -> None:
     """ValueError where a model is made of activations whose second derivative is zero."""
     model = getattr(model, "model", model) if not isinstance(model, nn.Module) else model
+    model = getattr(model, "__self__", model)  # of a method, as a potential's score is
     for part in model.modules() if isinstance(model, nn.Module) else ():
         if isinstance(part, _FLAT):
             raise ValueError(
@@ -166,7 +169,8 @@ def score_and_residual(
     def slope(z: Tensor) -> Tensor:
         return grad(lambda w: scalar(potential, w[:, :-1].reshape(x.shape), w[:, -1]).sum())(z)
 
-    both, lap = trace(slope, torch.cat([x.flatten(1), at.to(x.dtype)[:, None]], 1), along)
+    with smooth_attention():
+        both, lap = trace(slope, torch.cat([x.flatten(1), at.to(x.dtype)[:, None]], 1), along)
     s, u_t = both[:, :-1], both[:, -1]
     f, g2 = process.drift(at).to(x.dtype), process.diffusion2(at).to(x.dtype)
     transported = f * (s.shape[1] + (x.flatten(1) * s).sum(1))

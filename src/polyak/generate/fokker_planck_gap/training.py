@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import grad
 
 from polyak.core import checks
-from polyak.generate.fields import POTENTIAL, PROCESS, STATE, check_process, scalar
+from polyak.generate.fields import POTENTIAL, PROCESS, STATE, check_process, scalar, smooth_attention
 from polyak.generate.fokker_planck_gap.residual import (
     TRACE,
     Laplacian,
@@ -158,4 +158,5 @@ def _between(process: Process, part: Tensor) -> Tensor:
 
 
 def _score(potential: Potential, x: Tensor, at: Tensor) -> Tensor:
-    return grad(lambda y: scalar(potential, y, at.to(x.dtype)).sum())(x)
+    with smooth_attention():
+        return grad(lambda y: scalar(potential, y, at.to(x.dtype)).sum())(x)
