@@ -184,7 +184,7 @@ def test_a_network_of_edm_is_diagnosed():
 
 
 class Images(nn.Module):
-    """Of what image networks are made: convolutions and group norms."""
+    """Of what image networks are made: convolutions, group norms and attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -196,10 +196,14 @@ class Images(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         h = self.norm(self.first(x)) + torch.sin(4 * t)[:, None, None, None]
+        places = h.flatten(2).mT
+        h = h + nn.functional.scaled_dot_product_attention(places, places, places).mT.unflatten(2, h.shape[2:])
         return self.last(nn.functional.silu(h).transpose(2, 3))
 
 
 def test_a_network_of_images_is_diagnosed():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         denoiser = Denoiser(Images(), VP(), "epsilon")
