@@ -483,6 +483,16 @@ def test_a_posterior_that_is_wrong_is_told_and_changes_nothing(logits: Any, matc
     assert made.emitted <= 1
 
 
+def test_the_step_that_goes_astray_is_the_one_that_is_told() -> None:
+    x, sigma = torch.zeros(3, 2, dtype=F64), torch.full((3,), 0.5, dtype=F64)
+    made = begun(chains(eta=1e8, n_skip=1), x, sigma)
+    with pytest.raises(ValueError, match=r"the chains went astray: .* with eta=1e\+08 at sigma=0.5"):
+        made.sample(3)
+    assert made.x is not None
+    assert torch.equal(made.x, x)
+    assert made.emitted == made.nfe == 0
+
+
 def test_chains_that_have_not_begun_or_are_no_state_are_refused() -> None:
     made = chains()
     for ask in (lambda: made.sample(1), lambda: iter(made), made.state_dict):
