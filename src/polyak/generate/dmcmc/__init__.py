@@ -18,9 +18,11 @@ x at its own sigma down to 0. That takes few evaluations, since sigma is far bel
   the room): integrators that start every row of a batch at a level of its own.
 - :func:`autocorrelation`, :func:`effective_sample_size`: how far the samples of a chain are independent.
 
+Two hundred chains, nine evaluations for each sample:
+
     >>> chains = DenoisingLangevinGibbs(denoiser, process, classifier, eta=0.5, n_skip=4, integrator=KarrasHeun(3))
     >>> chains.warmup((200, 3, 32, 32), generator)
-    >>> x = chains.sample(50_000)  # nine evaluations each
+    >>> x = chains.sample(50_000)
 """
 
 from polyak.generate.dmcmc.chain import DenoisingLangevinGibbs
