@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--processor-time",
         action="store_true",
-        help="say what each file's and each system's tests took of it, and fail where one's took too much, also on a busy machine",
+        help="say what each file's and each system's tests took of it, and fail where a system's took too much",
     )
 
 

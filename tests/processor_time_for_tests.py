@@ -6,7 +6,6 @@ reports carry the numbers to the process that sums them.
 
 from __future__ import annotations
 
-import os
 import resource
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,19 +43,13 @@ def over(spent: Mapping[str, float]) -> list[str]:
     ]
 
 
-def busy() -> bool:
-    """Whether others use this machine: twice as many processes want to run as there are cores, the tests' own among them."""
-    return os.getloadavg()[2] > 2 * (os.cpu_count() or 1)
-
-
 class ProcessorTime:
     """A plugin of pytest that measures tests, sums them by system, and names those that take too much.
 
-    A run of all tests fails then. On a busy machine, where the same work takes longer, it only says so, unless it has
-    ``--processor-time``.
+    A run with ``--processor-time`` fails then; any other only says so, since a busy machine must not decide whether tests pass.
 
     Args:
-        table: whether to say what each file's and each system's tests took, and to fail on a busy machine, too.
+        table: whether to say what each file's and each system's tests took.
         judges: whether this is the process that sums, and of a run of all tests: in a run of one system's alone what libraries
             take to import is among its tests' time.
     """
@@ -87,8 +80,7 @@ class ProcessorTime:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        judged = self.judges and (self.table or not busy())
-        if judged and session.exitstatus == 0 and over(self.systems):
+        if self.table and self.judges and session.exitstatus == 0 and over(self.systems):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
