@@ -25,7 +25,6 @@ PROGRAMS = {1: 8, 2: 4}  # on each multiprocessor, by pieces; of more pieces:
 MANY = 2
 COLUMNS = 32  # words of a row that are moved at a time
 REGISTERS = 0  # of a thread, at most; 0: as the compiler likes
-SCHEMES = ("systematic", "stratified")
 _launch = Launcher()
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
@@ -51,7 +50,7 @@ class Stepped(NamedTuple):
 
 
 def stepped(
-    logw: Tensor, n: int, scheme: str, u: Tensor | None, *, threshold: float | None = None, x: Tensor | None = None
+    logw: Tensor, n: int, scheme: str, u: Tensor, *, threshold: float | None = None, x: Tensor | None = None
 ) -> Stepped | None:
     """Ancestors, and what goes with them; None where the kernel may not take these tensors.
 
@@ -61,14 +60,14 @@ def stepped(
         x: (*batch, N, *event), to be moved; it stays where it is if the kernel may not take it.
     """
     size = logw.shape[-1]
-    if u is None or scheme not in SCHEMES or not _takes(logw, size, n) or not _plain(u):
+    if not _takes(logw, size, n) or not _plain(u):
         return None
     place = logw.get_device()
     if is_elsewhere(place):
         with torch.cuda.device(place):
             return stepped(logw, n, scheme, u, threshold=threshold, x=x)
     moves = (
-        None if x is None or not _plain(x) or (x.requires_grad and torch.is_grad_enabled()) else _words(x, logw.ndim)
+        None if x is None or not _plain(x) or (x.requires_grad and torch.is_grad_enabled()) else words_of(x, logw.ndim)
     )
     logw, u = logw.contiguous(), u.contiguous()
     rows = logw.numel() // size
@@ -112,11 +111,15 @@ def _takes(logw: Tensor, size: int, n: int) -> bool:
 
 def _plain(x: Tensor) -> bool:
     """Whether a tensor is on a GPU, and nobody but the kernel must see what is done with it."""
+    return not torch.compiler.is_compiling() and _on_gpu(x) and is_plain(x)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether nobody must see what is done with a tensor: no mode, no transform, no trace."""
     core: Any = torch._C
-    if torch.compiler.is_compiling() or not _on_gpu(x):
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_neg():
         return False
-    watched = core._len_torch_dispatch_stack() or core._functorch.peek_interpreter_stack()
-    return type(x) is Tensor and not watched and not x.is_neg()
+    return not (core._len_torch_dispatch_stack() or core._functorch.peek_interpreter_stack())
 
 
 def _on_gpu(x: Tensor) -> bool:
@@ -137,7 +140,7 @@ def _bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
-def _words(x: Tensor, ndim: int) -> Tensor | None:
+def words_of(x: Tensor, ndim: int) -> Tensor | None:
     """States as rows of the widest words that they are made of: (rows, words)."""
     if not x.is_contiguous() or x.is_conj() or (x.device.index is None and x.is_cuda):
         return None
