@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polyak.core.particles import _kernel, _native, _schemes
-from polyak.core.particles._kernel import Stepped
+from polyak.core.particles._gpu import Stepped
 from polyak.core.particles._schemes import uniforms, unnormalized
 from polyak.core.particles._values import effective, looks
 
@@ -100,8 +100,10 @@ def _given(u: Tensor, shape: tuple[int, ...], logw: Tensor, check: bool | None) 
             f"u must have shape {shape} on {logw.device} for this scheme, got {tuple(u.shape)} on {u.device}"
         )
     u = u.detach().to(logw.dtype)
-    if looks(u, check) and not bool(((u >= 0) & (u < 1)).all()):
-        raise ValueError("u must be in [0, 1)")
+    if u.numel() and looks(u, check):
+        least, most = (v.item() for v in u.aminmax())
+        if not (least >= 0 and most < 1):
+            raise ValueError(f"u must be in [0, 1), got {least if not least >= 0 else most:g}")
     return u
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from polyak.core.cc import SPLIT, function, library, parallel
-from polyak.core.particles._kernel import Stepped, is_plain, words_of
+from polyak.core.particles._gpu import Stepped, is_plain, words_of
 
 _LEAST = 64  # particles in all below which calling C does not pay
 _ARGUMENTS = {"resample": 12, "merged": 8, "move1": 8, "move2": 8, "move4": 8, "move8": 8}
