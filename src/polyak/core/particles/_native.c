@@ -1,5 +1,6 @@
 /* Systematic and stratified resampling of rows of log-weights, in O(N + n). Weights are rounded as in _schemes.py, so that every
    sum of them is exact, in any order. */
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -78,7 +79,8 @@ static void unnormalized(const double *logw, double *w, int64_t size, double *to
     *squares = square;
 }
 
-static void drawn(double *w, double sum, const double *u, int strata, int64_t *out, int64_t size, int32_t n) {
+/* Weights rounded such that every sum is exact; returns their sum. */
+static double rounded(double *w, double sum, int64_t size) {
     double above = of_bits(bits_of(sum) & 0x7FF0000000000000) * 2.0, total = 0.0;
 #pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < size; i++) {
@@ -86,7 +88,11 @@ static void drawn(double *w, double sum, const double *u, int strata, int64_t *o
         w[i] = x;
         total += x;
     }
-    double rate = (double)n / total, c = 0.0, cumulative[BLOCK];
+    return total;
+}
+
+static void drawn(double *w, double sum, const double *u, int strata, int64_t *out, int64_t size, int32_t n) {
+    double total = rounded(w, sum, size), rate = (double)n / total, c = 0.0, cumulative[BLOCK];
     int32_t ends[BLOCK], begin = 0;
     memset(out, 0, (size_t)n * sizeof(int64_t));
     for (int64_t first = 0; first < size && begin < n; first += BLOCK) {
@@ -133,15 +139,9 @@ void merged(const double *logw, const double *points, double *w, int64_t *out, i
     for (int64_t row = begin; row < end; row++) {
         const double *p = points + row * n;
         int64_t *a = out + row * n, k = 0, last = 0;
-        double sum, squares, c = 0.0, total = 0.0;
+        double sum, squares, c = 0.0;
         unnormalized(logw + row * size, w, size, &sum, &squares);
-        double above = of_bits(bits_of(sum) & 0x7FF0000000000000) * 2.0;
-#pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < size; i++) {
-            double x = (w[i] + above) - above;
-            w[i] = x;
-            total += x;
-        }
+        double total = rounded(w, sum, size);
         for (int64_t i = 0; i < size && k < n; i++) {
             if (w[i] == 0.0) continue;
             c += w[i];
@@ -169,3 +169,114 @@ MOVE(move1, uint8_t)
 MOVE(move2, uint16_t)
 MOVE(move4, uint32_t)
 MOVE(move8, uint64_t)
+
+/* copies = floor(n W), and what is left of n W in w; returns the number of copies. */
+static int64_t parts(double *w, double sum, int64_t *copies, int64_t size, int64_t n) {
+    double rate = (double)n / rounded(w, sum, size);
+    int64_t many = 0;
+    for (int64_t i = 0; i < size; i++) {
+        double at = w[i] * rate;
+        int64_t whole = (int64_t)at;
+        w[i] = at - (double)whole;
+        copies[i] = whole;
+        many += whole;
+    }
+    return many;
+}
+
+static int64_t *copied(int64_t *a, const int64_t *copies, int64_t size, const int64_t *end) {
+    for (int64_t i = 0; i < size; i++)
+        for (int64_t k = copies[i]; k > 0 && a < end; k--) *a++ = i;
+    return a;
+}
+
+/* SSP: neighbours meet in rounds, of two open fractions one is closed; in the order of _schemes.py. */
+void ssp(const double *logw, const double *uniforms, double *w, int64_t *copies, int64_t *owner, int64_t *out, int64_t begin,
+         int64_t end, int64_t size, int64_t n) {
+    for (int64_t row = begin; row < end; row++) {
+        const double *u = uniforms + row * (size - 1);
+        double sum, squares;
+        unnormalized(logw + row * size, w, size, &sum, &squares);
+        int64_t left = n - parts(w, sum, copies, size, n);
+        for (int64_t i = 0; i < size; i++) owner[i] = i;
+        for (int64_t many = size; many > 1; many = many / 2 + many % 2) {
+            int64_t pairs = many / 2;
+            for (int64_t j = 0; j < pairs; j++) {
+                double a = w[2 * j], b = w[2 * j + 1], both = a + b, v = u[j];
+                int full = both >= 1.0;
+                int closes_a = full ? v * (2.0 - both) < 1.0 - b : v * both >= a;
+                int64_t own_a = owner[2 * j], own_b = owner[2 * j + 1];
+                copies[closes_a ? own_a : own_b] += full;
+                left -= full;
+                owner[j] = closes_a ? own_b : own_a;
+                w[j] = full ? both - 1.0 : both;
+            }
+            if (many % 2) {
+                owner[pairs] = owner[many - 1];
+                w[pairs] = w[many - 1];
+            }
+            u += pairs;
+        }
+        copies[owner[0]] += left; /* the last fraction is 0 or 1, but for rounding */
+        copied(out + row * n, copies, size, out + (row + 1) * n);
+    }
+}
+
+/* Copies, and multinomial draws of what is left: of r sorted uniforms the first r sums over the (r + 1)-th. */
+void residual(const double *logw, const double *sums, double *w, int64_t *copies, int64_t *out, int64_t begin, int64_t end,
+              int64_t size, int64_t n) {
+    for (int64_t row = begin; row < end; row++) {
+        const double *p = sums + row * (n + 1);
+        int64_t *stop = out + (row + 1) * n, last = 0;
+        double sum, squares, c = 0.0;
+        unnormalized(logw + row * size, w, size, &sum, &squares);
+        int64_t left = n - parts(w, sum, copies, size, n);
+        int64_t *a = copied(out + row * n, copies, size, stop);
+        sum = 0.0;
+        for (int64_t i = 0; i < size; i++) sum += w[i];
+        double total = rounded(w, sum, size);
+        for (int64_t i = 0; i < size && a < stop; i++) {
+            if (w[i] == 0.0) continue;
+            c += w[i];
+            last = i;
+            while (a < stop && *p / sums[row * (n + 1) + left] * total < c) {
+                *a++ = i;
+                p++;
+            }
+        }
+        while (a < stop) *a++ = last;
+    }
+}
+
+/* logw + incr, with equal weights where none is left; its largest; the logarithm of the sums before and after. */
+void reweight(const double *logw, const double *incr, double *out, double *tops, double *before, double *after, int64_t begin,
+              int64_t end, int64_t size) {
+    for (int64_t row = begin; row < end; row++) {
+        const double *l = logw + row * size, *g = incr + row * size;
+        double *o = out + row * size, old = l[0], top, s = 0.0, t = 0.0;
+#pragma omp simd reduction(max : old)
+        for (int64_t i = 0; i < size; i++) old = l[i] > old ? l[i] : old;
+        int lone = !(old - old == 0.0);
+        for (int64_t i = 0; lone && i < size; i++) o[i] = l[i] == old || old != old ? 0.0 : -INFINITY;
+        const double *from = lone ? o : l;
+        if (lone) old = 0.0;
+        top = from[0] + g[0];
+#pragma omp simd reduction(max : top) reduction(+ : s)
+        for (int64_t i = 0; i < size; i++) {
+            double x = from[i] + g[i];
+            s += weight(from[i] - old);
+            o[i] = x;
+            top = x > top ? x : top;
+        }
+        before[row] = old + log(s);
+        if (!(top - top == 0.0)) { /* an atom, no weight, or NaN */
+            for (int64_t i = 0; i < size; i++) t += o[i];
+            tops[row] = after[row] = t != t && top != INFINITY && top != -INFINITY ? NAN : top;
+            continue;
+        }
+#pragma omp simd reduction(+ : t)
+        for (int64_t i = 0; i < size; i++) t += weight(o[i] - top);
+        tops[row] = t != t ? NAN : top;
+        after[row] = top + log(t);
+    }
+}
