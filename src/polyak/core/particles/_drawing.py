@@ -50,8 +50,7 @@ def _sorted(logw: Tensor, n: int, scheme: str, u: Tensor | None, generator: torc
     if scheme != "ssp":
         if u is not None:
             return None
-        make = _schemes.points if scheme == "multinomial" else _schemes.spacings
-        u = make((*logw.shape[:-1], n), logw, generator)
+        u = _schemes.spacings((*logw.shape[:-1], n), logw, generator)
     return None if u is None else _native.drawn(logw, n, scheme, u)
 
 

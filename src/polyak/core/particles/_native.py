@@ -17,7 +17,7 @@ from polyak.core.particles._gpu import Stepped, is_plain, words_of
 
 _LEAST = 64  # particles in all below which calling C does not pay
 _ARGUMENTS = {
-    "resample": 12, "merged": 8, "ssp": 10, "residual": 9, "reweight": 9, "move1": 8, "move2": 8, "move4": 8, "move8": 8
+    "resample": 12, "multinomial": 8, "ssp": 10, "residual": 9, "reweight": 9, "move1": 8, "move2": 8, "move4": 8, "move8": 8
 }  # fmt: skip
 
 
@@ -52,13 +52,13 @@ def stepped(
 
 
 def drawn(logw: Tensor, n: int, scheme: str, u: Tensor) -> Tensor | None:
-    """Ancestors by "multinomial" of sorted points, "ssp" of its uniforms or "residual" of sums of exponentials."""
+    """Ancestors by "multinomial" and "residual" of sums of exponentials, "ssp" of uniforms."""
     size = logw.shape[-1]
     if not takes(logw) or not _takes(u) or (functions := _functions()) is None:
         return None
     logw, u = logw.contiguous(), u.contiguous()
     ancestors = torch.empty((*logw.shape[:-1], n), dtype=torch.int64)
-    run = functions["merged" if scheme == "multinomial" else scheme]
+    run = functions[scheme]
     spaces = {"multinomial": 0, "residual": 1, "ssp": 2}[scheme]
 
     def rows(a: int, b: int) -> None:
