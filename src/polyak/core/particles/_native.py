@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch import Tensor
 from polyak.core.cc import SPLIT, function, library, parallel
 from polyak.core.particles._gpu import Stepped, is_plain, words_of
 
+_MOST_KEPT = 2**21  # weights for which a thread keeps room
+_kept = threading.local()
 _LEAST = 64  # particles in all below which calling C does not pay
 _ARGUMENTS = {
     "resample": 12, "multinomial": 8, "ssp": 10, "residual": 9, "reweight": 9, "move1": 8, "move2": 8, "move4": 8, "move8": 8
@@ -44,7 +47,7 @@ def stepped(
     run, strata, where = functions["resample"], scheme == "stratified", ctypes.addressof(limit)
 
     def rows(a: int, b: int) -> None:
-        w = torch.empty(size, dtype=torch.float64)
+        w = _space(size)
         run(*_at(logw, u, w, ancestors, fresh, did), where, a, b, size, n, strata)
 
     _split(logw.numel() // size, size, rows)
@@ -62,7 +65,7 @@ def drawn(logw: Tensor, n: int, scheme: str, u: Tensor) -> Tensor | None:
     spaces = {"multinomial": 0, "residual": 1, "ssp": 2}[scheme]
 
     def rows(a: int, b: int) -> None:
-        w, space = torch.empty(size, dtype=torch.float64), torch.empty((spaces, size), dtype=torch.int64)
+        w, space = _space(size), torch.empty((spaces, size), dtype=torch.int64)
         run(*_at(logw, u, w, *space, ancestors), a, b, size, n)
 
     _split(logw.numel() // size, size, rows)
@@ -107,6 +110,16 @@ def _takes(x: Tensor) -> bool:
 
 def _at(*tensors: Tensor | None) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def _space(size: int) -> Tensor:
+    """Room for one system's weights, the same one for every call of a thread: fresh memory costs more than the arithmetic."""
+    kept = getattr(_kept, "w", None)
+    if kept is None or kept.numel() < size:
+        kept = torch.empty(size, dtype=torch.float64)
+        if size <= _MOST_KEPT:
+            _kept.w = kept
+    return kept
 
 
 def _split(rows: int, size: int, run: Callable[[int, int], Any]) -> None:
