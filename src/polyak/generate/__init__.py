@@ -110,6 +110,7 @@ from polyak.generate.process import (
     CosineVP,
     Discrete,
     Flow,
+    MaskedProcess,
     ProbabilityPath,
     Process,
     TrigFlow,
@@ -118,6 +119,7 @@ from polyak.generate.runge_kutta import RK4, Euler, Heun, RungeKutta
 from polyak.generate.sampling import SamplingInfo, invert, sample
 from polyak.generate.solver import Change, Query, Solver, Step, drive, resume
 from polyak.generate.steering import Steering, SteeringState
+from polyak.generate.tokens import TokenDenoiser, TokenPrediction
 from polyak.generate.training import denoising_loss, train_denoiser
 
 __all__ = [
@@ -164,6 +166,7 @@ __all__ = [
     "KarrasHeun",
     "KineticOptimal",
     "LinearSolver",
+    "MaskedProcess",
     "Memory",
     "MetaFlowMatching",
     "MetaVelocity",
@@ -192,6 +195,8 @@ __all__ = [
     "Steering",
     "SteeringState",
     "Step",
+    "TokenDenoiser",
+    "TokenPrediction",
     "TrigFlow",
     "ab_coefficients",
     "antisymmetric_gauge",
