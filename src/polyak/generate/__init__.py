@@ -92,6 +92,13 @@ from polyak.generate.kinetic_optimal import (
     separation_function,
 )
 from polyak.generate.linear import LinearSolver, Memory, Stage
+from polyak.generate.masked_diffusion import (
+    FirstHitting,
+    MaskedAncestral,
+    generate_masked,
+    generative_perplexity,
+    sentence_entropy,
+)
 from polyak.generate.meta_flow import MetaFlowMatching, MetaVelocity, PopulationEncoder
 from polyak.generate.pfgmpp import PFGMPP, inject_noise, pfgmpp_loss, quantize_weights, stf_target
 from polyak.generate.potential_flows import (
@@ -152,6 +159,7 @@ __all__ = [
     "EnergyScore",
     "Euler",
     "Evaluator",
+    "FirstHitting",
     "Flow",
     "Forecast",
     "Gap",
@@ -166,6 +174,7 @@ __all__ = [
     "KarrasHeun",
     "KineticOptimal",
     "LinearSolver",
+    "MaskedAncestral",
     "MaskedProcess",
     "Memory",
     "MetaFlowMatching",
@@ -217,6 +226,8 @@ __all__ = [
     "gauge_moments",
     "gauge_residual",
     "gaussian_separation",
+    "generate_masked",
+    "generative_perplexity",
     "heun_per_sample",
     "histogram_w2",
     "inject_noise",
@@ -240,6 +251,7 @@ __all__ = [
     "resume",
     "sample",
     "score_fp_residual",
+    "sentence_entropy",
     "separation_function",
     "stability_limit",
     "stability_region",

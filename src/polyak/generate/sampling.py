@@ -203,8 +203,9 @@ def sample(
     else:
         began, x = None, _start(process, x_T_or_shape, steering, generator, dtype, device)
     count = None if solver.adaptive else len(times) - 1
+    dtype = None if process.is_discrete else dtype or x.dtype
     evaluator = Evaluator(
-        denoiser, guidance=guidance, corrector=corrector, dtype=dtype or x.dtype, check_finite=check_finite, steps=count
+        denoiser, guidance=guidance, corrector=corrector, dtype=dtype, check_finite=check_finite, steps=count
     )
     loop = _Loop(evaluator, x, solver, steering, generator, callback, began)
     result = loop.run(times, process)
