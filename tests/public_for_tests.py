@@ -184,6 +184,10 @@ NEEDS = {
     "core.exact.MarkovChain": lambda: dict(initial=[0.5, 0.5], transition=STAY),
     "core.exact.LinearGaussian": lambda: dict(A=[[0.5]], C=[[1.0]], Q=[[1.0]], R=[[1.0]], m0=[0.0], P0=[[1.0]]),
     "core.exact.LinearGaussianScore": lambda: dict(A=X, C=X, Q=X, R=X, m0=X, P0=X),
+    "core.exact.Ising": lambda: dict(length=3, coupling=0.2),
+    "core.exact.HyperGrid": lambda: dict(ndim=2, height=8),
+    "core.exact.SubsetLaw": lambda: dict(log_weights=[0.1, 0.2, 0.3], k=1),
+    "core.exact.log_elementary_symmetric": lambda: dict(log_weights=X, degree=2),
     "core.exact.HMMScore": lambda: dict(initial=X, transition=X, emission=None),
     "core.exact.FilteredStates": lambda: dict(probabilities=X, predicted=X, log_likelihood=X),
     "core.exact.SmoothedStates": lambda: dict(probabilities=X, pairs=X, log_likelihood=X),
@@ -200,6 +204,10 @@ NEEDS = {
     "core.momentum.Average": lambda: dict(beta=0.9),
     "core.momentum.bias_correction": lambda: dict(beta=0.9, step=2),
     "core.momentum.nesterov_estimate": lambda: dict(momentum=X, gradient=X, previous=X, beta=0.9),
+    "core.particles.Cloud": lambda: dict(x=X, logw=X.double(), log_z=torch.zeros(6, dtype=torch.float64)),
+    "core.particles.cess": lambda: dict(logw_prev=X, log_incr=X),
+    "core.particles.counts": lambda: dict(ancestors=torch.tensor([0, 1]), N=2),
+    "core.particles.gather": lambda: dict(tree=X, ancestors=torch.tensor([0, 1])),
     "core.projection.row_sums": lambda: dict(t=X, view="layer"),
     "core.projection.row_norms": lambda: dict(t=X, view="layer"),
     "core.projection.cosines": lambda: dict(a=X, b=X, view="layer"),
@@ -473,6 +481,7 @@ NEEDS |= {f"core.momentum.{n}": lambda: dict(average=X.clone(), value=X, beta=0.
 NEEDS |= {f"core.momentum.{n}": lambda: dict(velocity=X.clone(), gradient=X, beta=0.9) for n in (
     "heavy_ball", "nesterov", "heavy_ball_tree", "heavy_ball_"
 )}  # fmt: skip
+NEEDS |= {f"core.particles.{n}": lambda: dict(logw=X) for n in ("ess", "normalize", "resample", "resample_conditional")}
 NEEDS |= {f"core.projection.{n}": lambda: dict(u=X, w=X, view="layer") for n in ("radial", "project_out")}
 NEEDS |= {f"core.schedules.{n}": lambda: dict(start=1.0, end=0.1, steps=3) for n in ("Linear", "Cosine", "Exponential")}
 NEEDS |= {f"optim.{n}": lambda: dict(params=weights()) for n in ("Adan", "AdamP", "Lion", "SPAM")}
