@@ -149,7 +149,7 @@ class FirstHitting(Solver):
                 tokens = self._extrapolated(earlier, memory, places, now, generator)
             else:
                 tokens = self._draw(p, places, generator)
-                if self.variant == "pc":  # one token alone was right at once
+                if self.variant == "pc" and most > 1:  # one token alone was right at once
                     earlier, revealed = places, chosen & (now > 1)[:, None]
             x = self._write(x, places, chosen, tokens).view(shape)
             memory = Hits(i + 1, calls, masks, level, earlier, revealed)
@@ -195,7 +195,7 @@ def _hit(level: Tensor, left: Tensor, now: Tensor, most: int, generator: Generat
     """``1 - alpha`` at the last and at the first of the next ``now`` reveals of rows with ``left`` masks, each (B,)."""
     u = uniform((len(level), most), generator=generator, device=level.device)
     rank = torch.arange(most, device=level.device)
-    part = (1 - u) ** (1 / (left[:, None] - rank).clamp(min=1))  # never 0
+    part = (1 - u) ** (1 / (left[:, None] - rank).clamp(min=1).to(u.dtype))  # never 0
     part = torch.where(rank < now[:, None], part, 1.0)
     return level * part.prod(1), level * part[:, 0]
 
