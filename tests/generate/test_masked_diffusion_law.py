@@ -338,7 +338,10 @@ def test_decoding_is_steered_after_each_reveal() -> None:
         (lambda m, x: generate_masked(m, x, 2), "mask_token_id is needed"),
         (lambda m, x: generate_masked(m, x, 2, mask_token_id=9), "mask_token_id must be at most 4"),
         (lambda m, x: generate_masked(m, x.float(), 2, mask_token_id=4), "input_ids must be integers"),
-        (lambda m, x: generate_masked(m, x + 5, 2, mask_token_id=4), "tokens below vocab=4 or the mask 4, got"),
+        (
+            lambda m, x: generate_masked(m, x + 5, 2, mask_token_id=4),
+            "input_ids must hold tokens below vocab=4 or the mask 4, got",
+        ),
         (lambda m, x: generate_masked(m, x, 2, mask_token_id=4, attention_mask=x[:, :1]), "attention_mask must have"),
         (lambda m, x: generate_masked(lambda x: "no", x, 2, mask_token_id=4), "model must say logits"),
     ],

@@ -1,4 +1,4 @@
-"""Masked diffusion's claim: masks are revealed exactly with one call each, without time, and rounded noise makes rare tokens vanish."""
+"""Masked diffusion's claim: without time, one call reveals one token exactly; and rounded noise makes rare tokens vanish."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRAINING = ("length", "dim", "depth", "steps", "batch", "lr")
 
 def trial(t: Trial) -> Iterator[Measurement]:
     """One arm on chains whose conditionals are exact, on noise of few bits, at drawing, or trained on text or digits."""
-    yield measure(**{"chain": _chain, "noise": _noise, "vocabulary": _vocabulary}.get(t.task, _trained)(t))
+    yield measure(None, **{"chain": _chain, "noise": _noise, "vocabulary": _vocabulary}.get(t.task, _trained)(t))
 
 
 def _solver(t: Trial):
@@ -99,17 +99,20 @@ ARMS = (
     Arm("float64", "Reveal, then token, in float64", "method", {"precision": "f64"}, tasks=("noise",)),
     Arm("two_level", "Reveal, then token, noise of two draws", "method", {"precision": "two_level"}, tasks=("noise",)),
     Arm("first", "First hitting", "method", {"kind": "first"}, tasks=("vocabulary",), says="one draw for each token"),
-    Arm("split", "Ancestral: reveal, then token", "ablation", {"kind": "split"}, tasks=("vocabulary",), says="draws for what is revealed"),
+    Arm(
+        "split", "Ancestral: reveal, then token", "ablation", {"kind": "split"}, tasks=("vocabulary",),
+        says="draws for what is revealed",
+    ),
 )  # fmt: skip
 TASKS = (
     Task(
-        "chain", "Markov chains", "strings of 12 from chains of 8 symbols, drawn with their exact conditionals, 5000 by each sampler",
+        "chain", "Markov chains", "strings of 12 from chains of 8 symbols, by exact conditionals, 5000 by each sampler",
         {"symbols": 8, "length": 12, "strings": 5000},
     ),
     Task(
         "noise", "Rounded noise",
         "tokens in proportion to 1 / rank, 50257 of them, revealed in 1000 steps; draws of 1000 tokens; noise of 12 bits",
-        {"tokens": 50_257, "steps": 1000, "small": 1000, "draws": 250_000, "positions": 4096, "races": 2_000_000},
+        {"tokens": 50_257, "steps": 1000, "small": 1000, "draws": 120_000, "positions": 2048, "races": 2_000_000},
     ),
     Task(
         "vocabulary", "Many tokens", "one string of 32 out of 50257 tokens, logits from a table; ancestral sampling in 128 steps",
@@ -117,16 +120,16 @@ TASKS = (
     ),
     Task(
         "text", "Characters of a text",
-        "Tiny Shakespeare where it is at hand, else Python's library; strings of 64; a transformer of two layers of width 64, 400 steps",
+        "Tiny Shakespeare where it is at hand, else Python's library; strings of 64; convolutions, attention, width 64, 600 steps",
         {
-            "length": 64, "dim": 64, "depth": 2, "steps": 400, "batch": 16, "lr": 3e-3, "rows": 256, "rounds": 6,
+            "length": 64, "dim": 64, "depth": 1, "steps": 600, "batch": 16, "lr": 6e-3, "rows": 256, "rounds": 6,
             "samples": 256,
         },
     ),
     Task(
         "digits", "Binary digits",
-        "scikit-learn's digits as 64 pixels that are 0 or 1; a perceptron of width 256, 1500 steps; 720 samples, beside 360 held out",
-        {"length": 64, "dim": 256, "depth": 2, "steps": 1500, "batch": 128, "lr": 2e-3, "samples": 720},
+        "scikit-learn's digits as 64 pixels that are 0 or 1; a perceptron of width 256; 1200 samples, beside 600 held out",
+        {"length": 64, "dim": 256, "depth": 2, "steps": 1200, "batch": 128, "lr": 2e-3, "samples": 1200},
     ),
 )  # fmt: skip
 METRICS = (
@@ -181,8 +184,8 @@ CRITERIA = (
         ROUNDED.at_most(f"{arm}_{metric}", bound, f"{label}: {says}", arm=arm, metric=metric, control=control)
         for arm, label in (("float64", "In float64"), ("two_level", "With noise of two draws"))
         for metric, bound, says, control in (
-            ("surprise", 0.02, "draws of 1000 tokens are as surprising as their law", ""),
-            ("after", 0.2, "tokens are as surprising after 1000 steps as their law", "joint"),
+            ("surprise", 0.03, "draws of 1000 tokens are as surprising as their law", ""),
+            ("after", 0.3, "tokens are as surprising after 1000 steps as their law", "joint"),
         )
     ),
     TEXT.at_most(
@@ -221,8 +224,8 @@ CLAIM = Claim(
     slug="masked_diffusion", room="generate", name="Masked diffusion, first hitting",
     summary="Masked diffusion without time: one call for each token, exactly, and draws that keep rare tokens",
     says=(
-        "Masked diffusion models are masked models that need no time: the first-hitting sampler is exact, and up to 20 times faster "
-        "than ancestral sampling. Published samplers draw by Gumbel-max in single precision, which lowers the temperature: in 64 "
+        "Masked diffusion models are masked models that need no time: first hitting is exact, and up to 20 times faster than "
+        "ancestral sampling. Published samplers draw by Gumbel-max in single precision, which lowers the temperature: in 64 "
         "bits generative perplexity is 126 where it was 31, and entropy 5.66 where it was 5.17 (OpenWebText, 1024 tokens)."
     ),
     paper=Paper(
@@ -232,7 +235,9 @@ CLAIM = Claim(
     part="polyak.generate.masked_diffusion:FirstHitting", budget="network calls",
     tasks=TASKS, arms=ARMS, metrics=METRICS, criteria=CRITERIA, trial=trial, picture=pictures.picture,
     scales=(Scale("small", "exact chains, small text and digits: about two minutes on two cores", 5, first_seed=100),),
-    sources=("polyak.claims.generate._masked", "polyak.generate.discrete", "polyak.generate.process.masked", "polyak.generate.tokens"),
+    sources=(
+        "polyak.claims.generate._masked", "polyak.generate.discrete", "polyak.generate.process.masked", "polyak.generate.tokens",
+    ),
     departures=(
         "No paper scale: its models are those of MDLM, trained for a million steps. Networks here are trained for seconds.",
         "Noise. The paper's law conditions Gumbel noise on not passing its bound. A generator rounds it instead, which costs about "

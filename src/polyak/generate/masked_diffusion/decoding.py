@@ -85,6 +85,7 @@ def generate_masked(
     if mask_token_id > vocab:
         raise ValueError(f"mask_token_id must be at most {vocab}, the model's logits, got {mask_token_id}")
     process = MaskedProcess(vocab, mask_token_id)
+    process.check_state("input_ids", x)
     return sample(
         TokenDenoiser(says, process), x, solver=solver or FirstHitting(), steering=steering, generator=generator,
         callback=callback,
