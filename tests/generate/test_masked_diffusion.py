@@ -318,6 +318,18 @@ class Copies:
         return x
 
 
+class Once(Copies):
+    """All go on from the first row after the first step, each by itself."""
+
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []
+
+    def step(self, state: Any, x_next: Tensor, *, step: int, **known: Any) -> Any:
+        self.states.append(x_next)
+        ancestors = torch.zeros(len(x_next), dtype=torch.long) if step == 0 else None
+        return (x_next if ancestors is None else x_next[ancestors]), state.moved(ancestors)
+
+
 @every_solver
 def test_steering_moves_rows_and_what_is_remembered_of_them(solver: Solver) -> None:
     x = PROMPT[:2].repeat_interleave(2, 0)
@@ -337,20 +349,20 @@ def test_steering_moves_rows_and_what_is_remembered_of_them(solver: Solver) -> N
             assert torch.equal(before, after[ancestors])  # the prediction is of the state as it was moved
 
 
+@pytest.mark.parametrize("solver", [*[*SOLVERS.values()][:5], SOLVERS["ancestral"]])
+def test_a_copy_of_a_row_with_more_masks_reveals_all_of_them(solver: Solver) -> None:
+    x = torch.tensor([[3, 3, 3, 3, 3, 3], [0, 1, 2, 3, 0, 3]])
+    end = sample(EXACT, x, solver=solver, steering=Once(), generator=seed())
+    assert bool((end != 3).all())
+
+
 def test_copies_are_revealed_each_by_its_own() -> None:
     """After resampling an ancestral run draws anew when what is hidden will be revealed."""
     apart = 0
     for s in range(10):
-        states: list[Tensor] = []
-
-        class Once(Copies):
-            def step(self, state: Any, x_next: Tensor, *, step: int, states: Any = states, **known: Any) -> Any:
-                states.append(x_next)
-                ancestors = torch.zeros(len(x_next), dtype=torch.long) if step == 0 else None
-                return (x_next if ancestors is None else x_next[ancestors]), state.moved(ancestors)
-
-        sample(says(0.0, 0.0), (1, 12), solver=MaskedAncestral(4), steering=Once(), generator=seed(s))
-        hidden = states[1] == 2
+        once = Once()
+        sample(says(0.0, 0.0), (1, 12), solver=MaskedAncestral(4), steering=once, generator=seed(s))
+        hidden = once.states[1] == 2
         apart += int((hidden[0] != hidden[1]).any())
     assert apart >= 8
 

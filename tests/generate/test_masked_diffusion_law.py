@@ -57,6 +57,13 @@ def test_the_ends_of_the_uniform_draw_no_impossible_token(u: float, precision: s
     assert d.categorical(torch.zeros(3, 1), precision=precision).tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize(("u", "token"), [(5e-13, 0), (2e-12, 1), (1 - 2e-12, 1), (1 - 5e-13, 2)])
+def test_float64_keeps_what_single_precision_rounds_away(u: float, token: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(d, "uniform", lambda shape, **_: torch.full(shape, u, dtype=torch.float64))
+    logits = torch.tensor([1e-12, 1 - 2e-12, 1e-12], dtype=torch.float64).log()
+    assert d.categorical(logits).item() == token
+
+
 def test_two_levels_reach_what_one_cannot(monkeypatch: Any) -> None:
     """Of two draws that are nearly 0 the noise is that of 2^-48 or so."""
     u = {"two_level": 0.0, "f32": 1 - 2.0**-24}
