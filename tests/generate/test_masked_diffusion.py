@@ -361,7 +361,8 @@ def test_copies_are_revealed_each_by_its_own() -> None:
     apart = 0
     for s in range(10):
         once = Once()
-        sample(says(0.0, 0.0), (1, 12), solver=MaskedAncestral(4), steering=once, generator=seed(s))
+        end = sample(says(0.0, 0.0), (1, 12), solver=MaskedAncestral(4), steering=once, generator=seed(s))
+        assert bool((end != 2).all())
         hidden = once.states[1] == 2
         apart += int((hidden[0] != hidden[1]).any())
     assert apart >= 8

@@ -105,7 +105,7 @@ def _by_inversion(logits: Tensor, generator: Generators | None) -> Tensor:
     weights = (values - values.amax(-1, keepdim=True)).exp_().cumsum(-1)
     total = weights[..., -1:]
     u = uniform(total.shape, generator=generator, device=logits.device)
-    # u < 1, but its product with the total may round to it.
+    # Below the total even where a device's u may be 1.
     threshold = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(weights, threshold, right=True)[..., 0]
 

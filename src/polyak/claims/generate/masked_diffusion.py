@@ -251,8 +251,8 @@ CLAIM = Claim(
         "Nothing is tuned; settings were found in pilots on seeds below 10.",
     ),
     usage=(
-        "from polyak.generate import FirstHitting, MaskedProcess, TokenDenoiser, sample\n\n"
-        "denoiser = TokenDenoiser(network, MaskedProcess(vocab))  # network(x) says logits; the mask is the integer vocab\n"
-        "x = sample(denoiser, (16, 128), solver=FirstHitting())"
+        "import torch\nfrom polyak.generate import FirstHitting, MaskedProcess, TokenDenoiser, sample\n\n"
+        "network = torch.nn.Embedding(101, 100)  # stands for yours: of tokens, and masks (100), it says logits of tokens\n"
+        "x = sample(TokenDenoiser(network, MaskedProcess(100)), (16, 128), solver=FirstHitting())"
     ),
 )  # fmt: skip
