@@ -138,6 +138,14 @@ def field(x, t):
     return -x
 
 
+MASKED = G.MaskedProcess(3)
+TOKENS = torch.tensor([[3, 1], [0, 3]])
+
+
+def says(x):
+    return torch.zeros(*x.shape, 3)
+
+
 def bowl(x, t):
     return -x.flatten(1).square().sum(1)
 
@@ -240,6 +248,21 @@ NEEDS = {
     ),
     "generate.wave_residual": lambda: dict(u_fn=lambda z, t: z.sin().sum(1), z=X, t=0.5),
     "generate.Prediction": lambda: dict(output=X, x=X, t=0.5, process=VP),
+    "generate.MaskedProcess": lambda: dict(vocab=3),
+    "generate.TokenDenoiser": lambda: dict(model=says, process=MASKED),
+    "generate.TokenPrediction": lambda: dict(logits=says(TOKENS), x=TOKENS, t=0.5, process=MASKED),
+    "generate.generate_masked": lambda: dict(model=lambda input_ids: says(input_ids), input_ids=TOKENS, mask_token_id=3),
+    "generate.generative_perplexity": lambda: dict(texts=TOKENS, lm=lambda x: torch.zeros(*x.shape, 4)),
+    "generate.sentence_entropy": lambda: dict(tokens=TOKENS),
+    "generate.discrete.categorical": lambda: dict(logits=X),
+    "generate.discrete.gumbel_bound": lambda: dict(dtype=torch.float32),
+    "generate.discrete.random_subsets": lambda: dict(counts=torch.tensor([1, 2]), length=3),
+    "generate.discrete.rounded_gumbel_law": lambda: dict(p=X),
+    "generate.discrete.spread": lambda: dict(batch=3),
+    "generate.discrete.stratified_counts": lambda: dict(batch=3, length=4),
+    "generate.discrete.token_log_probs": lambda: dict(logits=X, mask_id=2),
+    "generate.discrete.truncated_gumbel_law": lambda: dict(p=X),
+    "generate.discrete.uniform": lambda: dict(shape=(2, 3)),
     "generate.Query": lambda: dict(x=X, t=0.5),
     "generate.Separation": lambda: dict(snr=[0.5, 2.0], values=[0.3, 0.85]),
     "generate.Stage": lambda: dict(t=1.0, to=0.5, view="x0", base=1.0, value=0.5),

@@ -92,6 +92,13 @@ from polyak.generate.kinetic_optimal import (
     separation_function,
 )
 from polyak.generate.linear import LinearSolver, Memory, Stage
+from polyak.generate.masked_diffusion import (
+    FirstHitting,
+    MaskedAncestral,
+    generate_masked,
+    generative_perplexity,
+    sentence_entropy,
+)
 from polyak.generate.meta_flow import MetaFlowMatching, MetaVelocity, PopulationEncoder
 from polyak.generate.pfgmpp import PFGMPP, inject_noise, pfgmpp_loss, quantize_weights, stf_target
 from polyak.generate.potential_flows import (
@@ -110,6 +117,7 @@ from polyak.generate.process import (
     CosineVP,
     Discrete,
     Flow,
+    MaskedProcess,
     ProbabilityPath,
     Process,
     TrigFlow,
@@ -118,6 +126,7 @@ from polyak.generate.runge_kutta import RK4, Euler, Heun, RungeKutta
 from polyak.generate.sampling import SamplingInfo, invert, sample
 from polyak.generate.solver import Change, Query, Solver, Step, drive, resume
 from polyak.generate.steering import Steering, SteeringState
+from polyak.generate.tokens import TokenDenoiser, TokenPrediction
 from polyak.generate.training import denoising_loss, train_denoiser
 
 __all__ = [
@@ -150,6 +159,7 @@ __all__ = [
     "EnergyScore",
     "Euler",
     "Evaluator",
+    "FirstHitting",
     "Flow",
     "Forecast",
     "Gap",
@@ -164,6 +174,8 @@ __all__ = [
     "KarrasHeun",
     "KineticOptimal",
     "LinearSolver",
+    "MaskedAncestral",
+    "MaskedProcess",
     "Memory",
     "MetaFlowMatching",
     "MetaVelocity",
@@ -192,6 +204,8 @@ __all__ = [
     "Steering",
     "SteeringState",
     "Step",
+    "TokenDenoiser",
+    "TokenPrediction",
     "TrigFlow",
     "ab_coefficients",
     "antisymmetric_gauge",
@@ -212,6 +226,8 @@ __all__ = [
     "gauge_moments",
     "gauge_residual",
     "gaussian_separation",
+    "generate_masked",
+    "generative_perplexity",
     "heun_per_sample",
     "histogram_w2",
     "inject_noise",
@@ -235,6 +251,7 @@ __all__ = [
     "resume",
     "sample",
     "score_fp_residual",
+    "sentence_entropy",
     "separation_function",
     "stability_limit",
     "stability_region",

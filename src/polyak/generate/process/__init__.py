@@ -13,6 +13,7 @@ Karras et al., arXiv 2206.00364 (EDM, the rho grid); Lipman et al., arXiv 2210.0
 """
 
 from polyak.generate.process.base import RHO, Process
+from polyak.generate.process.masked import MaskedProcess
 from polyak.generate.process.path import (
     GRIDS,
     Generators,
@@ -37,6 +38,7 @@ __all__ = [
     "Discrete",
     "Flow",
     "Generators",
+    "MaskedProcess",
     "Moment",
     "Moments",
     "ProbabilityPath",
