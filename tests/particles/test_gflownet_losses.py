@@ -184,7 +184,7 @@ def test_the_flow_before_the_end_in_place_of_the_end_s_has_another_optimum():
     """What the official code of molecules does: the flow drops out of the last step, which the exact flows then do not satisfy."""
     gfn = GFlowNet(env(), exact_table(forward_looking=True), "fl_db", fixed_pb=True, parity="official-molecules")
     traj = sample(env(), gfn.policy, 100, 1.0, generator=generator())
-    assert gfn.loss(traj).item() > 0.1
+    assert gfn.loss(traj).item() > 1e-2
     log_pf, log_pb, _ = gfn.log_probs(traj)
     added = traj.actions[:, -1]
     last = log_pf[:, -1] - log_pb[:, -1] + ENERGIES[added]  # without a flow

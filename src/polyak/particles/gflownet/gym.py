@@ -177,12 +177,12 @@ class GymEnv:
         allowed = np.ones(self.n_actions, bool) if mask is None else np.array(mask, bool)
         allowed = allowed & (not done)
         node = self._known.setdefault(key, _Node(state.copy(), energy, allowed, done, path))
+        if self._backward is None and node.path != path:
+            raise ValueError(f"backward_mask must be given: actions {node.path} and {path} lead to one state")
         if abs(node.energy - energy) > 1e-4 * (1 + abs(energy)):
             raise ValueError(
                 f"rewards must add up to a function of the state, got {-node.energy:g} after {node.path}, {-energy:g} after {path}"
             )
-        if self._backward is None and node.path != path:
-            raise ValueError(f"backward_mask must be given: actions {node.path} and {path} lead to one state")
         return key
 
     def _mask_of(self, env: Any, info: Any) -> Any:
