@@ -13,6 +13,7 @@ from polyak.particles.gflownet.envs import ENV, Env
 from polyak.particles.gflownet.trajectories import POLICY
 
 
+@checks.arguments(states=checks.Tensor(least_ndim=1), probs=checks.Tensor(ndim=1))
 class TerminalLaw(NamedTuple):
     """Terminal states, each once, and their probabilities.
 

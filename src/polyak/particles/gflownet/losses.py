@@ -44,7 +44,7 @@ def db(
         log_reward: log R of the last state, [B]; not looked at where it is not terminal.
         log_z: in place of the source's log-flow, a scalar.
     """
-    flow = _flow(traj, log_flow, log_reward[:, None], log_z)
+    flow = _flow(traj, log_flow, log_reward[:, None], None if log_z is None else _scalar(log_z))
     return _mean(_residual(traj, log_pf, log_pb, flow), traj.valid)
 
 
@@ -69,7 +69,7 @@ def tb(
         raise ValueError("traj must have complete trajectories for tb, from the source to a terminal state")
     if log_z is None and log_flow is None:
         raise ValueError("log_z must be given where log_flow is None, got None")
-    start = torch.as_tensor(log_z if log_flow is None or log_z is not None else log_flow[:, 0])
+    start = _states(traj, "log_flow", log_flow)[:, 0] if log_z is None and log_flow is not None else _scalar(log_z)
     d = torch.where(traj.valid, _steps(traj, "log_pf", log_pf) - _steps(traj, "log_pb", log_pb), 0)
     return (start + d.sum(1) - _rows(traj, log_reward)).square().mean()
 
@@ -85,7 +85,7 @@ def subtb(
     lam to 0 it is :func:`db`, with lam to infinity the balance of whole trajectories. O(B T^2) numbers. Arguments are those of
     :func:`db`.
     """
-    flow = _flow(traj, log_flow, log_reward[:, None], log_z)
+    flow = _flow(traj, log_flow, log_reward[:, None], None if log_z is None else _scalar(log_z))
     return _pieces(traj, _steps(traj, "log_pf", log_pf) - _steps(traj, "log_pb", log_pb), flow, lam)
 
 
@@ -106,7 +106,7 @@ def fl_db(
             terminal state, "official-molecules" that of the state before, which drops out. What is learned is then not R(x) / Z.
     """
     if parity is None:
-        flow = _flow(traj, log_flow, log_flow.new_zeros(len(traj), 1), _tilted(log_z, energies))
+        flow = _flow(traj, log_flow, log_flow.new_zeros(len(traj), 1), _tilted(traj, log_z, energies))
     else:
         flow = _states(traj, "log_flow", log_flow)
     change = _states(traj, "energies", energies).diff(dim=1)
@@ -125,7 +125,7 @@ def fl_subtb(
 
     Arguments are those of :func:`fl_db`.
     """
-    flow = _flow(traj, log_flow, log_flow.new_zeros(len(traj), 1), _tilted(log_z, energies))
+    flow = _flow(traj, log_flow, log_flow.new_zeros(len(traj), 1), _tilted(traj, log_z, energies))
     d = _steps(traj, "log_pf", log_pf) - _steps(traj, "log_pb", log_pb)
     return _pieces(traj, d + _states(traj, "energies", energies).diff(dim=1), flow, lam)
 
@@ -151,9 +151,15 @@ def _of_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-def _tilted(log_z: Tensor | None, energies: Tensor) -> Tensor | None:
+def _scalar(log_z: Tensor | None) -> Tensor:
+    if log_z is None or log_z.numel() != 1:
+        raise ValueError(f"log_z must be one number, got {checks.shown(log_z)}")
+    return log_z.reshape(())
+
+
+def _tilted(traj: Trajectories, log_z: Tensor | None, energies: Tensor) -> Tensor | None:
     """The forward-looking log-flow of the source that goes with log Z."""
-    return None if log_z is None else log_z + energies[:, 0]
+    return None if log_z is None else _scalar(log_z) + _states(traj, "energies", energies)[:, 0]
 
 
 def _flow(traj: Trajectories, log_flow: Tensor, end: Tensor, start: Tensor | None) -> Tensor:
@@ -163,7 +169,7 @@ def _flow(traj: Trajectories, log_flow: Tensor, end: Tensor, start: Tensor | Non
     if start is not None:
         if not traj.from_source:
             raise ValueError("log_z must be left out where trajectories do not start at the source")
-        flow = torch.cat([torch.as_tensor(start).to(flow).expand(len(traj))[:, None], flow[:, 1:]], 1)
+        flow = torch.cat([start.to(flow).expand(len(traj))[:, None], flow[:, 1:]], 1)
     return torch.where(traj.terminal, end.to(flow.dtype), flow)
 
 
