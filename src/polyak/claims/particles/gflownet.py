@@ -207,7 +207,7 @@ CLAIM = Claim(
         Erratum(
             what="The forward-looking loss on sets takes the network's log-flow at the terminal state in place of 0.",
             where="ling-pan/FL-GFN, set/gflownet.py, learn_from_fl",
-            effect="Its minimum is not unique: any flows at the ends have a policy of loss zero. What is built depends on the start.",
+            effect="Its minimum is not unique: any flows at the ends have a policy of loss zero. The law depends on the start.",
             test="tests/particles/test_gflownet_losses.py::test_a_free_flow_at_the_end_leaves_the_law_open",
         ),
         Erratum(
