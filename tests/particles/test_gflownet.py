@@ -351,8 +351,10 @@ def test_what_does_not_go_together_is_refused():
         BitSequence([[0, 1, 1]], word=2)
     with pytest.raises(ValueError, match="modes"):
         BitSequence([[0, 2]])
+    edges_of_all = 6 + 6 * 5 + 15 * 4  # each set is gone through once, however it was reached
+    assert len(exact_terminal_law(env(), uniform(env()), limit=edges_of_all).probs) == 20
     with pytest.raises(ValueError, match="limit"):
-        exact_terminal_law(env(), uniform(env()), limit=10)
+        exact_terminal_law(env(), uniform(env()), limit=edges_of_all - 1)
     with pytest.raises(ValueError, match="policy must return no NaN"):
         exact_terminal_law(env(), lambda s: torch.full((len(s), A), math.nan))
     with pytest.raises(ValueError, match="policy return no NaN"):
