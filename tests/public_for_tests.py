@@ -111,6 +111,28 @@ def unet():
     return importlib.import_module("polyak.generate.networks").unet(4, width=8, levels=1, classes=2)
 
 
+def elements():
+    return importlib.import_module("polyak.particles").SetEnv([0.1, -0.2, 0.3], 2)
+
+
+def built(**more):
+    """Two trajectories of two steps each, with what a loss of GFlowNets is given beside them."""
+    traj = importlib.import_module("polyak.particles.gflownet").sample(elements(), lambda s: torch.zeros(s.shape), 2)
+    return dict(traj=traj, log_pf=torch.zeros(2, 2), log_pb=torch.zeros(2, 2), log_flow=torch.zeros(2, 3), **more)
+
+
+class Episodes:
+    """What gymnasium's environments have."""
+
+    action_space = types.SimpleNamespace(n=2)
+
+    def reset(self):
+        return [0.0, 0.0], {}
+
+    def step(self, action):
+        return [1.0, float(action)], 0.0, True, False, {}
+
+
 def saved():
     path = os.path.join(tempfile.mkdtemp(), "net.safetensors")
     importlib.import_module("polyak.generate.networks").save_denoiser(path, unet(), VP)
@@ -426,6 +448,23 @@ NEEDS = {
     "optim.monna.attacks.line_search": lambda: dict(objective=lambda z: -z),
     "optim.spam.spam_param_groups": lambda: dict(model=net(), density=0.5),
     "optim.spam.clip_spikes_": lambda: dict(grads=[X.clone()], exp_avg_sqs=[X.clone()]),
+    "particles.BitSequence": lambda: dict(modes=[[0, 1], [1, 1]]),
+    "particles.FlowNet": lambda: dict(env=elements()),
+    "particles.GFlowNet": lambda: dict(env=elements()),
+    "particles.GymEnv": lambda: dict(make=Episodes),
+    "particles.HyperGrid": lambda: dict(ndim=2, height=3),
+    "particles.IsingGrow": lambda: dict(size=2, coupling=0.3),
+    "particles.PrioritizedReplay": lambda: dict(capacity=4),
+    "particles.SetEnv": lambda: dict(energies=[0.1, -0.2, 0.3], k=2),
+    "particles.exact_terminal_law": lambda: dict(env=elements(), policy=lambda s: torch.zeros(s.shape)),
+    "particles.gflownet.TerminalLaw": lambda: dict(states=X, probs=X[0]),
+    "particles.gflownet.Trajectories": lambda: vars(built()["traj"]).copy(),
+    "particles.gflownet.concatenate": lambda: dict(several=[built()["traj"]]),
+    "particles.gflownet.from_torchgfn": lambda: dict(container=types.SimpleNamespace(
+        states=types.SimpleNamespace(tensor=torch.zeros(2, 1, 3)), actions=types.SimpleNamespace(tensor=torch.zeros(1, 1, 1)),
+        terminating_idx=torch.tensor([1]),
+    )),
+    "particles.gflownet.sample": lambda: dict(env=elements(), policy=lambda s: torch.zeros(s.shape), n=2),
     "teachers.CheckpointBank": lambda: dict(checkpoints=STATES),
     "teachers.CheckpointSaver": lambda: dict(folder="checkpoints", every=1),
     "teachers.LCSC": lambda: dict(checkpoints=STATES, objective=lambda weights: 1.0),
@@ -472,6 +511,8 @@ NEEDS |= {f"core.distances.{n}": lambda: dict(x=X, y=X) for n in (
     "wasserstein_1d", "sliced_wasserstein", "minus_distance", "cubic_kernel", "energy_distance", "mmd",
     "kernel_inception_distance", "frechet_distance",
 )}  # fmt: skip
+NEEDS |= {f"particles.gflownet.{n}": lambda: built(log_reward=torch.zeros(2)) for n in ("db", "tb", "subtb")}
+NEEDS |= {f"particles.gflownet.{n}": lambda: built(energies=torch.zeros(2, 3)) for n in ("fl_db", "fl_subtb")}
 NEEDS |= {f"core.distances.{n}": lambda: dict(y=X) for n in ("median_distance", "FrechetDistance")}
 NEEDS |= {f"core.elementwise.{n}": lambda: dict(x=X) for n in ("sqrt", "absolute", "sign", "exp", "tanh")}
 NEEDS |= {f"core.elementwise.{n}": lambda: dict(x=X, y=X) for n in ("minimum", "maximum")}
