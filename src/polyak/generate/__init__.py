@@ -110,9 +110,12 @@ from polyak.generate.process import (
     CosineVP,
     Discrete,
     Flow,
+    LinearVPPath,
+    PolynomialPath,
     ProbabilityPath,
     Process,
     TrigFlow,
+    convert,
 )
 from polyak.generate.runge_kutta import RK4, Euler, Heun, RungeKutta
 from polyak.generate.sampling import SamplingInfo, invert, sample
@@ -164,6 +167,7 @@ __all__ = [
     "KarrasHeun",
     "KineticOptimal",
     "LinearSolver",
+    "LinearVPPath",
     "Memory",
     "MetaFlowMatching",
     "MetaVelocity",
@@ -172,6 +176,7 @@ __all__ = [
     "NoisePosterior",
     "PairClassifier",
     "PerSample",
+    "PolynomialPath",
     "PopulationEncoder",
     "PotentialFlow",
     "PotentialNet",
@@ -201,6 +206,7 @@ __all__ = [
     "conditional_flow_matching_loss",
     "conservativity_penalty",
     "context_denoiser",
+    "convert",
     "denoising_loss",
     "divergence",
     "dpm_step",
