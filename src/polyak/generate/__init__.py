@@ -117,6 +117,7 @@ from polyak.generate.process import (
     TrigFlow,
     convert,
 )
+from polyak.generate.rbf import SVDD, BestOfN, CoDe, FlowSDE, RolloverBudget, SearchResult, SearchTrace, SoP
 from polyak.generate.runge_kutta import RK4, Euler, Heun, RungeKutta
 from polyak.generate.sampling import SamplingInfo, invert, sample
 from polyak.generate.solver import Change, Query, Solver, Step, drive, resume
@@ -133,10 +134,13 @@ __all__ = [
     "OU",
     "PFGMPP",
     "RK4",
+    "SVDD",
     "VE",
     "VP",
     "APGState",
+    "BestOfN",
     "Change",
+    "CoDe",
     "ContextDropout",
     "CosineVP",
     "DPMSolver",
@@ -154,6 +158,7 @@ __all__ = [
     "Euler",
     "Evaluator",
     "Flow",
+    "FlowSDE",
     "Forecast",
     "Gap",
     "GapBound",
@@ -189,9 +194,13 @@ __all__ = [
     "Projection",
     "Query",
     "ReverseDiffusion",
+    "RolloverBudget",
     "RungeKutta",
     "SamplingInfo",
+    "SearchResult",
+    "SearchTrace",
     "Separation",
+    "SoP",
     "Solver",
     "Stage",
     "Steering",
