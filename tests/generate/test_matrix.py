@@ -38,6 +38,7 @@ SOLVERS: dict[str, Solver] = {
 }
 STOCHASTIC: dict[str, Solver] = {
     "DDIM, eta=1": DDIM(eta=1.0),
+    "FlowSDE": generate.FlowSDE("sigma", 1.0),
     "SDE-DPMSolver++ 2M": DPMSolver(order=2, form="data", method="multistep", sde=True),
 }
 # The second coordinate has no spread, so that the guided difference (0, 0.8) is at right angles to the prediction: then every
