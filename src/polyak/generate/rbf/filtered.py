@@ -192,7 +192,7 @@ class SVDD(_Filtered):
         return self.chains, self.candidates or max(1, free // (self.steps * self.chains)), 1
 
 
-@checks.arguments(**kinds("block"))
+@checks.arguments(**kinds("reward nfe steps chains candidates finish generator solver block"))
 @dataclass(frozen=True, eq=False)
 class CoDe(SVDD):
     """SVDD that chooses after every ``block`` steps (Singh et al., arXiv 2502.00968).

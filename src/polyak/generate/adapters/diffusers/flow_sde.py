@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from polyak.core import checks
 from polyak.generate.adapters.diffusers.made import OfOneSolver
 from polyak.generate.adapters.diffusers.schedule import Request, Schedule, label
@@ -28,11 +31,16 @@ class FlowSDEScheduler(OfOneSolver):
         solver: one that is made already, whose options these change.
         options: as of :class:`PolyakScheduler`.
 
+    Attributes:
+        generator: of the noise of steps that are given none. Pipelines of FLUX and Stable Diffusion 3 give theirs to the first noise
+            alone; what is left out comes from torch's default one.
+
     Example:
         >>> pipe.scheduler = FlowSDEScheduler.from_config(pipe.scheduler.config, path="vp", grid="vp")
     """
 
     makes = FlowSDE
+    generator: torch.Generator | None = None
     own: ClassVar[tuple[str, ...]] = ("g", "norm", "grid", "path")
 
     @checks.arguments(**_KINDS)
@@ -51,6 +59,19 @@ class FlowSDEScheduler(OfOneSolver):
             options["origin"] = _FLOW
         known = {name: value for name, value in given.items() if value is not None}
         super().__init__(solver=self._made(solver, known), **options)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> Any:
+        """As of :class:`PolyakScheduler`; noise that no generator is given for comes from the scheduler's own."""
+        source = self.generator if generator is None else generator
+        return super().step(model_output, timestep, sample, source, return_dict, **others)
 
     def _scheduled(self, request: Request) -> Schedule:
         solver, plan = self._solver, self._plan
