@@ -387,3 +387,31 @@ def test_states_of_half_precision_are_kept_in_single() -> None:
 def test_bad_input(make: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["rollover", "svdd"])
+def test_no_decision_waits_for_the_device(kind: str) -> None:
+    """From the second reward to the last but one nothing synchronizes."""
+    device, asked = torch.device("cuda"), 0
+
+    def reward(x: torch.Tensor) -> torch.Tensor:
+        nonlocal asked
+        asked += 1
+        torch.cuda.set_sync_debug_mode("error" if 2 <= asked < last else "default")
+        return -(x - 0.3).square().sum(-1)
+
+    noise = torch.Generator(device).manual_seed(0)
+    search: Any = (
+        RolloverBudget(reward, 80, 4, 2, 5, generator=noise)
+        if kind == "rollover"
+        else SVDD(reward, 80, 4, generator=noise)
+    )
+    last = 35 if kind == "rollover" else 3
+    model = convert(velocity, Flow(), VP())
+    try:
+        found = search.sample(model, VP(), SHAPE, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert asked == (35 if kind == "rollover" else 3)
+    assert found.x.device.type == "cuda"

@@ -32,8 +32,8 @@ class FlowSDEScheduler(OfOneSolver):
         options: as of :class:`PolyakScheduler`.
 
     Attributes:
-        generator: of the noise of steps that are given none. Pipelines of FLUX and Stable Diffusion 3 give theirs to the first noise
-            alone; what is left out comes from torch's default one.
+        generator: of the noise of steps that are given none: pipelines of FLUX and Stable Diffusion 3 give theirs to the first
+            noise alone. Default: torch's own.
 
     Example:
         >>> pipe.scheduler = FlowSDEScheduler.from_config(pipe.scheduler.config, path="vp", grid="vp")
