@@ -11,7 +11,8 @@ import torch
 from polyak.claims._pictures.rbf import picture
 from polyak.claims.generate import _flows
 from polyak.claims.generate.rbf import CLAIM, SEARCHED
-from polyak.generate.problems import ExactDenoiser, Flow, Mixture
+from polyak.generate import Flow
+from polyak.generate.problems import ExactDenoiser, Mixture
 from polyak.lab.claim import Measurement, Trial
 
 TINY = {"nfe": 120, "steps": 4, "systems": 1}
@@ -55,7 +56,8 @@ def test_the_straight_flow_is_straight_and_ends_in_the_law() -> None:
     # Ranks of the noise are kept: a third of it goes to each mode.
     assert torch.all(torch.diff(q) > 0)
     third = math.sqrt(2) * torch.erfinv(torch.tensor(-1 / 3, dtype=torch.float64))
-    assert q[torch.searchsorted(z, third)].item() == pytest.approx(-0.75, abs=0.35)
+    at = int(torch.searchsorted(z, third))
+    assert q[at - 2] < -0.75 < q[at + 2]
     inside = ((noise - data).abs() > 0.75).double().mean()
     assert inside.item() == pytest.approx(2 / 3, abs=0.05)
 
