@@ -390,6 +390,7 @@ def test_bad_input(make: Any, says: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", ["rollover", "svdd"])
 def test_no_decision_waits_for_the_device(kind: str) -> None:
     """From the second reward to the last but one nothing synchronizes."""
