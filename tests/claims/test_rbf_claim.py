@@ -8,7 +8,6 @@ from functools import lru_cache
 import pytest
 import torch
 
-from polyak.claims._pictures.rbf import picture
 from polyak.claims.generate import _flows
 from polyak.claims.generate.rbf import CLAIM, SEARCHED
 from polyak.generate import Flow
@@ -76,7 +75,3 @@ def test_rewards() -> None:
     assert _flows.counting(-x).item() == -14
     assert _flows.corner(torch.tensor([1.5, -1.5] * 8)).item() == 0
     assert _flows.corner(torch.zeros(2, 16)).tolist() == pytest.approx([-6.0, -6.0])
-
-
-def test_the_picture_has_three_panels() -> None:
-    assert len(picture().axes) == 3

@@ -179,18 +179,15 @@ def test_half_precision_is_converted_in_single() -> None:
 
 def miss(solver: FlowSDE, process: Process, steps: int) -> float:
     """The largest relative error of the variance, or error of the mean, of Gaussian data along a run: linear, so known."""
-    grid = process.check_times(solver.times(process, steps=steps, grid="time"))
-    law = [(process.alpha(t) * MU, process.alpha(t) ** 2 * V + process.sigma(t) ** 2) for t in grid]
-    (mean, variance), worst = law[0], 0.0
-    for stage, (true_mean, true_variance) in zip(solver.table(grid, process), law[1:], strict=True):
-        alpha, sigma, d_alpha, d_sigma = (
-            f(stage.t) for f in (process.alpha, process.sigma, process.dalpha, process.dsigma)
-        )
-        slope = (alpha * d_alpha * V + sigma * d_sigma) / (alpha**2 * V + sigma**2)  # of the flow, in x
-        flow = d_alpha * MU + slope * (mean - alpha * MU)
-        mean = stage.base * mean + stage.value * flow
+    at = process.moments(process.check_times(solver.times(process, steps=steps, grid="time")))
+    alpha, sigma, d_alpha, d_sigma = at.alpha, at.sigma, at.dalpha, at.dsigma
+    true = [a**2 * V + s**2 for a, s in zip(alpha, sigma, strict=True)]
+    mean, variance, worst = alpha[0] * MU, true[0], 0.0
+    for i, stage in enumerate(solver.table(at, process)):
+        slope = (alpha[i] * d_alpha[i] * V + sigma[i] * d_sigma[i]) / true[i]  # of the flow, in x
+        mean = stage.base * mean + stage.value * (d_alpha[i] * MU + slope * (mean - alpha[i] * MU))
         variance = (stage.base + stage.value * slope) ** 2 * variance + stage.std**2
-        worst = max(worst, abs(mean - true_mean), abs(variance / true_variance - 1))
+        worst = max(worst, abs(mean - alpha[i + 1] * MU), abs(variance / true[i + 1] - 1))
     return worst
 
 
