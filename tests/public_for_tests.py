@@ -168,6 +168,10 @@ def says(x):
     return torch.zeros(*x.shape, 3)
 
 
+def brightness(samples):
+    return samples.flatten(2).mean(2)
+
+
 def bowl(x, t):
     return -x.flatten(1).square().sum(1)
 
@@ -390,6 +394,19 @@ NEEDS = {
     "generate.problems.kde": lambda: dict(points=X, bandwidth=0.1),
     "generate.problems.reference": lambda: dict(denoiser=denoiser(), x_T=X, nfe=30),
     "generate.problems.reference_path": lambda: dict(denoiser=denoiser(), x_T=X, times=[1.0, 0.5], nfe=30),
+    "generate.rewards.RewardContext": lambda: dict(systems=range(2)),
+    "generate.rewards.Scorer": lambda: dict(reward=lambda samples: samples.flatten(2).mean(2)),
+    "generate.BestOfN": lambda: dict(reward=brightness),
+    "generate.CoDe": lambda: dict(reward=brightness),
+    "generate.RolloverBudget": lambda: dict(reward=brightness),
+    "generate.SVDD": lambda: dict(reward=brightness),
+    "generate.SearchResult": lambda: dict(
+        x=X, reward=X[0], nfe=4, trace=G.SearchTrace(nfe=[4], best=X[:, None], step=X[:, None])
+    ),
+    "generate.SearchTrace": lambda: dict(nfe=[4], best=X[:, None], step=X[:, None]),
+    "generate.SoP": lambda: dict(reward=brightness),
+    "generate.convert": lambda: dict(model=field, source=G.Flow(), target=VP),
+    "generate.process.Interpolant": lambda: dict(alpha=lambda t: 1 - t, sigma=lambda t: t),
     "generate.process.Moments": lambda: dict(path=VP, times=[1.0, 0.5]),
     "generate.process.check_batch": lambda: dict(t=0.5, x=X),
     "generate.process.expand": lambda: dict(coefficient=0.5, x=X),

@@ -15,6 +15,7 @@ try:
 except ImportError as error:
     raise ImportError("polyak.generate.adapters.diffusers needs diffusers: pip install 'polyak[diffusers]'") from error
 
+from polyak.generate.adapters.diffusers.flow_sde import FlowSDEScheduler
 from polyak.generate.adapters.diffusers.ghvb import GHVBScheduler, HeavyBallScheduler
 from polyak.generate.adapters.diffusers.guiding import APGGuider, Guided, guide
 from polyak.generate.adapters.diffusers.precision import PrecisionGuider
@@ -22,6 +23,7 @@ from polyak.generate.adapters.diffusers.scheduler import PolyakScheduler, Polyak
 
 __all__ = [
     "APGGuider",
+    "FlowSDEScheduler",
     "GHVBScheduler",
     "Guided",
     "HeavyBallScheduler",
