@@ -92,6 +92,7 @@ from polyak.generate.kinetic_optimal import (
     separation_function,
 )
 from polyak.generate.linear import LinearSolver, Memory, Stage
+from polyak.generate.marginalization import MarginalizationModel, MLPDual, PersistentChain, TransformerDual
 from polyak.generate.masked_diffusion import (
     FirstHitting,
     MaskedAncestral,
@@ -174,6 +175,8 @@ __all__ = [
     "KarrasHeun",
     "KineticOptimal",
     "LinearSolver",
+    "MLPDual",
+    "MarginalizationModel",
     "MaskedAncestral",
     "MaskedProcess",
     "Memory",
@@ -184,6 +187,7 @@ __all__ = [
     "NoisePosterior",
     "PairClassifier",
     "PerSample",
+    "PersistentChain",
     "PopulationEncoder",
     "PotentialFlow",
     "PotentialNet",
@@ -206,6 +210,7 @@ __all__ = [
     "Step",
     "TokenDenoiser",
     "TokenPrediction",
+    "TransformerDual",
     "TrigFlow",
     "ab_coefficients",
     "antisymmetric_gauge",
