@@ -47,6 +47,8 @@ def _tied(
     model: MarginalizationModel, x: Tensor, log_z: float | Tensor, generator: torch.Generator | None, *more: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The loss of consistency, and f of more configurations, in one call of the network."""
+    if isinstance(log_z, Tensor) and log_z.dtype == torch.bool:
+        raise ValueError("log_z must be a number, got a tensor of bool")
     rows, length = x.shape
     rank = random_ranks(rows, length, x.device, generator)
     step = torch.randint(length, (rows, 1), device=x.device, generator=generator)
@@ -110,12 +112,14 @@ def energy_loss(
     log_z = model.length * math.log(model.num_values) if log_z is None else log_z
     tied, f = _tied(model, x, log_z, generator, x)
     with torch.no_grad():
-        r = f.detach() - _densities(log_f, x).to(f)
+        wanted = _densities(log_f, x).to(f)
+        r = f.detach() - wanted
         r = r - r.mean()
         size = r.square().sum().div(max(len(x) - 1, 1)).sqrt()
         eps = torch.finfo(f.dtype).eps
         # Where all are equal, what is left of r is rounding, which is not to be blown up.
-        r = torch.where(size <= 8 * eps * f.detach().abs().max(), 0, r / (size + eps))
+        rounding = 8 * eps * torch.maximum(f.detach().abs(), wanted.abs()).max()
+        r = torch.where(size <= rounding, 0, r / (size + eps))
     return alpha * tied + (r * f).mean()
 
 
