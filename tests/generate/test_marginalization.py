@@ -458,10 +458,10 @@ def test_a_network_of_one_body_is_called_once(name):
 def test_an_energy_is_learned_and_its_marginals_with_it():
     """The Ising model of 2 x 2: samples are of its law, and subsets have its marginals."""
     law, generator = Ising(2, 0.3, 0.2), seeded(1)
-    one, chain = mlp(torch.float32, 1, 4, 2), PersistentChain(64, 4, 2, generator=generator)
-    optimizer = torch.optim.Adam(one.parameters(), 2e-2)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 300)
-    for _ in range(300):
+    one, chain = mlp(torch.float32, 1, 4, 2), PersistentChain(128, 4, 2, generator=generator)
+    optimizer = torch.optim.Adam(one.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, 350)
+    for _ in range(350):
         chain.refresh(one, 2, generator=generator)
         loss = energy_loss(one, lambda x: law.log_density(2 * x - 3).float(), chain, 0.5, generator=generator)
         optimizer.zero_grad()
