@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from polyak.lab.pictures import INK, MUTED, SERIES, described, name, panels
 
-STAGES, SIDE, SHOWN = (0, 30, 160), 3, 85
+STAGES, SIDE, SHOWN = (0, 30, 160), 3, 64
 
 
 def picture():
@@ -46,7 +46,7 @@ def picture():
         one.plot([-10, 0], [-10, 0], color=INK, linewidth=0.8, alpha=0.6)
         for few, color in ((True, SERIES[0]), (False, SERIES[1])):
             which = (size <= 4) == few
-            one.plot(exact[which], said[which], linestyle="", marker="o", markersize=3, color=color, alpha=0.7)
+            one.plot(exact[which], said[which], linestyle="", marker="o", markersize=3.5, color=color, alpha=0.7)
         one.set_xlabel("exact log p")
         one.set(xlim=(-9.5, 1.0), ylim=(-9.5, 1.0), xticks=(-8, -4, 0), yticks=(-8, -4, 0))
     axes[0].set_ylabel("log p in one call")
