@@ -143,6 +143,16 @@ def pipeline():
     return types.SimpleNamespace(scheduler=None, unet=net())
 
 
+def dual():
+    return G.MarginalizationModel(G.MLPDual(2, 3, 4, 1), 2, 3)
+
+
+def masked_lm():
+    model = nn.Linear(2, 2)
+    model.config = types.SimpleNamespace(vocab_size=5, hidden_size=2)
+    return model
+
+
 def pairs(count=2):
     return dict.fromkeys(("logp_w", "logp_l", "ref_w", "ref_l"), torch.full((count,), -1.0))
 
@@ -251,6 +261,16 @@ NEEDS = {
     "generate.KineticOptimal": lambda: dict(separation=SEPARATION),
     "generate.GaussianMixtureInterpolant": lambda: dict(rho0=LAW, rho1=LAW),
     "generate.Memory": lambda: dict(steps=0),
+    "generate.MLPDual": lambda: dict(num_values=2, length=3, hidden=4),
+    "generate.MarginalizationModel": lambda: dict(net=net(), num_values=2, length=3),
+    "generate.PersistentChain": lambda: dict(batch=2, length=3, num_values=2),
+    "generate.TransformerDual": lambda: dict(num_values=2, length=3, dim=4, heads=2, layers=1, feedforward=4),
+    "generate.marginalization.consistency_loss": lambda: dict(model=dual(), x=torch.ones(2, 3).long()),
+    "generate.marginalization.data_loss": lambda: dict(model=dual(), x=torch.ones(2, 3).long()),
+    "generate.marginalization.energy_loss": lambda: dict(
+        model=dual(), log_f=lambda x: x.sum(1).float(), chain=G.PersistentChain(2, 3, 2)
+    ),
+    "generate.adapters.transformers.MaskedLMDual": lambda: dict(model=masked_lm(), length=3, mask=0),
     "generate.MetaFlowMatching": lambda: dict(encoder=net(), velocity=net()),
     "generate.MetaVelocity": lambda: dict(dim=2, embed=3),
     "generate.PopulationEncoder": lambda: dict(dim=2),

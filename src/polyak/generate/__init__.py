@@ -92,6 +92,7 @@ from polyak.generate.kinetic_optimal import (
     separation_function,
 )
 from polyak.generate.linear import LinearSolver, Memory, Stage
+from polyak.generate.marginalization import MarginalizationModel, MLPDual, PersistentChain, TransformerDual
 from polyak.generate.masked_diffusion import (
     FirstHitting,
     MaskedAncestral,
@@ -183,6 +184,8 @@ __all__ = [
     "KineticOptimal",
     "LinearSolver",
     "LinearVPPath",
+    "MLPDual",
+    "MarginalizationModel",
     "MaskedAncestral",
     "MaskedProcess",
     "Memory",
@@ -193,6 +196,7 @@ __all__ = [
     "NoisePosterior",
     "PairClassifier",
     "PerSample",
+    "PersistentChain",
     "PolynomialPath",
     "PopulationEncoder",
     "PotentialFlow",
@@ -220,6 +224,7 @@ __all__ = [
     "Step",
     "TokenDenoiser",
     "TokenPrediction",
+    "TransformerDual",
     "TrigFlow",
     "ab_coefficients",
     "antisymmetric_gauge",
