@@ -13,9 +13,9 @@ Karras et al., arXiv 2206.00364 (EDM, the rho grid); Lipman et al., arXiv 2210.0
 """
 
 from polyak.generate.process.base import RHO, Process
-from polyak.generate.process.masked import MaskedProcess
 from polyak.generate.process.conversion import convert
 from polyak.generate.process.interpolant import Interpolant, LinearVPPath, PolynomialPath
+from polyak.generate.process.masked import MaskedProcess
 from polyak.generate.process.path import (
     GRIDS,
     Generators,
@@ -44,10 +44,10 @@ __all__ = [
     "Discrete",
     "Flow",
     "Generators",
-    "MaskedProcess",
     "Interpolant",
     "LinearPath",
     "LinearVPPath",
+    "MaskedProcess",
     "Moment",
     "Moments",
     "PolynomialPath",
