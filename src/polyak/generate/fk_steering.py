@@ -343,8 +343,8 @@ class FKSteering:
         if self.potential in ("max", "sum"):
             seen = torch.maximum(seen, reward) if self.potential == "max" else seen + reward
         total = self._total(state, reward, seen, last)
-        # A reward that is not finite has no weight, and what it was before stays.
-        alive = total.isfinite()
+        # A particle whose reward is not finite has no weight, and what it had before stays.
+        alive = total.isfinite() & reward.isfinite()
         increment = torch.where(alive, total - state.total, -torch.inf)
         dead = (state.logw + increment == -torch.inf).all(1, keepdim=True)
         keep = alive & ~dead
