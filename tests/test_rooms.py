@@ -15,7 +15,9 @@ HEAVY = (
     "typer", "rich", "optuna", "matplotlib", "sklearn", "scipy", "jinja2",
     "diffusers", "transformers", "peft", "trl", "accelerate", "safetensors", "cmaes",
 )  # fmt: skip
-ROOMS = ("polyak.optim", "polyak.optim.apo", "polyak.teachers", "polyak.generate", "polyak.generate.problems")
+ROOMS = (
+    "polyak.optim", "polyak.optim.apo", "polyak.teachers", "polyak.particles", "polyak.generate", "polyak.generate.problems",
+)  # fmt: skip
 CODE = f"""
 import importlib, json, sys
 found = {{}}

@@ -1,0 +1,7 @@
+"""Particles: many weighted copies of a state at once, such as sequential Monte Carlo, smoothing and flow networks.
+
+Weights, effective sample size and resampling are in ``polyak.core.particles``; models whose laws are known exactly in
+``polyak.core.exact``.
+"""
+
+__all__: list[str] = []
