@@ -298,7 +298,7 @@ def test_rewards_of_draws(inside: bool) -> None:
     draws = torch.randn(m, 6, 2, dtype=torch.float64, generator=rng())
 
     class Drawing:
-        def sample_x0(self, n: int, *, generator: Any = None) -> Tensor:
+        def draw(self, n: int, *, generator: Any = None) -> Tensor:
             assert n == m
             return draws
 
@@ -308,7 +308,7 @@ def test_rewards_of_draws(inside: bool) -> None:
     )  # fmt: skip
     r = draws[..., 0].T.reshape(2, 3, m)
     want = (lam * r).exp().mean(2).log() if inside else lam * r.exp().mean(2).log()
-    for how in ({"pred": Drawing()}, {"x0_sampler": Drawing().sample_x0}):
+    for how in ({"pred": Drawing()}, {"x0_sampler": Drawing().draw}):
         x, state = steering.step(steering.init(2, 3, steps=3), draws[0], step=0, **how)
         assert torch.allclose(state.logw, want, rtol=1e-12)
         # The last reward is of what was generated.

@@ -233,7 +233,7 @@ class FKSteering:
         Args:
             state, x_next, pred, x0_hat, step, t, t_next, last, log_ratio, generator: as for :class:`polyak.generate.Steering`.
             x0_sampler: ``(n, generator=...) -> (n, batch * k, ...)``, draws of x_0 given x_t, for ``intermediate="samples"``; left
-                out, the prediction's ``sample_x0``.
+                out, the prediction's ``draw`` (as of tokens).
 
         Raises:
             ValueError: a step that is not after the last one; no x0_hat, or no draws, where the reward is of these.
@@ -318,11 +318,9 @@ class FKSteering:
             if x0_hat is None:
                 raise ValueError('intermediate="x0" needs x0_hat, and this prediction has no x0')
             return self.scorer(x0_hat, k, step=step, t=t)
-        sampler = sampler or getattr(pred, "sample_x0", None)
+        sampler = sampler or getattr(pred, "draw", None)
         if sampler is None:
-            raise ValueError(
-                'intermediate="samples" needs x0_sampler, or a prediction that can draw: sample_x0(n, generator=...)'
-            )
+            raise ValueError('intermediate="samples" needs x0_sampler, or a prediction with draw(n, generator=...)')
         m = self.num_x0_samples
         draws = sampler(m, generator=generator)
         if draws.shape[:2] != (m, batch * k):
