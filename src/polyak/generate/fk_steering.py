@@ -215,7 +215,7 @@ class FKSteering:
 
     def step(
         self,
-        state: FKState,
+        state: Any,
         x_next: Tensor,
         *,
         pred: Any = None,
@@ -225,13 +225,19 @@ class FKSteering:
         t: float = 0.0,
         t_next: float = 0.0,
         last: bool = False,
+        mean: Tensor | None = None,
+        std: float | None = None,
         log_ratio: Tensor | None = None,
+        cond: Any = None,
+        uncond: Any = None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, FKState]:
         """Weigh and resample after a step.
 
         Args:
-            state, x_next, pred, x0_hat, step, t, t_next, last, log_ratio, generator: as for :class:`polyak.generate.Steering`.
+            state: an :class:`FKState`.
+            x_next, pred, x0_hat, step, t, t_next, last, log_ratio, generator: as for :class:`polyak.generate.Steering`.
+            mean, std, cond, uncond: not looked at.
             x0_sampler: ``(n, generator=...) -> (n, batch * k, ...)``, draws of x_0 given x_t, for ``intermediate="samples"``; left
                 out, the prediction's ``draw`` (as of tokens).
 
@@ -265,7 +271,7 @@ class FKSteering:
         rows = rows_of(ancestors)
         return x_next.index_select(0, rows), replace(state.gathered(ancestors), ancestors=rows)
 
-    def select(self, state: FKState, x: Tensor) -> Tensor:
+    def select(self, state: Any, x: Tensor) -> Tensor:
         """The best of each system by its reward, or all; warns of rewards that were NaN and of weights that collapsed."""
         warn_of_nan(state.nan, "the weight of these particles is 0")
         if found := int(state.collapsed):
