@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from polyak.core.particles import _schemes
-from polyak.core.particles._values import looks
+from polyak.core.particles._kernel import SCHEMES as KERNELS
+from polyak.core.particles._kernel import stepped
+from polyak.core.particles._schemes import uniforms, unnormalized
+from polyak.core.particles._values import effective, looks
 
 
 class Scheme(NamedTuple):
@@ -32,13 +35,51 @@ def drawn(
     logw: Tensor, n: int, scheme: str, generator: torch.Generator | None, u: Tensor | None, check: bool | None
 ) -> Tensor:
     """Ancestors from log-weights that have been looked at."""
-    how, size = REGISTRY[scheme], logw.shape[-1]
+    u = _uniforms(logw, n, scheme, generator, u, check)
+    made = stepped(logw, n, scheme, u)
+    return REGISTRY[scheme].draw(unnormalized(logw), n, u, generator) if made is None else made.ancestors
+
+
+def adapted(
+    logw: Tensor,
+    threshold: float,
+    scheme: str,
+    generator: torch.Generator | None,
+    u: Tensor | None,
+    check: bool | None,
+    x: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Resample the systems whose effective sample size is below ``threshold * N``; threshold in (0, 1].
+
+    Returns:
+        The ancestors, x if it was moved, too, the new log-weights, and which systems were resampled.
+    """
+    size = logw.shape[-1]
+    u = _uniforms(logw, size, scheme, generator, u, check)
+    made = stepped(logw, size, scheme, u, threshold=threshold, x=x)
+    if made is not None and made.logw is not None and made.did is not None:
+        return made.ancestors, made.x, made.logw, made.did
+    ancestors = REGISTRY[scheme].draw(unnormalized(logw), size, u, generator)
+    if threshold == 1:
+        return ancestors, None, torch.zeros_like(logw), torch.ones_like(logw[..., 0], dtype=torch.bool)
+    did = effective(logw) < threshold * size
+    each = did.unsqueeze(-1)
+    ancestors = torch.where(each, ancestors, torch.arange(size, device=logw.device))
+    return ancestors, None, torch.where(each, 0.0, logw), did
+
+
+def _uniforms(
+    logw: Tensor, n: int, scheme: str, generator: torch.Generator | None, u: Tensor | None, check: bool | None
+) -> Tensor | None:
+    """The uniforms that are given, or those of a scheme for which a kernel may draw; None: the scheme draws them itself."""
+    size = logw.shape[-1]
     if scheme == "killing" and n != size:
         raise ValueError(f"n must be the number of particles, {size}, for scheme='killing', got {n}")
-    if u is not None:
-        u = _given(u, (*logw.shape[:-1], *how.uniforms(size, n)), logw, check)
+    shape = (*logw.shape[:-1], *REGISTRY[scheme].uniforms(size, n))
     same_device(generator, logw)
-    return how.draw(_schemes.unnormalized(logw), n, u, generator)
+    if u is not None:
+        return _given(u, shape, logw, check)
+    return uniforms(shape, logw, generator) if scheme in KERNELS else None
 
 
 def _given(u: Tensor, shape: tuple[int, ...], logw: Tensor, check: bool | None) -> Tensor:
