@@ -188,8 +188,9 @@ CLAIM = Claim(
         ),
     ),
     usage=(
-        "from polyak.generate import DDIM, FKSteering, sample\n"
-        "steering = FKSteering(reward, lam=10.0, num_particles=4)  # reward(samples) -> one number for each\n"
-        "x = sample(denoiser, (8, 3, 32, 32), solver=DDIM(eta=1.0), steps=100, steering=steering)"
+        "from polyak.generate import DDIM, VP, Denoiser, FKSteering, sample\n"
+        "denoiser = Denoiser(network, VP())  # network(x, t) predicts the noise\n"
+        "steering = FKSteering(lambda x: x.flatten(2).mean(2), lam=10.0, num_particles=4)  # your reward\n"
+        "x = sample(denoiser, (2, 3, 8, 8), solver=DDIM(eta=1.0), steps=20, steering=steering)"
     ),
 )  # fmt: skip
