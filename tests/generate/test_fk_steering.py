@@ -555,6 +555,7 @@ def test_a_system_without_rewards_stays_as_it_is(potential: Any, bad: float, at:
         ({"schedule": {"start": 0.9, "stop": 0.8, "every": 0.1}}, "schedule must start before it stops"),
         ({"parity": "official", "r_min": "first"}, 'parity="official" needs a number as r_min'),
         ({"parity": "official", "potential": lambda r, state: r}, "needs .* a potential by its name"),
+        ({"parity": "official", "correct_proposal": True}, "needs .* no correct_proposal"),
     ],
 )
 def test_arguments_that_are_refused(options: dict[str, Any], words: str) -> None:

@@ -175,8 +175,10 @@ class FKSteering:
         self.intermediate, self.num_x0_samples, self.lam_inside = intermediate, num_x0_samples, lam_inside
         self.r_min, self.pick, self.correct_proposal = r_min, pick, correct_proposal
         self.generator, self.parity = generator, parity
-        if parity is not None and (r_min == "first" or callable(potential)):
-            raise ValueError('parity="official" needs a number as r_min, and a potential by its name')
+        if parity is not None and (r_min == "first" or callable(potential) or correct_proposal):
+            raise ValueError(
+                'parity="official" needs a number as r_min, a potential by its name, and no correct_proposal'
+            )
 
     @property
     def particles(self) -> int:

@@ -36,11 +36,9 @@ def tilt(seed: int, options: Any) -> dict[str, float]:
     )
     denoiser = ExactDenoiser(law, VP())
 
-    def run(k: int, systems: int, lam: float = lam) -> tuple[Tensor, Any]:
-        steering = FKSteering(
-            lambda samples: samples[..., 0], lam=lam, potential=options["potential"], num_particles=k,
-            ess_threshold=options["ess_threshold"], parity=options["parity"], pick="all",
-        )  # fmt: skip
+    def run(k: int, systems: int, **changes: Any) -> tuple[Tensor, Any]:
+        given = {"lam": lam, **{name: options[name] for name in ("potential", "ess_threshold", "parity")}, **changes}
+        steering = FKSteering(lambda samples: samples[..., 0], num_particles=k, pick="all", **given)
         x, info = sample(denoiser, (systems, 1), steering=steering, return_info=True, **how)
         return x.view(systems, k), info.steering
 
@@ -48,18 +46,18 @@ def tilt(seed: int, options: Any) -> dict[str, float]:
         return (state.logw.softmax(1) * (x > 0)).sum(1) - tilted.weights[1]
 
     few, many = run(16, options["systems"]), run(256, options["systems"] // 5)
-    state = few[1]
+    state, kept = few[1], run(8, 20, ess_threshold=0.0)[1]  # nothing is resampled: weights are all that there is
     found = {
         "bias": abs(errors(*many).mean().item()),
         "shrinks": (errors(*few).square().mean() / errors(*many).square().mean()).sqrt().item(),
-        "product": (state.total - lam * state.reward).abs().max().item(),
+        "product": (kept.logw - lam * kept.reward).abs().max().item(),
     }
     if options["parity"] is None:  # the published code estimates no evidence
         found["evidence"] = abs((state.log_z - log_mass).exp().mean().item() - 1)
     how["generator"] = rng(seed + 1)
     free = sample(denoiser, (160, 1), **how)
     how["generator"] = rng(seed + 1)
-    return found | {"unsteered": (run(8, 20, 0.0)[0].flatten() - free[:, 0]).abs().max().item()}
+    return found | {"unsteered": (run(8, 20, lam=0.0)[0].flatten() - free[:, 0]).abs().max().item()}
 
 
 # --- a rare component

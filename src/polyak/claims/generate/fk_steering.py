@@ -77,7 +77,7 @@ ARMS = (
 )  # fmt: skip
 
 METRICS = (
-    Metric("product", "Largest error of the product of a path's potentials, in nats", exact=True),
+    Metric("product", "Largest error of the product of a path's weights, in nats", exact=True),
     Metric("unsteered", "Largest distance from the unsteered samples, lam = 0", exact=True),
     Metric("bias", "Error of a component's weight, mean over systems of 256"),
     Metric("shrinks", "RMS error of 16 particles over that of 256", better="higher"),
@@ -95,8 +95,8 @@ ASKED = Ask(METRICS, kind="effect", task="digits", metric="accuracy", arm="steer
 CRITERIA = (
     *PROVED.table(
         "at_most", "name arm says",
-        ("product", "adaptive", "The potentials of a path multiply to exp(lam r(x_0)), with diff"),
-        ("product_max", "max", "and with max"),
+        ("product", "adaptive", "The weights of a path multiply to exp(lam r(x_0)), with diff"),
+        ("product_max", "max", "The weights of a path multiply to exp(lam r(x_0)), with max"),
         metric="product", bound=1e-9, rule="every", control="dropped",
     ),
     PROVED.at_most(
@@ -105,9 +105,9 @@ CRITERIA = (
     ),
     *PROVED.table(
         "at_most", "name arm says",
-        ("bias_adaptive", "adaptive", "Weights of components are those of the exact tilt, to 0.02, where weights are carried"),
-        ("bias_always", "always", "where particles are always resampled"),
-        ("bias_max", "max", "and with max"),
+        ("bias_adaptive", "adaptive", "Components weigh what the exact tilt says, to 0.02, where weights are carried"),
+        ("bias_always", "always", "Components weigh what the exact tilt says, to 0.02, where particles are always resampled"),
+        ("bias_max", "max", "Components weigh what the exact tilt says, to 0.02, with max"),
         metric="bias", bound=0.02, control="dropped",
     ),
     PROVED.at_least(
@@ -116,20 +116,23 @@ CRITERIA = (
     ),
     PROVED.at_most("evidence", 0.1, "The evidence is unbiased, to 0.1", metric="evidence", arm="adaptive"),
     RARE.at_least("rare_fk8", 0.3, "Eight particles find the rare component in 30 % of systems", arm="fk8", control="bon8"),
-    RARE.beats("rare_over_bon8", "more often than the best of eight samples", arm="fk8", minus="bon8"),
-    RARE.beats("rare_over_bon4", "Four do so more often than the best of four", arm="fk4", minus="bon4"),
+    RARE.beats("rare_over_bon8", "Eight particles find it more often than the best of eight samples", arm="fk8", minus="bon8"),
+    RARE.beats("rare_over_bon4", "Four particles find it more often than the best of four", arm="fk4", minus="bon4"),
     RARE.at_least(
-        "rare_max", 0.1, "With max they find it in 10 %; not as in the official code, since rewards are below 0",
+        "rare_max", 0.1, "With max eight particles find it in 10 %; not as in the official code, since rewards are below 0",
         arm="max8", control="max8_official",
     ),
     ASKED.beats("digits_over_best4", "More digits are what was asked for than of the best of 4", minus="best4", control="weighed4"),
-    ASKED.beats("digits_over_one", "and than of one sample", minus="one"),
-    ASKED.at_least("digits_spread", 0.9, "Digits are as varied as the best of 4, to a tenth", metric="spread", over="best4"),
+    ASKED.beats("digits_over_one", "More digits are what was asked for than of one sample", minus="one"),
+    ASKED.at_least("digits_spread", 0.9, "Steered digits vary as the best of 4 do, to a tenth", metric="spread", over="best4"),
     ASKED.at_least(
         "prompted_over_large", 0.0, "A small model, steered, makes at least as many of what it is told as one three times as large",
         task="prompted", minus="large", control="one",
     ),
-    ASKED.beats("prompted_over_best4", "and more than the best of 4 of its own", task="prompted", minus="best4", gating=False),
+    ASKED.beats(
+        "prompted_over_best4", "It makes more of what it is told than the best of 4 of its own", task="prompted", minus="best4",
+        gating=False,
+    ),
 )  # fmt: skip
 
 _CODE = "zacharyhorvitz/Fk-Diffusion-Steering, fkd_class.py, FKD.resample"
