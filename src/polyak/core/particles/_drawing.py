@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from polyak.core.particles import _schemes
-from polyak.core.particles._kernel import SCHEMES as KERNELS
-from polyak.core.particles._kernel import stepped
+from polyak.core.particles import _kernel, _native, _schemes
+from polyak.core.particles._gpu import Stepped
 from polyak.core.particles._schemes import uniforms, unnormalized
 from polyak.core.particles._values import effective, looks
+
+FUSED = ("systematic", "stratified")
 
 
 class Scheme(NamedTuple):
@@ -36,7 +37,11 @@ def drawn(
 ) -> Tensor:
     """Ancestors from log-weights that have been looked at."""
     u = _uniforms(logw, n, scheme, generator, u, check)
-    made = stepped(logw, n, scheme, u)
+    if scheme == "multinomial" and u is None and logw.device.type == "cpu":
+        u = _schemes.points((*logw.shape[:-1], n), logw, generator)
+        made = _native.stepped(logw, n, scheme, u)
+    else:
+        made = _fast(logw, n, scheme, u)
     return REGISTRY[scheme].draw(unnormalized(logw), n, u, generator) if made is None else made.ancestors
 
 
@@ -56,7 +61,7 @@ def adapted(
     """
     size = logw.shape[-1]
     u = _uniforms(logw, size, scheme, generator, u, check)
-    made = stepped(logw, size, scheme, u, threshold=threshold, x=x)
+    made = _fast(logw, size, scheme, u, threshold=threshold, x=x)
     if made is not None and made.logw is not None and made.did is not None:
         return made.ancestors, made.x, made.logw, made.did
     ancestors = REGISTRY[scheme].draw(unnormalized(logw), size, u, generator)
@@ -68,18 +73,25 @@ def adapted(
     return ancestors, None, torch.where(each, 0.0, logw), did
 
 
+def _fast(logw: Tensor, n: int, scheme: str, u: Tensor | None, **how: Any) -> Stepped | None:
+    """The step in one launch, or one call of C, where there is one."""
+    if u is None or scheme not in FUSED:
+        return None
+    return (_native if logw.device.type == "cpu" else _kernel).stepped(logw, n, scheme, u, **how)
+
+
 def _uniforms(
     logw: Tensor, n: int, scheme: str, generator: torch.Generator | None, u: Tensor | None, check: bool | None
 ) -> Tensor | None:
     """The uniforms that are given, or those of a scheme for which a kernel may draw; None: the scheme draws them itself."""
     size = logw.shape[-1]
+    shape = (*logw.shape[:-1], *REGISTRY[scheme].uniforms(size, n))
     if scheme == "killing" and n != size:
         raise ValueError(f"n must be the number of particles, {size}, for scheme='killing', got {n}")
-    shape = (*logw.shape[:-1], *REGISTRY[scheme].uniforms(size, n))
     same_device(generator, logw)
     if u is not None:
         return _given(u, shape, logw, check)
-    return uniforms(shape, logw, generator) if scheme in KERNELS else None
+    return uniforms(shape, logw, generator) if scheme in FUSED else None
 
 
 def _given(u: Tensor, shape: tuple[int, ...], logw: Tensor, check: bool | None) -> Tensor:
@@ -88,8 +100,10 @@ def _given(u: Tensor, shape: tuple[int, ...], logw: Tensor, check: bool | None) 
             f"u must have shape {shape} on {logw.device} for this scheme, got {tuple(u.shape)} on {u.device}"
         )
     u = u.detach().to(logw.dtype)
-    if looks(u, check) and not bool(((u >= 0) & (u < 1)).all()):
-        raise ValueError("u must be in [0, 1)")
+    if u.numel() and looks(u, check):
+        least, most = (v.item() for v in u.aminmax())
+        if not (least >= 0 and most < 1):
+            raise ValueError(f"u must be in [0, 1), got {least if not least >= 0 else most:g}")
     return u
 
 
