@@ -25,8 +25,8 @@ from polyak.generate.adapters.diffusers.steering import FKCallback, fk_callback
 
 __all__ = [
     "APGGuider",
-    "FlowSDEScheduler",
     "FKCallback",
+    "FlowSDEScheduler",
     "GHVBScheduler",
     "Guided",
     "HeavyBallScheduler",
