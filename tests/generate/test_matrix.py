@@ -61,6 +61,8 @@ STEERINGS: dict[str, Any] = {
 
 # Paths between two laws, forward in a time of their own: sample() refuses them, and tests of their own solve them.
 BRIDGES = {generate.Interpolant}
+# They keep the best of each system: no law is tilted by a known amount. tests/generate/test_rbf.py runs them.
+SEARCHES = {generate.BestOfN, generate.CoDe, generate.SVDD}
 # Integer states, which no solver above steps: tests/generate/test_masked_diffusion.py has their matrix.
 TOKENS = {generate.MaskedProcess, generate.FirstHitting, generate.MaskedAncestral}
 
@@ -92,7 +94,7 @@ def test_every_guidance_that_is_exported_is_here() -> None:
 def test_every_steering_that_is_exported_is_here() -> None:
     found = [getattr(generate, name) for name in generate.__all__]
     public = {c for c in found if inspect.isclass(c) and hasattr(c, "resamples") and c is not generate.Steering}
-    assert public - {type(steering) for steering in STEERINGS.values()} == set()
+    assert public - {type(steering) for steering in STEERINGS.values()} - SEARCHES == set()
 
 
 def ends(process: Any) -> tuple[float, float]:
@@ -180,7 +182,6 @@ def test_a_stochastic_solver_keeps_the_law(process: Any, solver: Solver) -> None
     coarse = 0.2 if isinstance(solver, generate.FlowSDE) else 0.04
     assert torch.allclose(x.mean(0), mean, rtol=0.01, atol=5 * (variance.max().item() / n) ** 0.5)
     assert torch.allclose(x.var(0), variance, rtol=5 * math.sqrt(2 / n) + coarse)
-    assert torch.allclose(x.var(0), variance, rtol=5 * math.sqrt(2 / n) + 0.04)
 
 
 @every_process
