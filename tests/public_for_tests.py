@@ -179,6 +179,10 @@ NEEDS = {
     "core.momentum.Average": lambda: dict(beta=0.9),
     "core.momentum.bias_correction": lambda: dict(beta=0.9, step=2),
     "core.momentum.nesterov_estimate": lambda: dict(momentum=X, gradient=X, previous=X, beta=0.9),
+    "core.particles.Cloud": lambda: dict(x=X, logw=X.double(), log_z=torch.zeros(6, dtype=torch.float64)),
+    "core.particles.cess": lambda: dict(logw_prev=X, log_incr=X),
+    "core.particles.counts": lambda: dict(ancestors=torch.tensor([0, 1]), N=2),
+    "core.particles.gather": lambda: dict(tree=X, ancestors=torch.tensor([0, 1])),
     "core.projection.row_sums": lambda: dict(t=X, view="layer"),
     "core.projection.row_norms": lambda: dict(t=X, view="layer"),
     "core.projection.cosines": lambda: dict(a=X, b=X, view="layer"),
@@ -437,6 +441,7 @@ NEEDS |= {f"core.momentum.{n}": lambda: dict(average=X.clone(), value=X, beta=0.
 NEEDS |= {f"core.momentum.{n}": lambda: dict(velocity=X.clone(), gradient=X, beta=0.9) for n in (
     "heavy_ball", "nesterov", "heavy_ball_tree", "heavy_ball_"
 )}  # fmt: skip
+NEEDS |= {f"core.particles.{n}": lambda: dict(logw=X) for n in ("ess", "normalize", "resample", "resample_conditional")}
 NEEDS |= {f"core.projection.{n}": lambda: dict(u=X, w=X, view="layer") for n in ("radial", "project_out")}
 NEEDS |= {f"core.schedules.{n}": lambda: dict(start=1.0, end=0.1, steps=3) for n in ("Linear", "Cosine", "Exponential")}
 NEEDS |= {f"optim.{n}": lambda: dict(params=weights()) for n in ("Adan", "AdamP", "Lion", "SPAM")}
