@@ -125,6 +125,7 @@ def pairs(count=2):
 
 
 X, LAW, VP = torch.ones(6, 2), Gaussian([0.0, 0.0]), G.VP()
+STAY = [[0.9, 0.1], [0.2, 0.8]]
 MEMBERS = torch.ones(6, 3, 2)
 PATHS = torch.arange(60.0).reshape(5, 2, 3, 2).sin()
 SEPARATION = G.gaussian_separation([2.0, 0.5, 0.5])
@@ -170,6 +171,18 @@ NEEDS = {
     "core.elementwise.where": lambda: dict(condition=X > 0, a=X, b=X),
     "core.exact.Mixture": lambda: dict(means=[[0.0], [1.0]], covariances=1.0),
     "core.exact.Gaussian": lambda: dict(mean=[0.0, 1.0]),
+    "core.exact.product_of_powers": lambda: dict(laws=[LAW, LAW], betas=[1.0, 0.5]),
+    "core.exact.FiniteHMM": lambda: dict(initial=[0.5, 0.5], transition=STAY, emission=STAY),
+    "core.exact.MarkovChain": lambda: dict(initial=[0.5, 0.5], transition=STAY),
+    "core.exact.LinearGaussian": lambda: dict(A=[[0.5]], C=[[1.0]], Q=[[1.0]], R=[[1.0]], m0=[0.0], P0=[[1.0]]),
+    "core.exact.LinearGaussianScore": lambda: dict(A=X, C=X, Q=X, R=X, m0=X, P0=X),
+    "core.exact.HMMScore": lambda: dict(initial=X, transition=X, emission=None),
+    "core.exact.FilteredStates": lambda: dict(probabilities=X, predicted=X, log_likelihood=X),
+    "core.exact.SmoothedStates": lambda: dict(probabilities=X, pairs=X, log_likelihood=X),
+    "core.exact.SmoothedMoments": lambda: dict(means=X, covariances=X, lag_one=X, log_likelihood=X),
+    "core.exact.FilteredMoments": lambda: dict(
+        means=X, covariances=X, predicted_means=X, predicted_covariances=X, log_likelihood=X
+    ),
     "core.integrators.Tableau": lambda: dict(nodes=(0.0,), matrix=(), weights=(1.0,)),
     "core.integrators.runge_kutta": lambda: dict(tableau=integrators.HEUN, f=field, x=X, t=0.0, dt=0.1),
     "core.integrators.dopri5": lambda: dict(f=field, x=X, times=[0.0, 1.0]),
