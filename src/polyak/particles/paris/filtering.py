@@ -112,13 +112,12 @@ class Filter:
         return before, ancestors
 
     def _weigh(self, cloud: Cloud, weight: Tensor, y: Tensor, frozen: Tensor | None) -> None:
-        weight = weight.to(cloud.logw.dtype).expand(cloud.logw.shape)
-        lost = ~torch.logsumexp(cloud.logw + weight, -1).isfinite()
-        self.watch.note("collapsed", lost, self.t, y)
+        weight = weight.expand(cloud.logw.shape)
+        # Where all is lost the run goes on with equal weights until it is asked; the evidence remembers.
+        self.cloud = cloud.reweight(weight, on_collapse="uniform", check=False)
+        self.watch.note("collapsed", ~self.cloud.log_z.isfinite(), self.t, y)
         if frozen is not None:
             self.watch.note("impossible", ~weight[..., 0].isfinite(), self.t, y)
-        # Where all is lost the run goes on with equal weights until it is asked.
-        self.cloud = cloud.reweight(torch.where(lost[..., None], 0.0, weight), check=False)
 
 
 def observation(name: str, y: Any, model: Any, batch: tuple[int, ...] | None = None) -> Tensor:

@@ -53,7 +53,7 @@ class FisherScore:
     def step(self, x: Tensor, x_next: Tensor, y_next: Tensor, t: int) -> Tensor:
         """Of pairs that broadcast, (*pairs, *state), given y_{t+1}: (*pairs, P)."""
         event = len(self.model.state_shape)
-        shape = torch.broadcast_shapes(x.shape, x_next.shape)
+        shape = _joint(x, x_next)
         both = (x.expand(shape), x_next.expand(shape), y_next)
         return self._each(both, lambda x, x_next, y: (x, x_next, y, t), both[0], len(shape) - event)
 
@@ -71,7 +71,7 @@ class FisherScore:
             return functional_call(self._densities, {**parameters, **fixed}, order(*one))
 
         made = vmap(grad(density), in_dims=(None, *[0] * len(flat)))(free, *flat)
-        return torch.cat([made[name].flatten(1) for name in self._names], 1).reshape(*pairs, -1)
+        return torch.cat([made[name].reshape(len(flat[0]), -1) for name in self._names], 1).reshape(*pairs, -1)
 
 
 class _Densities(nn.Module):
@@ -98,6 +98,11 @@ def observed(model: Any, x: Tensor, y: Tensor, t: int) -> Tensor:
     return torch.where(missing, 0.0, model.log_observation(x, known, t))
 
 
+def _joint(x: Tensor, x_next: Tensor) -> list[int]:
+    """The shape that two tensors of equally many dimensions broadcast to; torch.broadcast_shapes takes as long as the sums."""
+    return [b if a == 1 else a for a, b in zip(x.shape, x_next.shape, strict=True)]
+
+
 class _OfStates:
     """A user's function of ``(x_t, x_{t+1}, t)``."""
 
@@ -111,7 +116,7 @@ class _OfStates:
         return self._shaped(x, x_next, t)
 
     def _shaped(self, x: Tensor, x_next: Tensor, t: int) -> Tensor:
-        full = torch.broadcast_shapes(x.shape, x_next.shape)
+        full = _joint(x, x_next)
         pairs = full[: len(full) - self.event]
         made = self.function(x, x_next, t)
         if not isinstance(made, Tensor):

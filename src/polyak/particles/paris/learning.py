@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak.core import checks
+from polyak.core.particles import Cloud
 from polyak.particles.paris.backward import picked
 from polyak.particles.paris.functional import FisherScore, observed
 from polyak.particles.paris.gibbs import ParisParticleGibbs, given, series
@@ -112,7 +113,7 @@ def fit(
                 end = chain._sweep(times, path, draws)
             path = end if conditional else None
             if s >= chain.burn_in:
-                torch._foreach_add_(total, _score(model, times, chain._paris, draws, parameters))
+                torch._foreach_add_(total, sweep_score(model, times, chain._paris.cloud, draws, parameters))
         chain._paris._filter.watch.look()
         torch._foreach_div_(total, chain.sweeps - chain.burn_in)
         scores.append(_step(optimizer, parameters, total, iteration))
@@ -126,11 +127,11 @@ def _nothing(x: Tensor, x_next: Tensor, t: int) -> Tensor:
     return x.new_zeros(())
 
 
-def _score(
-    model: Any, times: list[Tensor], paris: PaRIS, draws: list[tuple[Tensor, Tensor | None]], parameters: list[Tensor]
+def sweep_score(
+    model: Any, times: list[Tensor], cloud: Cloud, draws: list[tuple[Tensor, Tensor | None]], parameters: list[Tensor]
 ) -> list[Tensor]:
     """The gradient of the sum of log-densities over the draws, each with the weight that it has in the final estimate."""
-    omega = paris.cloud.logw.softmax(-1)
+    omega = cloud.logw.softmax(-1)
     dim, first = omega.ndim - 1, draws[0][0]
     with torch.enable_grad():
         total = omega.new_zeros(())
