@@ -179,3 +179,10 @@ def returns(count: int) -> Tensor:
         prices = np.load(file)["price_data"]["adj_close"] if not hasattr(file, "files") else file["price_data"]["adj_close"]
     made = torch.tensor(100 * np.diff(np.log(prices)), dtype=DOUBLE)[-count:]
     return made - made.mean()
+
+
+def run_alone(model: Any, y: Tensor, generator: torch.Generator) -> Tensor:
+    """The mean estimate of PaRIS with two particles, which are given nothing."""
+    smoother = PaRIS(model, product, 2, generator=generator)
+    run(smoother, y)
+    return smoother.estimate().mean()
