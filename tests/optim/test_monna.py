@@ -34,7 +34,7 @@ RULES = {
     "mean": lambda x, f: mean(x),
     "trimmed_mean": trimmed_mean,
     "median": lambda x, f: median(x),
-    "geometric_median": lambda x, f: geometric_median(x, iters=400, eps=1e-9),
+    "geometric_median": lambda x, f: geometric_median(x, iters=80, eps=1e-9),  # still by 60, on such vectors
     "self_centered_clip": lambda x, f: self_centered_clip(x[0], x, tau=1.5),
     "krum": krum,
     "krum_original": lambda x, f: krum(x, f, variant="original"),
@@ -100,7 +100,7 @@ def test_the_geometric_median_is_three_weiszfeld_steps_from_zero():
 
 def test_the_geometric_median_minimizes_the_sum_of_distances():
     x = normal((7, 3), 2)
-    z = geometric_median(x, iters=500, eps=1e-9)
+    z = geometric_median(x, iters=200, eps=1e-9)
     unit = (x - z) / (x - z).norm(dim=1, keepdim=True)
     assert unit.sum(0).norm() < 1e-9
 

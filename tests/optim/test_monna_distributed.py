@@ -160,16 +160,16 @@ def test_ranks_of_a_group_that_differ_all_say_so(processes, tmp_path):
 def test_a_checksum_is_of_all_bits_in_their_order():
     g = torch.Generator().manual_seed(0)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2):
-        t = torch.randn(50, generator=g).to(dtype)
+        t = torch.randn(20, generator=g).to(dtype)
         seen = {checksum([t])}
-        for i in range(50):
+        for i in range(20):
             other = t.clone()
             other.view(torch.uint8)[i * dtype.itemsize] ^= 1
             seen.add(checksum([other]))
         seen.add(checksum([t.view(torch.uint8).flip(0).view(dtype)]))
-        assert len(seen) == 52
-        assert checksum([t[:20], t[20:].reshape(5, 6)]) == checksum([t])
-        assert checksum([t.reshape(5, 10).t().contiguous().t()]) == checksum([t])
+        assert len(seen) == 22
+        assert checksum([t[:8], t[8:].reshape(3, 4)]) == checksum([t])
+        assert checksum([t.reshape(4, 5).t().contiguous().t()]) == checksum([t])
     assert checksum([]) == 0
     long = torch.randn(CHUNK + 3, generator=g)
     assert checksum([long]) == checksum([long[:7], long[7:]]) != checksum([long.roll(CHUNK)])

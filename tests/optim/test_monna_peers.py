@@ -96,10 +96,10 @@ def test_everyone_gets_everything(mesh, dtype):
 
 def test_large_vectors_and_empty_ones(mesh):
     patience = Patience(need=3, everyone=True, timeout=LONG)
-    for count in (3_000_000, 0):
+    for count in (1_000_000, 0):
         peers = mesh(3)
         vectors = [normal((count,), r, torch.float32) for r in range(3)]
-        for _ in range(3):
+        for _ in range(2):
             found = at_once(*(lambda p=p, v=v: p.exchange(v, patience) for p, v in zip(peers, vectors, strict=True)))
             for received in found:
                 assert_same(received, vectors)
@@ -209,7 +209,7 @@ def test_not_waiting_for_the_slowest(mesh):
 def test_who_lags_skips_to_where_the_others_are(mesh):
     peers = mesh(4)
     patience = Patience(need=3, everyone=False, timeout=LONG)
-    large = torch.zeros(2_000_000)  # more than the sockets' buffers: the oldest of what waits is discarded
+    large = torch.zeros(500_000)  # thirty are more than the sockets' buffers: the oldest of what waits is discarded
 
     def steps(p, count):
         for _ in range(count):
