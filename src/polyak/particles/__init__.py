@@ -4,4 +4,26 @@ Weights, effective sample size and resampling are in ``polyak.core.particles``; 
 ``polyak.core.exact``.
 """
 
-__all__: list[str] = []
+from polyak.particles.paris import (
+    FisherScore,
+    LinearGaussian,
+    NeuralSSM,
+    PaRIS,
+    ParisParticleGibbs,
+    StateSpaceModel,
+    StochasticVolatility,
+    fit,
+    particle_gibbs,
+)
+
+__all__ = [
+    "FisherScore",
+    "LinearGaussian",
+    "NeuralSSM",
+    "PaRIS",
+    "ParisParticleGibbs",
+    "StateSpaceModel",
+    "StochasticVolatility",
+    "fit",
+    "particle_gibbs",
+]

@@ -14,6 +14,7 @@ from polyak.particles.paris.functional import FUNCTIONAL
 from polyak.particles.paris.models import MODEL
 from polyak.particles.paris.smoothing import DRAWS, ENGINE, PaRIS
 
+@checks.arguments(estimate=checks.tensor, path=checks.tensor, per_sweep=checks.tensor)
 class Smoothed(NamedTuple):
     """What :meth:`ParisParticleGibbs.run` returns.
 

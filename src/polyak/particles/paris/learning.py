@@ -21,6 +21,7 @@ from polyak.particles.paris.smoothing import ENGINE, PaRIS
 _DECAY = 0.6  # of "rml": steps are t^-0.6 of the optimizer's
 
 
+@checks.arguments(parameters=checks.tensor, scores=checks.tensor, path=checks.tensor | None)
 class Fitted(NamedTuple):
     """What :func:`fit` returns. P is the number of parameters that the optimizer has, in its order.
 
