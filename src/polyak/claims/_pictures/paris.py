@@ -18,7 +18,9 @@ def picture():
     _, y = model.simulate(STEPS, generator=draw)
     mean = s.kalman().smooth(y[:, None]).means[:, 0]
     exact = s.kalman().smooth(y[:, None]).cross_moments.sum().item()
-    figure, (*lines, bias) = panels(3, titles=("Through ancestors", "By backward draws", "Mean of estimates"), height=225)
+    figure, (*lines, bias) = panels(
+        3, titles=("Through ancestors", "By backward draws", "Mean of estimates"), height=225
+    )
     chain = ParisParticleGibbs(model, s.product, N, sweeps=SWEEPS, burn_in=0, generator=draw)
     for one, backward, color in zip(lines, ("ancestor", "dense"), (SERIES[1], SERIES[0]), strict=True):
         alone = ParisParticleGibbs(model, s.product, N, backward=backward, generator=torch.Generator().manual_seed(5))

@@ -1,4 +1,4 @@
-"""State-space models whose smoothing law is known, references that are computed otherwise, and returns. This module imports torch."""
+"""State-space models whose smoothing law is known, references computed otherwise, and returns. This module imports torch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ def product(x: Tensor, x_next: Tensor, t: int) -> Tensor:
     return x * x_next
 
 
+def tenth(x: Tensor, x_next: Tensor, t: int) -> Tensor:
+    return torch.full_like(x, 0.1)
+
+
 class Chain(StateSpaceModel):
-    """A chain of finitely many states, seen through log-likelihoods y_t (states,): what :class:`polyak.core.exact.FiniteHMM` solves."""
+    """A chain of finitely many states, seen through log-likelihoods y_t (states,), as ``FiniteHMM`` is."""
 
     def __init__(self, hmm: exact.FiniteHMM) -> None:
         super().__init__()
@@ -115,18 +119,18 @@ def kalman(a: Any = A, q: Any = Q, r: Any = R) -> exact.LinearGaussian:
 def bytes_held(smoother: PaRIS) -> int:
     """Of the storages that a smoother holds."""
     cloud = smoother.cloud
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (cloud.x, cloud.logw, cloud.log_z, smoother.tau)}
-    return sum(held.values())
+    storages = [t.untyped_storage() for t in (cloud.x, cloud.logw, cloud.log_z, smoother.tau)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
 @lru_cache(maxsize=8)
-def most_likely(seed: int, steps: int) -> tuple[Tensor, tuple[float, ...]]:
-    """A series, and its maximum likelihood in (a, log sqrt Q, log sqrt R), by Newton's steps on Kalman's likelihood."""
-    _, y = linear().simulate(steps, generator=torch.Generator().manual_seed(seed))
+def most_likely(seed: int, steps: int, series: int) -> tuple[Tensor, tuple[float, ...]]:
+    """Series (series, steps), and where Kalman's likelihood is largest, (a, log sqrt Q, log sqrt R)."""
+    _, y = linear().simulate(steps, (series,), generator=torch.Generator().manual_seed(seed))
 
     def loss(theta: Tensor) -> Tensor:
         a, q, r = theta
-        return -kalman(a, (2 * q).exp(), (2 * r).exp()).log_likelihood(y[:, None]) / steps
+        return -kalman(a, (2 * q).exp(), (2 * r).exp()).log_likelihood(y[..., None]).mean() / steps
 
     theta = torch.tensor([A, 0.5 * math.log(Q), 0.5 * math.log(R)], dtype=DOUBLE, requires_grad=True)
     search = torch.optim.LBFGS([theta], max_iter=60, tolerance_grad=1e-8, line_search_fn="strong_wolfe")
@@ -142,7 +146,17 @@ def most_likely(seed: int, steps: int) -> tuple[Tensor, tuple[float, ...]]:
 
 
 def learned(
-    model: Any, names: tuple[str, ...], y: Tensor, seed: int, *, arm: str, n: int, sweeps: int, iterations: int, lr: float, chains: int
+    model: Any,
+    names: tuple[str, ...],
+    y: Tensor,
+    seed: int,
+    *,
+    arm: str,
+    n: int,
+    sweeps: int,
+    iterations: int,
+    lr: float,
+    chains: int,
 ) -> Tensor:
     """The mean of the parameters over the last half of the iterations, (P,)."""
     estimator, backward = ("ppg", "dense") if arm == "ppg" else ("paris", "ancestor" if arm == "ancestor" else "dense")
@@ -150,7 +164,7 @@ def learned(
     optimizer = torch.optim.Adam(parameters, lr=lr, maximize=True)
     more: dict[str, Any] = {"burn_in": 0} if estimator == "ppg" else {}
     made = fit(
-        model, y.expand(chains, len(y)), optimizer, estimator, iterations, n=n, sweeps=sweeps, backward=backward,
+        model, y.expand(chains, *y.shape), optimizer, estimator, iterations, n=n, sweeps=sweeps, backward=backward,
         generator=torch.Generator().manual_seed(seed), **more,
     )  # fmt: skip
     return made.parameters[iterations // 2 :].mean(0)
@@ -175,8 +189,7 @@ def returns(count: int) -> Tensor:
     import numpy as np
     from matplotlib import cbook
 
-    with cbook.get_sample_data("goog.npz") as file:
-        prices = np.load(file)["price_data"]["adj_close"] if not hasattr(file, "files") else file["price_data"]["adj_close"]
+    prices = np.load(cbook.get_sample_data("goog.npz", asfileobj=False))["price_data"]["adj_close"]
     made = torch.tensor(100 * np.diff(np.log(prices)), dtype=DOUBLE)[-count:]
     return made - made.mean()
 

@@ -82,7 +82,14 @@ def picked(x: Tensor, j: Tensor, dim: int) -> Tensor:
 
 
 def _mcmc(
-    model: Any, x: Tensor, logw: Tensor, x_next: Tensor, ancestors: Tensor, t: int, m: int, generator: torch.Generator | None
+    model: Any,
+    x: Tensor,
+    logw: Tensor,
+    x_next: Tensor,
+    ancestors: Tensor,
+    t: int,
+    m: int,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     dim = logw.ndim - 1
     following = x_next.unsqueeze(dim + 1)

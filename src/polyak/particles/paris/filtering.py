@@ -9,7 +9,7 @@ from torch import Tensor
 
 from polyak.core import checks
 from polyak.core.particles import Cloud, gather, resample_conditional
-from polyak.particles.paris.functional import observed
+from polyak.particles.paris.functional import observed, parted
 
 
 class Watch:
@@ -60,7 +60,9 @@ class Filter:
     cloud: Cloud
     watch: Watch
 
-    def __init__(self, model: Any, n: int, scheme: str, ess_threshold: float, generator: torch.Generator | None) -> None:
+    def __init__(
+        self, model: Any, n: int, scheme: str, ess_threshold: float, generator: torch.Generator | None
+    ) -> None:
         self.model, self.n, self.scheme, self.ess_threshold = model, n, scheme, ess_threshold
         self.generator = generator
         self.t = -1
@@ -69,16 +71,17 @@ class Filter:
         """Particles of x_0, weighed by y_0, (*batch, *observation_shape)."""
         model, dim = self.model, y.ndim - len(self.model.observation_shape)
         batch, seen = y.shape[:dim], y.unsqueeze(dim)
-        own, other = model.initial(), _proposal(model, None, seen, 0)
-        if other is None:
-            x = own.sample((*batch, self.n), generator=self.generator)
-        else:
+        own = model.initial()
+        other, missing = _proposal(model, None, seen, 0)
+        x = own.sample((*batch, self.n), generator=self.generator)
+        if other is not None:
             # The proposal's batch is (*batch, 1): that dimension is drawn N times.
-            x = other.sample((self.n,), generator=self.generator).squeeze(dim + 1).movedim(0, dim)
+            moved = other.sample((self.n,), generator=self.generator).squeeze(dim + 1).movedim(0, dim)
+            x = self._chosen(missing, x, moved)
         x = _with(frozen, x, dim)
         weight = observed(model, x, seen, 0)
         if other is not None:
-            weight = weight + own.log_prob(x) - other.log_prob(x)
+            weight = weight + _where(missing, own.log_prob(x) - other.log_prob(x))
         self.t, self.watch = 0, Watch(tuple(batch), x.device)
         self._weigh(Cloud.uniform(x, (*batch, self.n)), weight, y, frozen)
 
@@ -98,18 +101,23 @@ class Filter:
             # The others draw from all particles, the frozen one among them.
             ancestors = resample_conditional(before.logw, generator=self.generator, check=False)
             cloud = Cloud(gather(before.x, ancestors, dim), torch.zeros_like(before.logw), before.log_z, ancestors)
-        other = _proposal(model, cloud.x, seen, t + 1)
-        if other is None:
-            x = model.sample_transition(cloud.x, t, self.generator)
-        else:
-            x = other.sample(generator=self.generator)
+        other, missing = _proposal(model, cloud.x, seen, t + 1)
+        x = model.sample_transition(cloud.x, t, self.generator)
+        if other is not None:
+            x = self._chosen(missing, x, other.sample(generator=self.generator))
         x = _with(frozen, x, dim)
         weight = observed(model, x, seen, t + 1)
         if other is not None:
-            weight = weight + model.log_transition(cloud.x, x, t) - other.log_prob(x)
+            weight = weight + _where(missing, model.log_transition(cloud.x, x, t) - other.log_prob(x))
         self.t = t + 1
         self._weigh(Cloud(x, cloud.logw, cloud.log_z, ancestors), weight, y, frozen)
         return before, ancestors
+
+    def _chosen(self, missing: Tensor | None, x: Tensor, moved: Tensor) -> Tensor:
+        """The model's own moves where the observation is missing, which a proposal cannot look at."""
+        if missing is None:
+            return moved
+        return torch.where(missing.reshape(*missing.shape, *[1] * len(self.model.state_shape)), x, moved)
 
     def _weigh(self, cloud: Cloud, weight: Tensor, y: Tensor, frozen: Tensor | None) -> None:
         weight = weight.expand(cloud.logw.shape)
@@ -124,8 +132,18 @@ def observation(name: str, y: Any, model: Any, batch: tuple[int, ...] | None = N
     """Observations of shape (*batch, *observation_shape), on the CPU looked at for infinities."""
     checks.tensor(name, y)
     shape = tuple(model.observation_shape)
-    if y.ndim < len(shape) or y.shape[y.ndim - len(shape) :] != shape or (batch is not None and y.shape != (*batch, *shape)):
-        wanted = f"{(*batch, *shape)}" if batch is not None else f"(*batch, {', '.join(map(str, shape))})" if shape else "batch"
+    if (
+        y.ndim < len(shape)
+        or y.shape[y.ndim - len(shape) :] != shape
+        or (batch is not None and y.shape != (*batch, *shape))
+    ):
+        wanted = (
+            f"{(*batch, *shape)}"
+            if batch is not None
+            else f"(*batch, {', '.join(map(str, shape))})"
+            if shape
+            else "batch"
+        )
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(y.shape)}")
     if y.is_complex():
         raise ValueError(f"{name} must be real, got {y.dtype}")
@@ -134,9 +152,17 @@ def observation(name: str, y: Any, model: Any, batch: tuple[int, ...] | None = N
     return y
 
 
-def _proposal(model: Any, x: Tensor | None, y: Tensor, t: int) -> Any:
-    proposal = getattr(model, "proposal", None)
-    return None if proposal is None else proposal(x, y, t)
+def _proposal(model: Any, x: Tensor | None, y: Tensor, t: int) -> tuple[Any, Tensor | None]:
+    """The proposal, or None, and where y is missing."""
+    propose = getattr(model, "proposal", None)
+    if propose is None:
+        return None, None
+    known, missing = parted(model, y)
+    return propose(x, known, t), missing
+
+
+def _where(missing: Tensor | None, ratio: Tensor) -> Tensor:
+    return ratio if missing is None else torch.where(missing, 0.0, ratio)
 
 
 def _with(frozen: Tensor | None, x: Tensor, dim: int) -> Tensor:

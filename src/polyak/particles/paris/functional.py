@@ -1,4 +1,4 @@
-"""Additive functionals ``h_n = sum_{t < n} h_t(x_t, x_{t+1})``, and the one whose smoothed mean is the gradient of the likelihood."""
+"""Additive functionals ``h_n = sum_{t < n} h_t(x_t, x_{t+1})``, and the one whose smoothed mean is the score."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class FisherScore:
         wanted = [p for p in model.parameters() if p.requires_grad] if parameters is None else list(parameters)
         if any(id(p) not in names for p in wanted) or not wanted:
             raise ValueError("parameters must be some of the model's, got one that it does not have, or none at all")
-        self.model, self.parameters = model, wanted
+        self.model: Any = model
+        self.parameters = wanted
         self._densities = _Densities(model)
         self._names = [f"model.{names[id(p)]}" for p in wanted]
 
@@ -89,13 +90,18 @@ class _Densities(nn.Module):
 
 def observed(model: Any, x: Tensor, y: Tensor, t: int) -> Tensor:
     """``log g(x_t, y_t)``, and 0 where y_t is missing: where any of its numbers is NaN."""
+    known, missing = parted(model, y)
+    density = model.log_observation(x, known, t)
+    return density if missing is None else torch.where(missing, 0.0, density)
+
+
+def parted(model: Any, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    """y with zeros for NaN, which would be in gradients behind ``where``, too; and what is missing, if anything can be."""
     if not y.is_floating_point():
-        return model.log_observation(x, y, t)
+        return y, None
     unknown = y.isnan()
     missing = unknown.flatten(-len(model.observation_shape)).any(-1) if model.observation_shape else unknown
-    # NaN is replaced first, since its gradient would be NaN behind `where`, too.
-    known = torch.where(unknown, torch.zeros_like(y), y)
-    return torch.where(missing, 0.0, model.log_observation(x, known, t))
+    return torch.where(unknown, torch.zeros_like(y), y), missing
 
 
 def _joint(x: Tensor, x_next: Tensor) -> list[int]:
@@ -118,7 +124,7 @@ class _OfStates:
     def _shaped(self, x: Tensor, x_next: Tensor, t: int) -> Tensor:
         full = _joint(x, x_next)
         pairs = full[: len(full) - self.event]
-        made = self.function(x, x_next, t)
+        made = self.function(x.expand(full), x_next.expand(full), t)
         if not isinstance(made, Tensor):
             raise TypeError(f"functional must return a tensor, got {type(made).__name__}")
         try:

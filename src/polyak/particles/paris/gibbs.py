@@ -14,6 +14,7 @@ from polyak.particles.paris.functional import FUNCTIONAL
 from polyak.particles.paris.models import MODEL
 from polyak.particles.paris.smoothing import DRAWS, ENGINE, PaRIS
 
+
 @checks.arguments(estimate=checks.tensor, path=checks.tensor, per_sweep=checks.tensor)
 class Smoothed(NamedTuple):
     """What :meth:`ParisParticleGibbs.run` returns.
@@ -93,7 +94,9 @@ class ParisParticleGibbs:
         per_sweep = torch.stack(estimates)
         return Smoothed(per_sweep[self.burn_in :].mean(0), path, per_sweep)
 
-    def _sweep(self, times: list[Tensor], path: Tensor | None, draws: list[tuple[Tensor, Tensor | None]] | None = None) -> Tensor:
+    def _sweep(
+        self, times: list[Tensor], path: Tensor | None, draws: list[tuple[Tensor, Tensor | None]] | None = None
+    ) -> Tensor:
         """One pass over the series, conditional on a path unless that is None. Returns the path that is drawn.
 
         ``draws`` is given the particles of each time with their backward draws, of which the first have none.
@@ -147,10 +150,7 @@ def particle_gibbs(
     times = series(y, model)
     filtered = Filter(model, n, "multinomial", 1.0, generator)
     path = _gibbs_sweep(filtered, times, None, kind) if path is None else given(path, times, model)
-    drawn = []
-    for _ in range(sweeps):
-        drawn.append(path := _gibbs_sweep(filtered, times, path, kind))
-    return torch.stack(drawn)
+    return torch.stack([path := _gibbs_sweep(filtered, times, path, kind) for _ in range(sweeps)])
 
 
 def _gibbs_sweep(filtered: Filter, times: list[Tensor], path: Tensor | None, kind: str) -> Tensor:
@@ -181,7 +181,14 @@ def _gibbs_sweep(filtered: Filter, times: list[Tensor], path: Tensor | None, kin
 
 
 def _from(
-    model: Any, x: Tensor, logw: Tensor, x_next: Tensor, t: int, filtered: Filter, y: Tensor, generator: torch.Generator | None
+    model: Any,
+    x: Tensor,
+    logw: Tensor,
+    x_next: Tensor,
+    t: int,
+    filtered: Filter,
+    y: Tensor,
+    generator: torch.Generator | None,
 ) -> Tensor:
     """A backward draw for one particle of each system, (*batch)."""
     logits = logw + model.log_transition(x, x_next.unsqueeze(logw.ndim - 1), t).to(logw.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -129,7 +129,11 @@ def _nothing(x: Tensor, x_next: Tensor, t: int) -> Tensor:
 
 
 def sweep_score(
-    model: Any, times: list[Tensor], cloud: Cloud, draws: list[tuple[Tensor, Tensor | None]], parameters: list[Tensor]
+    model: Any,
+    times: list[Tensor],
+    cloud: Cloud,
+    draws: list[tuple[Tensor, Tensor | None]],
+    parameters: Sequence[Tensor],
 ) -> list[Tensor]:
     """The gradient of the sum of log-densities over the draws, each with the weight that it has in the final estimate."""
     omega = cloud.logw.softmax(-1)
@@ -158,7 +162,7 @@ def _online(
     model: Any,
     times: list[Tensor],
     optimizer: Optimizer,
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     iterations: int,
     paris: PaRIS,
     callback: Callable[[int], Any] | None,
@@ -190,11 +194,13 @@ def _online(
     return Fitted(torch.stack(values), torch.stack(scores), None)
 
 
-def _step(optimizer: Optimizer, parameters: list[Tensor], score: list[Tensor], iteration: int) -> Tensor:
+def _step(optimizer: Optimizer, parameters: Sequence[Tensor], score: list[Tensor], iteration: int) -> Tensor:
     """One step up; returns the score as one vector."""
     flat = torch.cat([g.flatten() for g in score])
     if not bool(flat.isfinite().all()):
-        raise ValueError(f"the score is not finite in iteration {iteration}: {flat.tolist()[:4]}; a smaller step, or more particles")
+        raise ValueError(
+            f"the score is not finite in iteration {iteration}: {flat.tolist()[:4]}; a smaller step, or more particles"
+        )
     by = {id(p): g for p, g in zip(parameters, score, strict=True)}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -203,10 +209,10 @@ def _step(optimizer: Optimizer, parameters: list[Tensor], score: list[Tensor], i
     return flat
 
 
-def _parts(flat: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+def _parts(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
     pieces = flat.split([p.numel() for p in parameters])
     return [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
 
 
-def _flat(parameters: list[Tensor]) -> Tensor:
+def _flat(parameters: Sequence[Tensor]) -> Tensor:
     return torch.cat([p.detach().flatten() for p in parameters])

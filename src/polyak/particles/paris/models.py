@@ -194,7 +194,15 @@ class LinearGaussian(GaussianModel):
         P0=checks.array | None, optimal=checks.flag,
     )  # fmt: skip
     def __init__(
-        self, A: Any, C: Any = None, Q: Any = None, R: Any = None, m0: Any = None, P0: Any = None, *, optimal: bool = False
+        self,
+        A: Any,
+        C: Any = None,
+        Q: Any = None,
+        R: Any = None,
+        m0: Any = None,
+        P0: Any = None,
+        *,
+        optimal: bool = False,
     ) -> None:
         super().__init__()
         given = A if isinstance(A, Tensor) and A.is_floating_point() else torch.as_tensor(A, dtype=_default())
@@ -204,7 +212,9 @@ class LinearGaussian(GaussianModel):
         d = given.shape[:1]
         seen = torch.as_tensor(C, **kind) if C is not None else torch.eye(d[0], **kind) if d else torch.ones((), **kind)
         if seen.ndim != given.ndim or seen.shape[1:] != d or not seen.numel():
-            raise ValueError(f"C must have shape {('k', *d) if d else ()}, as A has {tuple(given.shape)}, got {tuple(seen.shape)}")
+            raise ValueError(
+                f"C must have shape {('k', *d) if d else ()}, as A has {tuple(given.shape)}, got {tuple(seen.shape)}"
+            )
         k = seen.shape[:1]
         self.state_shape, self.observation_shape, self.optimal = tuple(d), tuple(k), optimal
         one = {1: torch.ones((), **kind)} if not d else {}
@@ -298,12 +308,10 @@ class StochasticVolatility(StateSpaceModel):
         self, phi: float = 0.95, sigma: float = 0.2, beta: float = 1.0, *, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("raw_phi", math.atanh(phi)),
-            ("log_sigma", math.log(sigma)),
-            ("log_beta", math.log(beta)),
-        ):
-            setattr(self, name, nn.Parameter(torch.tensor(value, dtype=dtype)))
+        self.raw_phi, self.log_sigma, self.log_beta = (
+            nn.Parameter(torch.tensor(value, dtype=dtype))
+            for value in (math.atanh(phi), math.log(sigma), math.log(beta))
+        )
 
     @property
     def phi(self) -> Tensor:

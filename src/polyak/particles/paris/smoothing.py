@@ -33,8 +33,8 @@ class PaRIS:
 
     Args:
         model: a :class:`StateSpaceModel`.
-        functional: h, a function ``(x, x_next, t)`` of states (*pairs, *state_shape) that broadcast with each other, which
-            returns (*pairs, *event); or a :class:`FisherScore`.
+        functional: h, a function ``(x, x_next, t)`` of two tensors of states, both (*pairs, *state_shape), which returns
+            (*pairs, *event); or a :class:`FisherScore`.
         n: particles, N.
         m: backward draws a particle, M; 1 is degenerate, and warned of.
         backward: "dense", "rejection" (needs the model's ``q_max``), "mcmc" or "ancestor", the path through the ancestors.
@@ -178,15 +178,17 @@ def settled(m: int | float, backward: str, model: Any) -> int | float:
     """M, once it is known to suit the engine and the model."""
     bound = getattr(model, "q_max", None)
     if backward == "rejection" and (bound is None or bound(0) is None):
-        raise ValueError('backward="rejection" needs the model\'s q_max, a bound on the transition\'s density; it is None')
+        raise ValueError(
+            "backward=\"rejection\" needs the model's q_max, a bound on the transition's density; it is None"
+        )
     if m == math.inf and backward != "dense":
         raise ValueError(f'm=inf sums over all particles, which backward="dense" alone does, got {backward!r}')
     if backward == "ancestor":
         return 1  # all draws would be the same
     if m == 1:
         warnings.warn(
-            "m=1 backward draw: statistics degenerate as those of ancestors' paths do; use m=2", UserWarning, stacklevel=3
+            "m=1 backward draw: statistics degenerate as those of ancestors' paths do; use m=2",
+            UserWarning,
+            stacklevel=3,
         )
     return m
-
-
