@@ -300,7 +300,7 @@ def test_plain_particle_gibbs_keeps_the_law_of_paths(kind, start):
 
 def test_from_any_start_the_chain_comes_to_the_exact_law_and_one_pass_does_not():
     y = SEEN.expand(COUNT, 3, 2)
-    chain = ParisParticleGibbs(CHAIN, S.product, 2, sweeps=8, burn_in=7, generator=seeded())
+    chain = ParisParticleGibbs(CHAIN, S.product, 4, sweeps=8, burn_in=7, generator=seeded())
     made = chain.run(y, torch.zeros(COUNT, 3, dtype=DOUBLE))
     assert p_value(made.path) > 1e-3
     exact_value = CHAIN.hmm.smooth(SEEN).pairs[:, 1, 1].sum()

@@ -1,14 +1,14 @@
-"""PaRIS particle Gibbs' picture: where lines of particles meet, and how the bias goes away with the sweeps."""
+"""PaRIS particle Gibbs' picture: the steps that an estimate is made of, and how the bias goes away with the sweeps."""
 
 from __future__ import annotations
 
 from polyak.lab.pictures import INK, MUTED, SERIES, described, name, panels
 
-STEPS, N, SWEEPS, RUNS = 40, 12, 8, 400
+STEPS, N, SWEEPS, RUNS = 30, 12, 6, 400
 
 
 def picture():
-    """Paths through the filter's ancestors and through backward draws; the mean estimate of each sweep beside PaRIS's."""
+    """What counts at each time, through ancestors and through backward draws; the mean estimate of each sweep, and PaRIS's."""
     import torch
 
     from polyak.claims.particles import _state_spaces as s
@@ -19,7 +19,7 @@ def picture():
     mean = s.kalman().smooth(y[:, None]).means[:, 0]
     exact = s.kalman().smooth(y[:, None]).cross_moments.sum().item()
     figure, (*lines, bias) = panels(
-        3, titles=("Through ancestors", "By backward draws", "Mean of estimates"), height=225
+        3, titles=("Through ancestors", "Two backward draws", "Mean of estimates"), height=225
     )
     chain = ParisParticleGibbs(model, s.product, N, sweeps=SWEEPS, burn_in=0, generator=draw)
     for one, backward, color in zip(lines, ("ancestor", "dense"), (SERIES[1], SERIES[0]), strict=True):
@@ -27,12 +27,14 @@ def picture():
         draws: list = []
         with torch.no_grad():
             alone._sweep(list(y), None, draws)
-        for k in range(N):
-            at, path = k, [draws[-1][0][k].item()]
-            for t in range(STEPS - 1, 0, -1):
-                at = int(draws[t][1][at, 0])
-                path.append(draws[t - 1][0][at].item())
-            one.plot(range(STEPS), path[::-1], color=color, linewidth=1, alpha=0.5)
+        weight = alone._paris.cloud.W
+        for t in range(STEPS - 1, 0, -1):
+            (past, _), (x, j) = draws[t - 1], draws[t]
+            share = (weight / j.shape[1])[:, None].expand(j.shape)
+            for i, k in ((i, k) for i in range(N) for k in range(j.shape[1]) if weight[i] > 0.003):
+                seen = min(0.9, 0.08 + 1.5 * float(share[i, k]) ** 0.6)
+                one.plot([t - 1, t], [float(past[j[i, k]]), float(x[i])], color=color, linewidth=1, alpha=seen)
+            weight = torch.zeros_like(weight).scatter_add(0, j.flatten(), share.flatten())
         one.plot(range(STEPS), mean.numpy(), color=INK, linewidth=1, linestyle=(0, (3, 2)))
         one.set_xlabel("time")
     lines[0].sharey(lines[1])
@@ -49,7 +51,8 @@ def picture():
     bias.set_xlabel("sweep")
     return described(
         figure,
-        "Twelve particles of a linear Gaussian model. Paths through the filter's ancestors are one path at early times; backward "
-        "draws keep them apart, around the exact mean. The mean estimate of PaRIS with so few particles is off; that of PaRIS "
-        "within particle Gibbs comes to the exact value in a few sweeps.",
+        "The steps that the final estimate is made of, for twelve particles of a linear Gaussian model. Through the filter's "
+        "ancestors it is one path at early times; two backward draws for each particle make a web around the exact mean. The "
+        "mean estimate of PaRIS with so few particles is off; that of PaRIS within particle Gibbs comes to the exact value in a "
+        "few sweeps.",
     )

@@ -146,9 +146,9 @@ ARMS = (
         "paris256", "PaRIS, N = 256", "baseline", {**ONE, "n": 256, "runs": 1, "replicates": 4}, tasks=SMOOTHED,
         says="as many particles, 16 times the pairs",
     ),
-    Arm("learn_ppg", "PPG", "method", {"how": "ppg"}, tasks=LEARNED, says="two sweeps a step, from the last step's path"),
-    Arm("learn_paris", "PaRIS", "baseline", {"how": "paris"}, tasks=LEARNED, says="two runs a step"),
-    Arm("learn_path", "Particles' paths", "control", {"how": "ancestor"}, tasks=LEARNED, says="two runs a step, through ancestors"),
+    Arm("learn_ppg", "PPG", "method", {"how": "ppg"}, tasks=LEARNED, says="one sweep a step, from the last step's path"),
+    Arm("learn_paris", "PaRIS", "baseline", {"how": "paris"}, tasks=LEARNED, says="one run a step"),
+    Arm("learn_path", "Particles' paths", "control", {"how": "ancestor"}, tasks=("learning",), says="one run a step, through ancestors"),
     Arm("forward", "PaRIS, M = inf", "method", {"draws": 0}, tasks=("exact",)),
     Arm("sampled", "PaRIS, M = 2", "control", {"draws": 2}, tasks=("exact",)),
     Arm("invariant", "Conditional PaRIS, N = 2", "method", tasks=("paths",), says="given a path from the exact law"),
@@ -172,15 +172,15 @@ TASKS = (
     ),
     Task(
         "learning", "Learning the linear Gaussian model",
-        "a, Q and R from a = 0.5 and four series of 50; Adam, 40 steps, the last half averaged; 16 particles; distance in (a, log "
+        "a, Q and R from a = 0.5 and four series of 50; Adam, 80 steps, the last half averaged; 16 particles; distance in (a, log "
         "sqrt Q, log sqrt R) to the maximum of Kalman's likelihood",
-        {"steps": 50, "series": 4, "n": 16, "sweeps": 2, "iterations": 40, "lr": 0.08, "chains": 4},
+        {"steps": 50, "series": 4, "n": 16, "sweeps": 1, "iterations": 80, "lr": 0.08, "chains": 6},
     ),
     Task(
         "returns", "Stochastic volatility of a stock",
-        "the last 150 of Google's daily returns to October 2008; Adam, 30 steps, the last half averaged; 16 particles; "
+        "the last 100 of Google's daily returns to October 2008; Adam, 60 steps, the last half averaged; 16 particles; "
         "likelihood by a filter of 20,000",
-        {"steps": 150, "n": 16, "sweeps": 1, "iterations": 30, "lr": 0.1, "chains": 4, "large": 20_000},
+        {"steps": 100, "n": 16, "sweeps": 1, "iterations": 60, "lr": 0.1, "chains": 4, "large": 20_000},
     ),
 )  # fmt: skip
 METRICS = (

@@ -169,4 +169,4 @@ def _with(frozen: Tensor | None, x: Tensor, dim: int) -> Tensor:
     """The particles, slot 0 of which is the frozen one."""
     if frozen is None:
         return x
-    return torch.cat([frozen.unsqueeze(dim), x.narrow(dim, 1, x.shape[dim] - 1)], dim)
+    return torch.cat([frozen.to(x.dtype).unsqueeze(dim), x.narrow(dim, 1, x.shape[dim] - 1)], dim)
