@@ -148,7 +148,7 @@ ARMS = (
     ),
     Arm("learn_ppg", "PPG", "method", {"how": "ppg"}, tasks=LEARNED, says="one sweep a step, from the last step's path"),
     Arm("learn_paris", "PaRIS", "baseline", {"how": "paris"}, tasks=LEARNED, says="one run a step"),
-    Arm("learn_path", "Particles' paths", "control", {"how": "ancestor"}, tasks=("learning",), says="one run a step, through ancestors"),
+    Arm("learn_path", "Particles' paths", "control", {"how": "ancestor"}, tasks=("learning",), says="through ancestors"),
     Arm("forward", "PaRIS, M = inf", "method", {"draws": 0}, tasks=("exact",)),
     Arm("sampled", "PaRIS, M = 2", "control", {"draws": 2}, tasks=("exact",)),
     Arm("invariant", "Conditional PaRIS, N = 2", "method", tasks=("paths",), says="given a path from the exact law"),
