@@ -12,7 +12,7 @@ from scipy import stats
 
 from polyak.claims.particles import _state_spaces as S
 from polyak.core import exact
-from polyak.particles import LinearGaussian, PaRIS, ParisParticleGibbs, StateSpaceModel, particle_gibbs
+from polyak.particles import LinearGaussian, PaRIS, ParisParticleGibbs, particle_gibbs
 from polyak.particles.paris import backward
 
 DOUBLE = torch.float64
@@ -321,6 +321,17 @@ def test_a_run_averages_after_the_burn_in_and_goes_on_from_its_path():
     assert torch.equal(then.path, whole.path)
 
 
+def test_a_path_goes_back_through_first_backward_draws_not_through_ancestors():
+    y = S.linear().simulate(10, generator=seeded())[1]
+    chain, draws = ParisParticleGibbs(S.linear(), S.product, 12, generator=seeded()), []
+    with torch.no_grad():
+        path = chain._sweep(list(y), torch.zeros(10, dtype=DOUBLE), draws)
+    at = int((draws[-1][0] == path[-1]).nonzero())
+    for t in range(9, 0, -1):
+        at = int(draws[t][1][at, 0])
+        assert path[t - 1] == draws[t - 1][0][at]
+
+
 def test_with_many_particles_the_given_path_does_not_matter():
     y = S.linear().simulate(8, generator=seeded(1))[1]
     wanted = S.kalman().smooth(y[:, None]).cross_moments.sum()
@@ -362,19 +373,3 @@ def test_nothing_waits_for_the_device(engine):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert smoother.estimate().isfinite().all()
-
-
-class Shift(StateSpaceModel):
-    """Deterministic: x + 1."""
-
-    def initial(self):
-        return S.linear().initial()
-
-    def log_transition(self, x, x_next, t):
-        return torch.where(x_next == x + 1, 0.0, -math.inf)
-
-    def sample_transition(self, x, t, generator):
-        return x + 1
-
-    def log_observation(self, x, y, t):
-        return torch.where(y > 5, -math.inf, 0.0) * torch.ones_like(x)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from polyak.lab.pictures import INK, MUTED, SERIES, described, name, panels
 
-STEPS, N, SWEEPS, RUNS = 30, 12, 6, 400
+STEPS, N, SWEEPS, RUNS = 30, 12, 6, 1200
+ALPHAS = (0.15, 0.35, 0.6, 0.9)  # by the weight of a step
 
 
 def picture():
@@ -27,14 +28,18 @@ def picture():
         draws: list = []
         with torch.no_grad():
             alone._sweep(list(y), None, draws)
-        weight = alone._paris.cloud.W
+        weight, gap = alone._paris.cloud.W, float("nan")
+        lines_of: dict[float, list[tuple[float, float]]] = {alpha: [] for alpha in ALPHAS}
         for t in range(STEPS - 1, 0, -1):
             (past, _), (x, j) = draws[t - 1], draws[t]
             share = (weight / j.shape[1])[:, None].expand(j.shape)
             for i, k in ((i, k) for i in range(N) for k in range(j.shape[1]) if weight[i] > 0.003):
-                seen = min(0.9, 0.08 + 1.5 * float(share[i, k]) ** 0.6)
-                one.plot([t - 1, t], [float(past[j[i, k]]), float(x[i])], color=color, linewidth=1, alpha=seen)
+                seen = min(ALPHAS, key=lambda alpha, w=float(share[i, k]): abs(alpha - 0.1 - 1.4 * w**0.6))
+                lines_of[seen] += [(t - 1, float(past[j[i, k]])), (t, float(x[i])), (gap, gap)]
             weight = torch.zeros_like(weight).scatter_add(0, j.flatten(), share.flatten())
+        for alpha, points in lines_of.items():
+            if points:
+                one.plot(*zip(*points, strict=True), color=color, linewidth=1, alpha=alpha)
         one.plot(range(STEPS), mean.numpy(), color=INK, linewidth=1, linestyle=(0, (3, 2)))
         one.set_xlabel("time")
     lines[0].sharey(lines[1])
