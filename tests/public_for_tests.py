@@ -34,6 +34,7 @@ DECLARING = ("lab.claim", "lab.criteria")
 # What has no arguments that a user gives, and why.
 NOT_CALLED = {
     "core.checks": "the checks themselves",
+    "core.cc": "compiled code is made by what needs it",
     "core.launch": "kernels are made and launched by the engine alone",
     "generate.process.Moment": "a float",
     "lab.workers": "processes that the lab starts",

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from polyak.core.cc import SPLIT
 from polyak.optim import Adan, Lion, LionK
-from polyak.optim._engine.cc import SPLIT
 from polyak.optim.lion import kappa
 
 SYSTEMS = {

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from polyak.core.cc import SPLIT
 from polyak.optim._engine import look
-from polyak.optim._engine.cc import SPLIT
 
 REFERENCE = dict(foreach=False)
 REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)

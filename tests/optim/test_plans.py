@@ -13,8 +13,9 @@ import torch
 from references_for_tests import assert_same, give, gradients, normal, parameters, run
 from systems_for_tests import SYSTEMS
 
+from polyak.core import cc
 from polyak.optim import Adan, Lion
-from polyak.optim._engine import cc, compiled, look, plan
+from polyak.optim._engine import compiled, look, plan
 from polyak.optim._engine.norm import global_norm
 
 SHAPES = [(), (7,), (3, 5), (0,), (40, 30)]

@@ -68,7 +68,13 @@ class Launcher:
         self._ready: dict[Any, Any] = {}
 
     def __call__(
-        self, kernel: Callable[[], Any], grid: int, arguments: Sequence[Any], warps: int, key: Hashable | None
+        self,
+        kernel: Callable[[], Any],
+        grid: int,
+        arguments: Sequence[Any],
+        warps: int,
+        key: Hashable | None,
+        **options: Any,
     ) -> None:
         """Launch.
 
@@ -76,11 +82,12 @@ class Launcher:
             kernel: makes the kernel, or finds it.
             key: tells which kernel, which grid, and all that Triton specializes on in the arguments: types, alignment of
                 addresses, divisibility of integers. None: launch as Triton does, with a look at everything.
+            options: further ones of Triton's compiler, the same for one key.
         """
         ready = self._ready.get(key) if key is not None else None
         if ready is not None:
             ready(*[a.data_ptr() if type(a) is torch.Tensor else a for a in arguments])
             return
-        made = kernel()[(grid,)](*arguments, num_warps=warps)
+        made = kernel()[(grid,)](*arguments, num_warps=warps, **options)
         if key is not None and made is not None and hasattr(type(made), "__getitem__"):  # the interpreter makes nothing
             self._ready[key] = made[(grid, 1, 1)]

@@ -61,8 +61,14 @@ def inverse(w: Tensor, u: Tensor) -> Tensor:
 
 def spacings(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Sums of exponentials, (*batch, n + 1): of m uniforms the sorted ones are the first m over the (m + 1)-th."""
-    made = torch.empty((*shape[:-1], shape[-1] + 1), dtype=like.dtype, device=like.device)
-    return made.exponential_(generator=generator).cumsum_(-1)
+    made = torch.rand((*shape[:-1], shape[-1] + 1), dtype=like.dtype, device=like.device, generator=generator)
+    return made.neg_().log1p_().cumsum_(-1)  # negative ones: all that is used is their ratios
+
+
+def points(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Sorted uniforms."""
+    sums = spacings(shape, like, generator)
+    return sums[..., :-1] / sums[..., -1:]
 
 
 def uniforms(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -70,10 +76,7 @@ def uniforms(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | 
 
 
 def multinomial(w: Tensor, n: int, u: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    if u is None:
-        sums = spacings((*w.shape[:-1], n), w, generator)
-        u = sums[..., :-1] / sums[..., -1:]
-    return inverse(exact(w), u)
+    return inverse(exact(w), points((*w.shape[:-1], n), w, generator) if u is None else u)
 
 
 def systematic(w: Tensor, n: int, u: Tensor | None, generator: torch.Generator | None) -> Tensor:

@@ -44,6 +44,8 @@ def gather(tree: Any, ancestors: Tensor, dim: int | None = None) -> Any:
     Raises:
         ValueError: a tensor whose shape does not go with the ancestors; on the CPU, ancestors out of range.
     """
+    if isinstance(tree, Tensor):
+        return _leaf((), tree, ancestors, dim)
     return pytree.tree_map_with_path(lambda path, x: _leaf(path, x, ancestors, dim), tree)
 
 
@@ -52,10 +54,9 @@ def _leaf(path: Any, x: Any, ancestors: Tensor, dim: int | None) -> Any:
         return x
     batch = ancestors.shape[:-1]
     at = len(batch) if dim is None else dim + x.ndim * (dim < 0)
-    name = f"tree{pytree.keystr(path)}"
     if not len(batch) <= at < x.ndim or x.shape[at - len(batch) : at] != batch:
         raise ValueError(
-            f"{name} must have shape ({', '.join([*map(str, batch), 'N'])}, ...), its particles in dimension "
+            f"tree{pytree.keystr(path)} must have shape ({', '.join([*map(str, batch), 'N'])}, ...), its particles in dimension "
             f"{at}, to go with ancestors of shape {tuple(ancestors.shape)}; got {tuple(x.shape)}"
         )
     rows = indices("ancestors", ancestors, x.shape[at])

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from polyak.core import checks
-from polyak.core.particles._drawing import drawn
+from polyak.core.particles import _native
+from polyak.core.particles._drawing import adapted
 from polyak.core.particles._moves import moved
 from polyak.core.particles._values import (
     LOGW,
@@ -107,8 +108,13 @@ class Cloud:
         Raises:
             ValueError: with the systems' indices: NaN, two of +inf, no weight left; an increment of another shape.
         """
-        before, _ = cleaned(self.logw.to(wide(self.logw.device)))
-        log_incr = fitting("log_incr", log_incr, before)
+        logw = self.logw.to(wide(self.logw.device))
+        log_incr = fitting("log_incr", log_incr, logw)
+        if logw.device.type == "cpu" and (made := _native.reweighted(logw, log_incr)) is not None:
+            after, tops, gain = made
+            if math.isfinite(tops.sum().item()):  # else see what is amiss
+                return replace(self, logw=after, log_z=self.log_z + gain)
+        before, _ = cleaned(logw)
         logw = before + log_incr
         if looks(logw, check):
             look("log_incr added to logw", logw, on_collapse)
@@ -143,21 +149,23 @@ class Cloud:
             ValueError: as :func:`resample`.
         """
         logw = prepared("logw", self.logw, on_collapse, check)
-        size = logw.shape[-1]
-        did = torch.full(logw.shape[:-1], threshold == 1, device=logw.device)
-        if 0 < threshold < 1:
-            did = effective(logw.detach()) < threshold * size
-        each = did.unsqueeze(-1)
-        stays = torch.arange(size, device=logw.device)
-        ancestors = stays.expand(logw.shape)
-        if threshold > 0:
-            ancestors = torch.where(each, drawn(logw.detach(), size, scheme, generator, u, check), stays)
-        fresh = torch.zeros_like(logw)
-        if self.differentiable:
-            fresh = cleaned(logw)[0].gather(-1, ancestors)
-            fresh = fresh - fresh.detach()
-        x = pytree.tree_map(lambda leaf: moved(leaf, ancestors) if isinstance(leaf, Tensor) else leaf, self.x)
-        return replace(self, x=x, logw=torch.where(each, fresh, logw), ancestors=ancestors), ancestors, did
+        if threshold == 0:
+            ancestors = torch.arange(logw.shape[-1], device=logw.device).expand(logw.shape)
+            did = torch.zeros(logw.shape[:-1], dtype=torch.bool, device=logw.device)
+            return replace(self, logw=logw, ancestors=ancestors), ancestors, did
+        leaves, tree = pytree.tree_flatten(self.x)
+        largest = None
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and (largest is None or leaf.numel() > largest.numel()):
+                largest = leaf
+        ancestors, x, fresh, did = adapted(logw.detach(), threshold, scheme, generator, u, check, largest)
+        if logw.requires_grad:
+            keeps = cleaned(logw)[0].gather(-1, ancestors) if self.differentiable else torch.zeros_like(logw)
+            fresh = torch.where(did.unsqueeze(-1), keeps - keeps.detach(), logw)
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                leaves[i] = moved(leaf, ancestors) if x is None or leaf is not largest else x
+        return replace(self, x=tree.unflatten(leaves), logw=fresh, ancestors=ancestors), ancestors, did
 
     @checks.arguments(f=_OF_X | None)
     def mean(self, f: Callable[[Any], Tensor] | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from polyak.optim._engine.cc import SPLIT, function, library, parallel
+from polyak.core.cc import SPLIT, function, library, parallel
 from polyak.optim._engine.places import EVERY
 from polyak.optim._engine.rounding import DROPPED, Rounding
 from polyak.optim._engine.trace import Expr, Program

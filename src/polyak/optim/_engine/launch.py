@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from polyak.core.cc import function, library
 from polyak.core.launch import Launcher, is_elsewhere
 from polyak.optim._engine import compiled
-from polyak.optim._engine.cc import function, library
 from polyak.optim._engine.kernel import (
     BLOCK,
     HEADER,

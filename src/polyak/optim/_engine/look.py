@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from polyak.optim._engine.cc import library
+from polyak.core.cc import library
 from polyak.optim._engine.dispatch import matters
 from polyak.optim._engine.tensors import PLAIN, is_dtensor, is_short, local
 

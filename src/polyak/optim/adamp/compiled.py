@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from polyak.core.cc import SPLIT, function, library, parallel
 from polyak.optim._engine import compiled
-from polyak.optim._engine.cc import SPLIT, function, library, parallel
 from polyak.optim._engine.compiled import BEGIN, BLOCKS, END, ROWS, TABLE, VALUES, Layout, Tables, Writer
 from polyak.optim._engine.plan import Cohort
 from polyak.optim._engine.trace import Program

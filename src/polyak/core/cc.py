@@ -73,7 +73,7 @@ def _report(error: Exception) -> None:
     told = getattr(error, "stderr", None) or b""
     text = f"{error}\n{told.decode(errors='replace')}".strip()[:2000]
     _reported.append(text)
-    warnings.warn(f"polyak's optimizers do without some compiled code, which is slower: {text}", stacklevel=2)
+    warnings.warn(f"polyak does without some compiled code, which is slower: {text}", stacklevel=2)
 
 
 @cache
