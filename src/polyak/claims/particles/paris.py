@@ -255,7 +255,9 @@ CLAIM = Claim(
     ),
     usage=(
         "from polyak.particles import LinearGaussian, ParisParticleGibbs\n\n"
-        "smoother = ParisParticleGibbs(LinearGaussian(0.97, Q=0.2, R=0.3), lambda x, x_next, t: x * x_next, n=32)\n"
+        "model = LinearGaussian(0.97, Q=0.2, R=0.3)\n"
+        "x, y = model.simulate(60)\n"
+        "smoother = ParisParticleGibbs(model, lambda x, x_next, t: x * x_next, n=32)\n"
         "estimate, path, per_sweep = smoother.run(y)  # of E[sum_t x_t x_{t+1} | y]"
     ),
 )  # fmt: skip
