@@ -103,6 +103,19 @@ def posterior():
     return G.NoisePosterior(lambda x: torch.zeros(len(x), 5), G.noise_levels(0.1, 50.0, 5))
 
 
+def hidden():
+    return importlib.import_module("polyak.particles").LinearGaussian(0.9)
+
+
+def lagged(x, x_next, t):
+    return x * x_next
+
+
+def learning():
+    model = hidden()
+    return dict(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01))
+
+
 def fields():
     return importlib.import_module("polyak.generate.interpolants").Fields(G.Interpolant(), b=field, s=field)
 
@@ -513,6 +526,16 @@ NEEDS = {
         terminating_idx=torch.tensor([1]),
     )),
     "particles.gflownet.sample": lambda: dict(env=elements(), policy=lambda s: torch.zeros(s.shape), n=2),
+    "particles.FisherScore": lambda: dict(model=hidden()),
+    "particles.LinearGaussian": lambda: dict(A=0.9),
+    "particles.NeuralSSM": lambda: dict(state_dim=2, observation_dim=1),
+    "particles.PaRIS": lambda: dict(model=hidden(), functional=lagged, n=4),
+    "particles.ParisParticleGibbs": lambda: dict(model=hidden(), functional=lagged, n=4),
+    "particles.fit": lambda: dict(learning(), y=X[:, 0], n=4, iterations=1, sweeps=1),
+    "particles.particle_gibbs": lambda: dict(model=hidden(), y=X[:, 0], n=4, sweeps=1),
+    "particles.paris.Fitted": lambda: dict(parameters=X, scores=X, path=X),
+    "particles.paris.Normal": lambda: dict(mean=X, scale=X[0]),
+    "particles.paris.Smoothed": lambda: dict(estimate=X, path=X, per_sweep=X),
     "teachers.CheckpointBank": lambda: dict(checkpoints=STATES),
     "teachers.CheckpointSaver": lambda: dict(folder="checkpoints", every=1),
     "teachers.LCSC": lambda: dict(checkpoints=STATES, objective=lambda weights: 1.0),

@@ -31,4 +31,26 @@ __all__ = [
     "PrioritizedReplay",
     "SetEnv",
     "exact_terminal_law",
+from polyak.particles.paris import (
+    FisherScore,
+    LinearGaussian,
+    NeuralSSM,
+    PaRIS,
+    ParisParticleGibbs,
+    StateSpaceModel,
+    StochasticVolatility,
+    fit,
+    particle_gibbs,
+)
+
+__all__ = [
+    "FisherScore",
+    "LinearGaussian",
+    "NeuralSSM",
+    "PaRIS",
+    "ParisParticleGibbs",
+    "StateSpaceModel",
+    "StochasticVolatility",
+    "fit",
+    "particle_gibbs",
 ]

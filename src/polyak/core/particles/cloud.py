@@ -84,7 +84,7 @@ class Cloud:
         if not shape:
             raise ValueError("shape must be (*batch, N), got ()")
         logw = torch.zeros(*shape, dtype=wide(device), device=device)
-        return cls(x, logw, logw.new_zeros(*shape[:-1]), None, differentiable)
+        return cls(x, logw, logw.new_zeros(logw.shape[:-1]), None, differentiable)
 
     @property
     def W(self) -> Tensor:
