@@ -323,6 +323,8 @@ NEEDS = {
     "generate.problems.kde": lambda: dict(points=X, bandwidth=0.1),
     "generate.problems.reference": lambda: dict(denoiser=denoiser(), x_T=X, nfe=30),
     "generate.problems.reference_path": lambda: dict(denoiser=denoiser(), x_T=X, times=[1.0, 0.5], nfe=30),
+    "generate.rewards.RewardContext": lambda: dict(systems=range(2)),
+    "generate.rewards.Scorer": lambda: dict(reward=lambda samples: samples.flatten(2).mean(2)),
     "generate.process.Moments": lambda: dict(path=VP, times=[1.0, 0.5]),
     "generate.process.check_batch": lambda: dict(t=0.5, x=X),
     "generate.process.expand": lambda: dict(coefficient=0.5, x=X),

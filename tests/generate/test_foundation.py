@@ -437,6 +437,18 @@ def test_without_guidance_the_ratio_is_one_and_generators_are_apart() -> None:
     assert not torch.equal(drawn, torch.randn(4, generator=rng(5)))
 
 
+def test_a_steering_that_asks_is_told_the_number_of_steps() -> None:
+    class Counting(Still):
+        def init(self, batch: int, k: int, steps: int | None = None) -> SteeringState:  # type: ignore[override]
+            self.steps = steps
+            return SteeringState.uniform(batch, k)
+
+    for told, options in ((3, {"solver": DDIM(1.0), "steps": 3}), (None, {"solver": DPMSolver(method="adaptive")})):
+        steering = Counting()
+        sample(exact(), (2, 1), steering=steering, generator=rng(), **options)  # type: ignore[arg-type]
+        assert steering.steps == told
+
+
 def test_a_steering_of_few_words_is_told_no_more_than_it_takes() -> None:
     class Short(Still):
         def step(self, state, x_next, *, pred, x0_hat, step, t, t_next, last, generator):  # type: ignore[no-untyped-def, override]

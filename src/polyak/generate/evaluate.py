@@ -91,7 +91,7 @@ class Evaluator:
         steps: int | None = None,
     ) -> None:
         self.denoiser, self.guidance, self.corrector = denoiser, guidance, corrector
-        self.dtype, self.check_finite = dtype, check_finite
+        self.dtype, self.check_finite, self.steps = dtype, check_finite, steps
         self.nfe = self.evaluations = 0
         self.queries: list[float | Tensor] = []
         self.cond: Any = None

@@ -332,8 +332,11 @@ class _Loop:
         if self.steering is not None:
             k = self.steering.particles
             batch, init = len(self.start) // k, self.steering.init
-            told = {"device": self.start.device} if "device" in inspect.signature(init).parameters else {}
-            self.steered = init(batch, k, **told)
+            known, asked = (
+                {"device": self.start.device, "steps": self.evaluator.steps},
+                inspect.signature(init).parameters,
+            )
+            self.steered = init(batch, k, **{name: value for name, value in known.items() if name in asked})
             self.own = _own_generator(self.generator, self.start.device)
             taken = inspect.signature(self.steering.step).parameters
             self.everything = any(p.kind is p.VAR_KEYWORD for p in taken.values())

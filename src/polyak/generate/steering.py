@@ -61,7 +61,8 @@ class Steering(Protocol):
         ...
 
     def init(self, batch: int, k: int) -> SteeringState:
-        """The state at the start; one with an argument ``device`` is told where the particles are."""
+        """The state at the start. One with an argument ``device`` is told where the particles are, one with an argument ``steps``
+        the number of steps (None where the solver finds its steps itself)."""
         ...
 
     def step(
@@ -103,3 +104,9 @@ class Steering(Protocol):
     def select(self, state: SteeringState, x: Tensor) -> Tensor:
         """What is returned of the final population x of (batch * k, ...)."""
         ...
+
+
+def rows_of(ancestors: Tensor) -> Tensor:
+    """Ancestors (batch, k), each one's place among the k of its system, as rows (batch * k,) of the population."""
+    batch, k = ancestors.shape
+    return (ancestors + k * torch.arange(batch, device=ancestors.device)[:, None]).flatten()
