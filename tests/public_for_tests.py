@@ -125,6 +125,7 @@ def pairs(count=2):
 
 
 X, LAW, VP = torch.ones(6, 2), Gaussian([0.0, 0.0]), G.VP()
+STAY = [[0.9, 0.1], [0.2, 0.8]]
 MEMBERS = torch.ones(6, 3, 2)
 PATHS = torch.arange(60.0).reshape(5, 2, 3, 2).sin()
 SEPARATION = G.gaussian_separation([2.0, 0.5, 0.5])
@@ -170,6 +171,18 @@ NEEDS = {
     "core.elementwise.where": lambda: dict(condition=X > 0, a=X, b=X),
     "core.exact.Mixture": lambda: dict(means=[[0.0], [1.0]], covariances=1.0),
     "core.exact.Gaussian": lambda: dict(mean=[0.0, 1.0]),
+    "core.exact.product_of_powers": lambda: dict(laws=[LAW, LAW], betas=[1.0, 0.5]),
+    "core.exact.FiniteHMM": lambda: dict(initial=[0.5, 0.5], transition=STAY, emission=STAY),
+    "core.exact.MarkovChain": lambda: dict(initial=[0.5, 0.5], transition=STAY),
+    "core.exact.LinearGaussian": lambda: dict(A=[[0.5]], C=[[1.0]], Q=[[1.0]], R=[[1.0]], m0=[0.0], P0=[[1.0]]),
+    "core.exact.LinearGaussianScore": lambda: dict(A=X, C=X, Q=X, R=X, m0=X, P0=X),
+    "core.exact.HMMScore": lambda: dict(initial=X, transition=X, emission=None),
+    "core.exact.FilteredStates": lambda: dict(probabilities=X, predicted=X, log_likelihood=X),
+    "core.exact.SmoothedStates": lambda: dict(probabilities=X, pairs=X, log_likelihood=X),
+    "core.exact.SmoothedMoments": lambda: dict(means=X, covariances=X, lag_one=X, log_likelihood=X),
+    "core.exact.FilteredMoments": lambda: dict(
+        means=X, covariances=X, predicted_means=X, predicted_covariances=X, log_likelihood=X
+    ),
     "core.integrators.Tableau": lambda: dict(nodes=(0.0,), matrix=(), weights=(1.0,)),
     "core.integrators.runge_kutta": lambda: dict(tableau=integrators.HEUN, f=field, x=X, t=0.0, dt=0.1),
     "core.integrators.dopri5": lambda: dict(f=field, x=X, times=[0.0, 1.0]),
@@ -179,6 +192,10 @@ NEEDS = {
     "core.momentum.Average": lambda: dict(beta=0.9),
     "core.momentum.bias_correction": lambda: dict(beta=0.9, step=2),
     "core.momentum.nesterov_estimate": lambda: dict(momentum=X, gradient=X, previous=X, beta=0.9),
+    "core.particles.Cloud": lambda: dict(x=X, logw=X.double(), log_z=torch.zeros(6, dtype=torch.float64)),
+    "core.particles.cess": lambda: dict(logw_prev=X, log_incr=X),
+    "core.particles.counts": lambda: dict(ancestors=torch.tensor([0, 1]), N=2),
+    "core.particles.gather": lambda: dict(tree=X, ancestors=torch.tensor([0, 1])),
     "core.projection.row_sums": lambda: dict(t=X, view="layer"),
     "core.projection.row_norms": lambda: dict(t=X, view="layer"),
     "core.projection.cosines": lambda: dict(a=X, b=X, view="layer"),
@@ -439,6 +456,7 @@ NEEDS |= {f"core.momentum.{n}": lambda: dict(average=X.clone(), value=X, beta=0.
 NEEDS |= {f"core.momentum.{n}": lambda: dict(velocity=X.clone(), gradient=X, beta=0.9) for n in (
     "heavy_ball", "nesterov", "heavy_ball_tree", "heavy_ball_"
 )}  # fmt: skip
+NEEDS |= {f"core.particles.{n}": lambda: dict(logw=X) for n in ("ess", "normalize", "resample", "resample_conditional")}
 NEEDS |= {f"core.projection.{n}": lambda: dict(u=X, w=X, view="layer") for n in ("radial", "project_out")}
 NEEDS |= {f"core.schedules.{n}": lambda: dict(start=1.0, end=0.1, steps=3) for n in ("Linear", "Cosine", "Exponential")}
 NEEDS |= {f"optim.{n}": lambda: dict(params=weights()) for n in ("Adan", "AdamP", "Lion", "SPAM")}

@@ -1,10 +1,13 @@
-"""Exactly solvable models: Gaussian mixtures with Gaussian noise added, whose density, score and denoiser have closed forms.
+"""Gaussian mixtures: the noised law, its score, denoiser and posterior; tilts, products and powers with their normalizers.
 
 If ``x_0 ~ sum_k w_k N(m_k, C_k)`` and ``x = alpha x_0 + sigma eps`` then ``x ~ sum_k w_k N(alpha m_k, S_k)`` with
 ``S_k = alpha^2 C_k + sigma^2 I``, and with the responsibilities ``r_k(x) ∝ w_k N(x; alpha m_k, S_k)``
 
 - score: ``sum_k r_k S_k^-1 (alpha m_k - x)``,
-- posterior mean: ``E[x_0 | x] = sum_k r_k [m_k + alpha C_k S_k^-1 (x - alpha m_k)]``.
+- posterior: ``p(x_0 | x) = sum_k r_k N(n_k(x), C_k - alpha^2 C_k S_k^-1 C_k)``, ``n_k = m_k + alpha C_k S_k^-1 (x - alpha m_k)``,
+- posterior mean: ``E[x_0 | x] = sum_k r_k n_k(x)``.
+
+A mixture times ``exp(b'x - x'Bx/2)``, times another mixture, or to a whole power is a mixture again, of known mass.
 
 Points are vectors: x has shape (*batch, d). ``alpha`` and ``sigma`` are numbers, or tensors that broadcast with (*batch,).
 Everything is computed in float64 and returned in x's dtype, on x's device.
@@ -14,14 +17,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from polyak.core import checks
+from polyak.core.exact._algebra import powers, spectrum
+from polyak.core.exact._products import Products
 
 Scale = float | Tensor
+
+
+M = TypeVar("M", bound="Mixture")
 
 
 class _Terms(NamedTuple):
@@ -29,13 +37,14 @@ class _Terms(NamedTuple):
 
     x: Tensor  # (B, d), float64
     alpha: Tensor  # (B or 1, 1)
+    sigma: Tensor  # (B or 1, 1)
     offset: Tensor | None  # (B, K, d): x - alpha m_k in C_k's eigenbasis; None where C_k = c_k I
     variance: Tensor  # (B or 1, K, d or 1): the eigenvalues of S_k
     logits: Tensor  # (B, K): log w_k + log N(x; alpha m_k, S_k)
     distance: Tensor  # (B, K): |x - alpha m_k|^2; only where C_k = c_k I
 
 
-class Mixture:
+class Mixture(Products):
     """A mixture of K Gaussians in d dimensions.
 
     Args:
@@ -81,9 +90,7 @@ class Mixture:
         elif given.shape == (count, dim, dim):
             if not torch.allclose(given, given.mT):
                 raise ValueError("covariances must be symmetric matrices")
-            self.variances, self.basis = torch.linalg.eigh(given)
-            tiny = self.variances.abs().amax(-1, keepdim=True) * dim * torch.finfo(torch.float64).eps
-            self.variances = torch.where(self.variances.abs() <= tiny, 0.0, self.variances)
+            self.variances, self.basis = spectrum(given)
         else:
             raise ValueError(
                 f"covariances must be a number or have shape ({count},), ({count}, {dim}) or ({count}, {dim}, {dim}), "
@@ -195,17 +202,67 @@ class Mixture:
         """The optimal denoiser ``E[x_0 | x]``, x's shape."""
         terms = self._terms(x, alpha, sigma)
         r = torch.softmax(terms.logits, -1)
-        variances = self.variances.to(x.device)
-        gain = terms.alpha[..., None] * variances / terms.variance  # alpha C_k S_k^-1 in the eigenbasis
-        means = self.means.to(x.device)
         if terms.offset is None:
-            share = gain[..., 0]
-            mean = (r * (1 - terms.alpha * share)) @ means + (r * share).sum(-1, keepdim=True) * terms.x
+            share = self._gain(terms)[..., 0]
+            mean = (r * (1 - terms.alpha * share)) @ self.means.to(x.device) + (r * share).sum(
+                -1, keepdim=True
+            ) * terms.x
         else:
-            assert self.basis is not None
-            shift = torch.einsum("kij,bkj->bki", self.basis.to(x.device), gain * terms.offset)
-            mean = torch.einsum("bk,bki->bi", r, means + shift)
+            mean = torch.einsum("bk,bki->bi", r, self._posterior_means(terms))
         return mean.reshape(x.shape).to(x.dtype)
+
+    def _gain(self, terms: _Terms) -> Tensor:
+        """``alpha C_k S_k^-1`` in the eigenbasis, (B or 1, K, d or 1)."""
+        return terms.alpha[..., None] * self.variances.to(terms.x.device) / terms.variance
+
+    def _posterior_means(self, terms: _Terms) -> Tensor:
+        """``E[x_0 | x, k]``, (B, K, d)."""
+        gain, means = self._gain(terms), self.means.to(terms.x.device)
+        if terms.offset is None:
+            return means + gain * (terms.x[:, None] - terms.alpha[..., None] * means)
+        assert self.basis is not None
+        return means + torch.einsum("kij,bkj->bki", self.basis.to(terms.x.device), gain * terms.offset)
+
+    def _posterior_variances(self, terms: _Terms) -> Tensor:
+        """Eigenvalues ``c (S - alpha^2 c) / S`` of ``Cov[x_0 | x, k]``, (B or 1, K, d or 1)."""
+        noise = terms.sigma[..., None] ** 2
+        return self.variances.to(terms.x.device) * noise / terms.variance
+
+    def posterior(self, x: Tensor, alpha: Scale, sigma: Scale) -> Mixture:
+        """The law of x_0 given one point x, shape (d,): a mixture with this one's labels. See also :meth:`sample_posterior`."""
+        terms = self._terms(x, alpha, sigma)
+        if x.ndim != 1:
+            raise ValueError(f"x must be one point, of shape ({self.dim},), got {tuple(x.shape)}")
+        law = self.to(x.device)
+        means, variances = self._posterior_means(terms)[0], self._posterior_variances(terms)[0]
+        new = _made(type(self), means, variances, law.basis, terms.logits[0])
+        new.labels = law.labels
+        return new
+
+    def sample_posterior(
+        self, x: Tensor, alpha: Scale, sigma: Scale, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """One draw of x_0 given x for every point, x's shape."""
+        terms = self._terms(x, alpha, sigma)
+        which = _drawn(terms.logits, generator)
+        rows = torch.arange(len(which), device=x.device)
+        means = self._posterior_means(terms)[rows, which]
+        variances = self._posterior_variances(terms).expand(len(rows), -1, -1)[rows, which]
+        z = torch.randn(means.shape, dtype=torch.float64, device=x.device, generator=generator) * variances.sqrt()
+        if self.basis is not None:
+            z = torch.einsum("nij,nj->ni", self.basis.to(x.device)[which], z)
+        return (means + z).reshape(x.shape).to(x.dtype)
+
+    def velocity(self, x: Tensor, alpha: Scale, sigma: Scale, dalpha: Scale = -1.0, dsigma: Scale = 1.0) -> Tensor:
+        """The probability flow's velocity ``E[dalpha x_0 + dsigma eps | x]``, x's shape.
+
+        The defaults are the slopes of the linear path ``x_t = (1 - t) x_0 + t eps``, for which it is ``E[eps - x_0 | x_t]``.
+        """
+        wide = x.to(torch.float64)
+        slopes = _column("dalpha", dalpha, x, checks.real), _column("dsigma", dsigma, x, checks.real)
+        x0 = self.posterior_mean(wide, alpha, sigma).reshape(-1, self.dim)
+        noise = -_column("sigma", sigma, x) * self.score(wide, alpha, sigma).reshape(-1, self.dim)
+        return (slopes[0] * x0 + slopes[1] * noise).reshape(x.shape).to(x.dtype)
 
     def score(self, x: Tensor, alpha: Scale = 1.0, sigma: Scale = 0.0) -> Tensor:
         """``grad log p(x)`` of the noised law, x's shape."""
@@ -233,6 +290,11 @@ class Mixture:
         pull = torch.einsum("kij,bkj->bki", self.basis.to(device), terms.offset / terms.variance)
         return -torch.einsum("bk,bki->bi", r, pull)
 
+    def _assembled(
+        self, means: Tensor, variances: Tensor, basis: Tensor | None, log_weights: Tensor, *, gaussian: bool
+    ) -> Mixture:
+        return _made(Gaussian if gaussian else Mixture, means, variances, basis, log_weights)
+
     def _terms(self, x: Tensor, alpha: Scale, sigma: Scale) -> _Terms:
         if not x.is_floating_point():
             raise ValueError(f"x must be floating point, got {x.dtype}")
@@ -254,15 +316,30 @@ class Mixture:
             distance = flat.new_empty(0)
             quadratic = (offset.square() / spread + torch.log(spread)).sum(-1)
         logits = torch.log(self.weights.to(x.device)) - 0.5 * (quadratic + self.dim * math.log(2 * math.pi))
-        return _Terms(flat, a, offset, spread, logits, distance)
+        return _Terms(flat, a, s, offset, spread, logits, distance)
 
 
-def _column(name: str, value: Scale, x: Tensor) -> Tensor:
+def _column(name: str, value: Scale, x: Tensor, kind: checks.Number = checks.non_negative) -> Tensor:
     """A coefficient as (1, 1), or as (B, 1) where it differs between the points."""
     if not isinstance(value, Tensor):
-        return torch.tensor([[checks.non_negative(name, value)]], dtype=torch.float64, device=x.device)
+        return torch.tensor([[kind(name, value)]], dtype=torch.float64, device=x.device)
     value = value.to(device=x.device, dtype=torch.float64)
     return value.reshape(1, 1) if value.ndim == 0 else value.expand(x.shape[:-1]).reshape(-1, 1)
+
+
+def _made(kind: type[M], means: Tensor, variances: Tensor, basis: Tensor | None, log_weights: Tensor) -> M:
+    """A mixture of parts that fit, as they are; a weight may be so small that it is zero."""
+    new = kind.__new__(kind)
+    new.means, new.variances, new.basis = means, variances, basis
+    new.weights, new.labels = log_weights.softmax(0), None
+    return new
+
+
+def _drawn(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One index for each row of logits (B, K)."""
+    levels = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device, generator=generator)
+    ends = torch.softmax(logits, -1).cumsum(-1)
+    return torch.searchsorted(ends, levels * ends[:, -1:], right=True).clamp(max=logits.shape[1] - 1)[:, 0]
 
 
 class Gaussian(Mixture):
@@ -272,6 +349,8 @@ class Gaussian(Mixture):
         mean: (d,).
         covariance: a number, (d,) or (d, d).
     """
+
+    _gaussian = True
 
     @checks.arguments(mean=checks.array, covariance=checks.array)
     def __init__(self, mean: Tensor | Sequence[float], covariance: float | Tensor | Sequence[float] = 1.0) -> None:
@@ -302,3 +381,31 @@ class Gaussian(Mixture):
             basis = self.basis[0].to(x.device)
             y = (y @ basis * factor) @ basis.T
         return (a_t * mean + y).to(x.dtype)
+
+
+@checks.arguments(laws=checks.Each(checks.Instance(Mixture, words="a Gaussian"), least=1), betas=checks.Numbers())
+def product_of_powers(laws: Sequence[Mixture], betas: Sequence[float]) -> tuple[Gaussian, Tensor]:
+    """``prod_i N(x; m_i, S_i)^beta_i``, normalised, and the log of its integral.
+
+    Args:
+        laws: Gaussians (mixtures of one component) of one dimension, with density.
+        betas: as many numbers; they may be negative, as those of classifier-free guidance ``(1 - w, w)``.
+
+    Raises:
+        ValueError: ``sum_i beta_i S_i^-1`` is not positive definite.
+
+    Example:
+        >>> law, log_z = product_of_powers([Gaussian([1.5], 0.5), Gaussian([-0.5], 2.0)], [1.0, 1.0])
+        >>> law.mean.item(), law.covariance.item()
+        (1.1, 0.4)
+    """
+    if len(betas) != len(laws):
+        raise ValueError(f"betas must be {len(laws)} numbers, one for each of laws, got {len(betas)}")
+    if any(len(law) != 1 or law.dim != laws[0].dim for law in laws):
+        raise ValueError("laws must each have one component, and all have one dimension")
+    device = laws[0].means.device
+    means, covariances = (torch.cat([getattr(law, n).to(device) for law in laws]) for n in ("means", "covariances"))
+    row = torch.as_tensor([float(b) for b in betas], dtype=torch.float64, device=device)[None]
+    message = "betas must leave a law that can be normalised: sum beta_i S_i^-1 must be positive definite"
+    mean, covariance, log_mass = powers(means, covariances, row, message)
+    return _made(Gaussian, mean, *spectrum(covariance), log_mass), log_mass[0]
