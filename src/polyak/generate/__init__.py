@@ -43,6 +43,15 @@ from polyak.generate.dpm_solver import (
 )
 from polyak.generate.evaluate import DynamicThresholding, Evaluator
 from polyak.generate.fields import divergence, log_likelihood
+from polyak.generate.fkc import (
+    Composed,
+    ComposedPrediction,
+    FeynmanKacCorrector,
+    FKCState,
+    ReverseSDE,
+    fkc_weight,
+    initial_scale,
+)
 from polyak.generate.fokker_planck_gap import (
     Gap,
     GapBound,
@@ -134,6 +143,8 @@ __all__ = [
     "VP",
     "APGState",
     "Change",
+    "Composed",
+    "ComposedPrediction",
     "ContextDropout",
     "CosineVP",
     "DPMSolver",
@@ -150,6 +161,8 @@ __all__ = [
     "EnergyScore",
     "Euler",
     "Evaluator",
+    "FKCState",
+    "FeynmanKacCorrector",
     "Flow",
     "Forecast",
     "Gap",
@@ -184,6 +197,7 @@ __all__ = [
     "Projection",
     "Query",
     "ReverseDiffusion",
+    "ReverseSDE",
     "RungeKutta",
     "SamplingInfo",
     "Separation",
@@ -207,6 +221,7 @@ __all__ = [
     "drive",
     "ensemble_forecast",
     "exact_ode_logdensity",
+    "fkc_weight",
     "flow_jacobian",
     "fp_regularized_loss",
     "gauge_moments",
@@ -214,6 +229,7 @@ __all__ = [
     "gaussian_separation",
     "heun_per_sample",
     "histogram_w2",
+    "initial_scale",
     "inject_noise",
     "interpolant_loss",
     "intrinsic_dimension",

@@ -13,7 +13,7 @@ from polyak.core import checks
 from polyak.generate.evaluate import MODEL, Model
 from polyak.generate.fkc.weight import initial_scale
 from polyak.generate.prediction import Prediction
-from polyak.generate.process import Generators, Process, expand, wide
+from polyak.generate.process import Generators, Process, wide
 
 Power = float | Callable[[float], Any]
 Reward = Callable[[Tensor, Tensor], Tensor]

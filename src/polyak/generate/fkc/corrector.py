@@ -16,7 +16,7 @@ from polyak.core.particles import SCHEMES, ess, resample
 from polyak.generate.fkc.composed import Composed, ComposedPrediction
 from polyak.generate.fkc.weight import fkc_weight
 from polyak.generate.prediction import Prediction
-from polyak.generate.process import expand, wide
+from polyak.generate.process import wide
 from polyak.generate.steering import SteeringState, rows_of
 
 _TARGETS = ("anneal", "cfg", "product", "tilt")
@@ -30,13 +30,12 @@ class FKCState(SteeringState):
     Attributes:
         steps: of the run, or None.
         clipped: (batch,), how many increments were clipped so far.
-        deaths, births, limits: (batch, k), the clocks of "birth_death" and the deaths' thresholds; else None.
+        deaths, limits: (batch, k), the clocks of "birth_death" and their Exp(1) thresholds; None for other schemes.
     """
 
     steps: int | None = None
     clipped: Tensor | None = None
     deaths: Tensor | None = None
-    births: Tensor | None = None
     limits: Tensor | None = None
 
 
@@ -56,7 +55,7 @@ class FeynmanKacCorrector:
         ess_threshold: resample where the effective sample size is below this share of k; None: after every step, as official code
             does; 0: never, and the samples have the weights ``info.steering.logw``.
         scheme: of resampling, by name (see :func:`polyak.core.particles.resample`), or "birth_death": a particle whose deficit
-            ``integral of (mean g - g_k)_+`` reaches an Exp(1) threshold is replaced by one drawn by its surplus; few particles move.
+            ``integral of (mean g - g_k)_+`` reaches an Exp(1) threshold is replaced by one drawn by its surplus; fewer move.
         window: the part of the steps, as shares of the run, in which particles are resampled; weights are carried outside of it,
             and the last step resamples.
         clip: bound on the increments ``g dtau`` in absolute value, a bias, for images (official code: 1 or 2).
@@ -114,15 +113,11 @@ class FeynmanKacCorrector:
     def init(
         self, batch: int, k: int, *, device: torch.device | str | None = None, steps: int | None = None
     ) -> FKCState:
-        """Equal weights, and clocks at 0."""
+        """Equal weights."""
         if steps is None and self.window != (0.0, 1.0):
             raise ValueError(f"window={self.window} needs a solver whose number of steps is known")
         base = SteeringState.uniform(batch, k, device=device)
-        state = FKCState(base.logw, base.log_z, steps=steps, clipped=torch.zeros_like(base.log_z))
-        if self.scheme != "birth_death":
-            return state
-        zero = torch.zeros_like(base.logw)
-        return replace(state, deaths=zero, births=zero)
+        return FKCState(base.logw, base.log_z, steps=steps, clipped=torch.zeros_like(base.log_z))
 
     def step(
         self,
@@ -145,10 +140,12 @@ class FeynmanKacCorrector:
         rate, level = self._rate(pred, cond, uncond, mean, step)
         gain = (float(t) - float(t_next)) * rate.reshape(state.logw.shape).to(state.logw.dtype)
         state, gain = self._centred(state, gain, (float(t) - float(t_next)) * level)
-        if self.scheme == "birth_death":
-            state, ancestors = self._clocks(state, gain, step, last, generator)
+        active, opens = self._active(state, step)
+        if self.scheme == "birth_death" and active and not opens:
+            state, ancestors = self._clocks(state, gain, generator)
         else:
-            state, ancestors = self._resampled(state, gain, step, last, generator)
+            always = last or opens
+            state, ancestors = self._resampled(state, gain, generator, due=active or last, always=always)
         if ancestors is None:
             return x_next, state
         rows = rows_of(ancestors)
@@ -184,7 +181,9 @@ class FeynmanKacCorrector:
                 raise ValueError('target="cfg" needs both predictions: sample with guidance=CFG(scale), scale not 1')
             return
         if not isinstance(pred, ComposedPrediction):
-            raise ValueError(f"target must be what the denoiser is: {self.target!r} needs a Composed one without guidance")
+            raise ValueError(
+                f"target must be what the denoiser is: {self.target!r} needs a Composed one without guidance"
+            )
         made = pred.composed
         held = {
             "anneal": len(made.experts) == 1 and made.reward is None,
@@ -213,9 +212,13 @@ class FeynmanKacCorrector:
             gain, state = gain.clamp(-self.clip, self.clip), replace(state, clipped=state.clipped + many)
         return state, gain
 
-    def _active(self, state: FKCState, step: int) -> bool:
-        low, high = self.window
-        return state.steps is None or low * state.steps <= step < high * state.steps
+    def _active(self, state: FKCState, step: int) -> tuple[bool, bool]:
+        """Whether a step is in the window; whether it is its first one and brings weights along for the clocks."""
+        if state.steps is None:
+            return True, False
+        low, high = (share * state.steps for share in self.window)
+        active = low <= step < high
+        return active, self.scheme == "birth_death" and active and step > 0 and step - 1 < low
 
     def _resampled(
         self, state: FKCState, gain: Tensor, generator: torch.Generator | None, *, due: bool, always: bool
@@ -229,18 +232,34 @@ class FeynmanKacCorrector:
         # Equal weights, whose effective size is k but for rounding, are left alone.
         low = (ess(logw) < threshold * k * (1 - 1e-12))[:, None]
         scheme = "systematic" if self.scheme == "birth_death" else self.scheme
-        ancestors = torch.where(low, resample(logw, scheme=scheme, generator=generator), torch.arange(k, device=logw.device))
+        ancestors = torch.where(
+            low, resample(logw, scheme=scheme, generator=generator), torch.arange(k, device=logw.device)
+        )
         return replace(state, logw=torch.where(low, 0.0, logw)), ancestors
 
     def _clocks(
         self, state: FKCState, gain: Tensor, generator: torch.Generator | None
     ) -> tuple[FKCState, Tensor | None]:
-        """A step of birth and death; weights stay equal."""
-        assert state.deaths is not None and state.births is not None
+        """A step of deaths and births; weights stay equal."""
         mean = gain.mean(1, keepdim=True)
-        state = replace(state, log_z=state.log_z + mean.squeeze(1))
-        draw = {"dtype": gain.dtype, "device": gain.device, "generator": generator}
-        limits = state.limits
-        if limits is None:
-            limits = -torch.rand(gain.shape, **draw).log1p().neg().neg()
-        return state, None
+        surplus = gain - mean
+        limits = self._limits(gain, generator) if state.limits is None else state.limits
+        deaths = (torch.zeros_like(gain) if state.deaths is None else state.deaths) + (-surplus).clamp(min=0)
+        dead = deaths >= limits
+        # In proportion to the surplus of this step; where there is none all are alike. Given u, draws are in no order.
+        u = torch.rand(gain.shape, dtype=gain.dtype, device=gain.device, generator=generator)
+        parents = resample(surplus.clamp(min=0).log(), scheme="multinomial", u=u, on_collapse="uniform")
+        own = torch.arange(self.num_particles, device=gain.device)
+        state = replace(
+            state,
+            log_z=state.log_z + mean.squeeze(1),
+            deaths=torch.where(dead, 0.0, deaths),
+            limits=torch.where(dead, self._limits(gain, generator), limits),
+        )
+        return state, torch.where(dead, parents, own)
+
+    @staticmethod
+    def _limits(like: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Exp(1) of like's shape."""
+        u = torch.rand(like.shape, dtype=like.dtype, device=like.device, generator=generator)
+        return -torch.log1p(-u)
