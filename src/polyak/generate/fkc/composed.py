@@ -160,7 +160,7 @@ class Composed:
         time = float(t)
         found: list[Prediction] = []
         for i, (model, _) in enumerate(self.experts):
-            prediction: Any = model(x, t)
+            prediction: Any = model(x, t)  # type: ignore[arg-type]
             if not isinstance(prediction, Prediction):
                 raise TypeError(f"experts[{i}] must return a Prediction, got {checks.shown(prediction)}")
             found.append(prediction)

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from polyak.core import checks
 from polyak.generate.linear import LinearSolver, Stage
-from polyak.generate.process import ProbabilityPath
+from polyak.generate.process import ProbabilityPath, Process
 
 
 @checks.arguments(zeta=checks.non_negative)
@@ -33,6 +33,7 @@ class ReverseSDE(LinearSolver):
         return self.zeta > 0
 
     def table(self, times: Sequence[float], process: ProbabilityPath, kind: str = "flow") -> list[Stage]:
+        assert isinstance(process, Process)  # needs_gaussian
         stages = []
         for s, t in itertools.pairwise(process.moments(times)):
             d, sigma2 = float(s) - float(t), process.diffusion2(float(s))
