@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from polyak.core import checks
+from polyak.core.exact import _products
 from polyak.core.exact._algebra import powers, spectrum
-from polyak.core.exact._products import Products
+from polyak.core.exact._products import Components
 
 Scale = float | Tensor
-
+_MIXTURE = checks.Like("a Mixture", "means", "weights", "covariances", "basis")
 
 M = TypeVar("M", bound="Mixture")
 
@@ -44,7 +45,7 @@ class _Terms(NamedTuple):
     distance: Tensor  # (B, K): |x - alpha m_k|^2; only where C_k = c_k I
 
 
-class Mixture(Products):
+class Mixture:
     """A mixture of K Gaussians in d dimensions.
 
     Args:
@@ -290,10 +291,55 @@ class Mixture(Products):
         pull = torch.einsum("kij,bkj->bki", self.basis.to(device), terms.offset / terms.variance)
         return -torch.einsum("bk,bki->bi", r, pull)
 
-    def _assembled(
-        self, means: Tensor, variances: Tensor, basis: Tensor | None, log_weights: Tensor, *, gaussian: bool
-    ) -> Mixture:
-        return _made(Gaussian if gaussian else Mixture, means, variances, basis, log_weights)
+    @checks.arguments(b=checks.array, B=checks.array | None)
+    def tilt(
+        self, b: Tensor | Sequence[float], B: float | Tensor | Sequence[float] | None = None
+    ) -> tuple[Mixture, Tensor]:
+        """The law proportional to ``p(x) exp(b'x - x'Bx/2)``, and the log of ``E[exp(b'x - x'Bx/2)]``. Labels are kept.
+
+        Component k becomes ``S'_k = (S_k^-1 + B)^-1``, ``m'_k = S'_k (S_k^-1 m_k + b)``,
+        ``log w'_k = log w_k + (m'_k'S'_k^-1 m'_k - m_k'S_k^-1 m_k + log|S'_k| - log|S_k|) / 2``; point masses stay where they are.
+
+        Args:
+            b: (d,).
+            B: a number (times the identity), (d,) a diagonal, or (d, d) symmetric; need not be positive.
+
+        Raises:
+            ValueError: some ``S_k^-1 + B`` is not positive definite.
+        """
+        return self._normalised(_products.tilt(self, b, B), isinstance(self, Gaussian), self.labels)
+
+    @checks.arguments(other=_MIXTURE)
+    def product(self, other: Mixture) -> tuple[Mixture, Tensor]:
+        """The law proportional to ``p(x) q(x)``, of K1 * K2 components, and the log of ``int p q``.
+
+        Component ``k * K2 + l`` is that of the pair (k, l). It has no labels. Of two Gaussians it is a Gaussian.
+        """
+        gaussian = isinstance(self, Gaussian) and isinstance(other, Gaussian)
+        return self._normalised(_products.product(self, other), gaussian)
+
+    @checks.arguments(beta=checks.positive)
+    def power(self, beta: float) -> tuple[Mixture, Tensor]:
+        """The law proportional to ``p(x)^beta`` (annealed, for ``beta > 1``), and the log of ``int p^beta``.
+
+        Of one component it is ``N(m, S / beta)``, and ``int p^beta = |2 pi S|^((1 - beta) / 2) beta^(-d/2)``.
+        Of more, beta must be whole: the power is multiplied out, into ``(K + beta - 1 choose beta)`` components.
+        """
+        return self._normalised(_products.power(self, beta), isinstance(self, Gaussian))
+
+    @checks.arguments(beta=checks.positive)
+    def power_of_modes(self, beta: float) -> tuple[Mixture, Tensor]:
+        """``sum_k (w_k N(x; m_k, S_k))^beta``, normalised: the power of modes that do not overlap. With its log normalizer.
+
+        Mode k has a mass proportional to ``w_k^beta |S_k|^((1 - beta) / 2)``. Labels are kept.
+        """
+        return self._normalised(_products.power_of_modes(self, beta), isinstance(self, Gaussian), self.labels)
+
+    def _normalised(self, parts: Components, gaussian: bool, labels: Tensor | None = None) -> tuple[Mixture, Tensor]:
+        variances, basis = (parts.covariances[:, :1, 0], None) if parts.isotropic else spectrum(parts.covariances)
+        new = _made(Gaussian if gaussian else Mixture, parts.means, variances, basis, parts.log_masses)
+        new.labels = labels
+        return new, parts.log_masses.logsumexp(0)
 
     def _terms(self, x: Tensor, alpha: Scale, sigma: Scale) -> _Terms:
         if not x.is_floating_point():
@@ -349,8 +395,6 @@ class Gaussian(Mixture):
         mean: (d,).
         covariance: a number, (d,) or (d, d).
     """
-
-    _gaussian = True
 
     @checks.arguments(mean=checks.array, covariance=checks.array)
     def __init__(self, mean: Tensor | Sequence[float], covariance: float | Tensor | Sequence[float] = 1.0) -> None:
