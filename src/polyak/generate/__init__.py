@@ -43,6 +43,7 @@ from polyak.generate.dpm_solver import (
 )
 from polyak.generate.evaluate import DynamicThresholding, Evaluator
 from polyak.generate.fields import divergence, log_likelihood
+from polyak.generate.fk_steering import FKSteering
 from polyak.generate.fkc import (
     Composed,
     ComposedPrediction,
@@ -162,6 +163,7 @@ __all__ = [
     "Euler",
     "Evaluator",
     "FKCState",
+    "FKSteering",
     "FeynmanKacCorrector",
     "Flow",
     "Forecast",
