@@ -33,7 +33,7 @@ def picture():
         )
         one.scatter(*x.numpy().T, s=2, color=color, linewidths=0, alpha=0.5)
         for place, mean in enumerate(law.means.numpy()):
-            name(one, *(1.42 * mean), str(place + 1), INK, shift=(-3, -4))
+            name(one, 1.42 * mean[0], 1.42 * mean[1], str(place + 1), INK, shift=(-3, -4))
         one.set(aspect="equal", xlim=(-5, 5), ylim=(-5, 5), xticks=(-3, 0, 3), yticks=(-3, 0, 3))
         one.grid(visible=False)
         nearest = torch.cdist(x.double(), law.means).argmin(1)
