@@ -113,7 +113,7 @@ def test_draws_have_the_law() -> None:
 
 
 def test_strong_couplings_and_fields_are_finite() -> None:
-    # Fields against a coupling: all spins are up, at 8 * 10 + 4 * 10 for each of them with their neighbours.
+    # All spins are up: two bonds of 10 and a field of 10 for each.
     model = Ising(9, 10.0, 10.0)
     assert model.log_z.item() == pytest.approx(81 * 30.0, abs=1e-9)
     assert torch.allclose(model.means, torch.ones(9, 9).double())
@@ -121,6 +121,9 @@ def test_strong_couplings_and_fields_are_finite() -> None:
     assert Ising(4, -10.0).log_z.item() == pytest.approx(32 * 10 + math.log(2), abs=1e-7)
     energy = exponents(3, -10.0, torch.zeros(3, 3), True)
     assert Ising(3, -10.0).log_z.item() == pytest.approx(energy.logsumexp(0).item(), abs=1e-9)
+    # Rows with a field up and down in turn, all of which the coupling holds together: all up, or all down.
+    stripes = 10.0 * (-1.0) ** torch.arange(10)[:, None].expand(10, 10)
+    assert Ising(10, 10.0, stripes).log_z.item() == pytest.approx(2000 + math.log(2), abs=1e-9)
     assert bool(Ising(9, -10.0, 10.0).means.isfinite().all())
 
 

@@ -123,6 +123,7 @@ def test_a_tilt_as_the_specification_writes_it_and_of_singular_laws() -> None:
     assert far.weights.tolist() == [1.0, 0.0]
     assert log_z.item() == pytest.approx(0.5 - math.log(2))
     assert bool(far.score(torch.zeros(1, 1)).isfinite().all())
+    assert far.power(2)[1].item() == pytest.approx(-0.5 * math.log(4 * math.pi))
 
 
 @pytest.mark.parametrize("second", ["scalar", "diagonal", "full", "points"])

@@ -90,6 +90,14 @@ def test_draws_have_the_law(revealed: list[int]) -> None:
         assert bool(((counts - n * law).abs() <= 4.5 * (n * law * (1 - law)).sqrt()).all())
 
 
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_symbols_of_probability_zero_are_never_drawn(level: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A level of 0 is drawn now and then, and one just below 1 may round to the sum.
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, level, dtype=torch.float64))
+    chain = MarkovChain([0.0, 0.6, 0.4, 0.0], [[0.25] * 4, [0.0, 0.5, 0.5, 0.0], [0.0, 0.5, 0.5, 0.0], [0.25] * 4])
+    assert chain.sample(4, 2).tolist() == [[1 + int(level)] * 4] * 2
+
+
 def test_long_strings_do_not_underflow() -> None:
     x = torch.full((2, 3000), -1)
     x[0] = CHAIN.sample(3000, generator=torch.Generator().manual_seed(0))[0]

@@ -70,8 +70,8 @@ class FiniteHMM:
     Example:
         >>> model = FiniteHMM([0.5, 0.5], [[0.9, 0.1], [0.2, 0.8]], [[0.7, 0.3], [0.1, 0.9]])
         >>> states, symbols = model.simulate(50, n=4, generator=torch.Generator().manual_seed(0))
-        >>> model.smooth(symbols).transition_counts.sum((-2, -1))
-        tensor([49., 49., 49., 49.], dtype=torch.float64)
+        >>> model.smooth(symbols).transition_counts.shape, model.log_likelihood(symbols).shape
+        (torch.Size([4, 2, 2]), torch.Size([4]))
     """
 
     @checks.arguments(initial=checks.array, transition=checks.array, emission=checks.array | None)
