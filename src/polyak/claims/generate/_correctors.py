@@ -89,10 +89,10 @@ def unbalance(target: Target, process: Any, seed: int, *, weighted: bool = True,
             sigma2, f = process.diffusion2(t), process.drift(t)
             g = rate(found, sigma2, f, log_terms)
             grad, lap, lap_rho = found.composed_score, torch.zeros(64, dtype=torch.float64), 0.0
-            for (model, _), beta in zip(composed.experts, found.betas, strict=True):
+            for (model, _), beta in zip(experts, found.betas, strict=True):
                 lap = lap + beta * model.law.score_divergence(x, process.alpha(t), process.sigma(t))
             divergence_S = lap
-            if rho is not None:
+            if found.grad_rho is not None:
                 # of b'x - c |x|^2 / 2 in two dimensions
                 lap_rho = (1 - t / 20) * -2 * CURB
                 grad, lap = grad + found.grad_rho, lap + lap_rho

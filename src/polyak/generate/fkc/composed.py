@@ -163,6 +163,8 @@ class Composed:
             prediction: Any = model(x, t)  # type: ignore[arg-type]
             if not isinstance(prediction, Prediction):
                 raise TypeError(f"experts[{i}] must return a Prediction, got {checks.shown(prediction)}")
+            if prediction.process is not self.process and prediction.process != self.process:
+                raise ValueError(f"experts[{i}] must predict for {self.process!r}, got {prediction.process!r}")
             found.append(prediction)
         grad, drho = (None, None) if self.reward is None else self._slopes(x, time)
         return ComposedPrediction(self, found, self.betas(time), grad, drho, self._dlog(x, time))

@@ -30,11 +30,13 @@ class FKCState(SteeringState):
     Attributes:
         steps: of the run, or None.
         clipped: (batch,), how many increments were clipped so far.
+        roots: (batch, k), the particle of the start that each descends from; few of them say that diversity was lost.
         deaths, limits: (batch, k), the clocks of "birth_death" and their Exp(1) thresholds; None for other schemes.
     """
 
     steps: int | None = None
     clipped: Tensor | None = None
+    roots: Tensor | None = None
     deaths: Tensor | None = None
     limits: Tensor | None = None
 
@@ -48,8 +50,8 @@ class FeynmanKacCorrector:
 
     Args:
         target: what the denoiser is: "anneal", a :class:`Composed` of one expert; "product", of several; "tilt", with a reward; a
-            Composed itself, any of these. "cfg": a pair combined by :class:`CFG` in ``sample(guidance=CFG(w))``; what is sampled
-            is then ``q_u^{1-w} q_c^w``.
+            Composed itself, any of these. "cfg": a pair combined by :class:`CFG` in ``sample(guidance=CFG(w))``, with one scale for
+            all times; what is sampled is then ``q_u^{1-w} q_c^w``.
         num_particles: k, at least 2.
         zeta: the share of noise of the solver (see :class:`ReverseSDE`); 1 for the room's other stochastic solvers.
         ess_threshold: resample where the effective sample size is below this share of k; None: after every step, as official code
@@ -117,7 +119,8 @@ class FeynmanKacCorrector:
         if steps is None and self.window != (0.0, 1.0):
             raise ValueError(f"window={self.window} needs a solver whose number of steps is known")
         base = SteeringState.uniform(batch, k, device=device)
-        return FKCState(base.logw, base.log_z, steps=steps, clipped=torch.zeros_like(base.log_z))
+        roots = torch.arange(k, device=base.logw.device).expand(batch, k)
+        return FKCState(base.logw, base.log_z, steps=steps, clipped=torch.zeros_like(base.log_z), roots=roots)
 
     def step(
         self,
@@ -149,7 +152,9 @@ class FeynmanKacCorrector:
         if ancestors is None:
             return x_next, state
         rows = rows_of(ancestors)
-        return x_next.index_select(0, rows), replace(state, ancestors=rows)
+        assert state.roots is not None
+        state = replace(state, ancestors=rows, roots=state.roots.gather(1, ancestors))
+        return x_next.index_select(0, rows), state
 
     def select(self, state: FKCState, x: Tensor) -> Tensor:
         """All particles, (batch * k, ...)."""
@@ -157,6 +162,11 @@ class FeynmanKacCorrector:
 
     def _rate(self, pred: Any, cond: Any, uncond: Any, mean: Tensor | None, step: int) -> tuple[Tensor, float]:
         """g of each particle, (batch * k,), and the part of it that is the same for all."""
+        if pred is None:
+            raise ValueError(
+                "the corrector needs the predictions, and this pipeline's scheduler does not tell them: use a PolyakScheduler, "
+                'guide(pipe, CFG(scale)) and target="cfg"'
+            )
         if step == 0:
             self._check(pred, cond, uncond, mean)
         t, process = float(pred.t), pred.process
@@ -176,9 +186,12 @@ class FeynmanKacCorrector:
         return rate, (math.fsum(pred.betas) - 1) * drift * x[0].numel()
 
     def _check(self, pred: Any, cond: Any, uncond: Any, mean: Tensor | None) -> None:
+        if isinstance(pred.t, Tensor) and pred.t.ndim:
+            raise ValueError("the corrector needs a solver whose rows have one time")
         if self.target == "cfg":
-            if not all(isinstance(p, Prediction) for p in (pred, cond, uncond)) or cond is uncond:
-                raise ValueError('target="cfg" needs both predictions: sample with guidance=CFG(scale), scale not 1')
+            if cond is uncond:
+                text = 'target="cfg" with one prediction corrects nothing: sample with guidance=CFG(scale), scale not 1'
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
             return
         if not isinstance(pred, ComposedPrediction):
             raise ValueError(
@@ -195,10 +208,8 @@ class FeynmanKacCorrector:
         if made.reward is not None and made.zeta != self.zeta:
             raise ValueError(f"zeta must be the Composed's own, {made.zeta:g}, got {self.zeta:g}")
         if mean is None and math.fsum(pred.betas) != 1:
-            warnings.warn(
-                "a deterministic solver contracts particles far below the spread of an annealed law: their weights say little",
-                stacklevel=5,
-            )
+            text = "a deterministic solver contracts particles far below an annealed law's spread: weights say little"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def _centred(self, state: FKCState, gain: Tensor, level: float) -> tuple[FKCState, Tensor]:
         """Increments without their mean, clipped; the mean goes into log_z at once."""

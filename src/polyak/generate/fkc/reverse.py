@@ -20,7 +20,10 @@ class ReverseSDE(LinearSolver):
 
     First order, one evaluation a step. ``zeta=1`` is the reverse SDE, ``zeta=0`` the probability-flow ODE; for annealing by beta
     ``zeta=beta**-0.5`` is tempered noise. With zeta above 1 a particle forgets faster and weights vary less, and steps must be
-    smaller. sigma is the diffusion coefficient of the process. (A grid that ends at t = 0 suits variance exploding processes.)
+    smaller. sigma is the diffusion coefficient of the process.
+
+    Raises:
+        ValueError: a start where that is infinite, as at t = 1 of ``Flow()``: ``Flow(t_max=0.999)`` begins below.
     """
 
     zeta: float = 1.0
@@ -37,6 +40,8 @@ class ReverseSDE(LinearSolver):
         stages = []
         for s, t in itertools.pairwise(process.moments(times)):
             d, sigma2 = float(s) - float(t), process.diffusion2(float(s))
+            if not math.isfinite(sigma2):
+                raise ValueError(f"diffusion of {process!r} is infinite at t={float(s):g}: begin below")
             rate = (1 + self.zeta**2) / 2 * sigma2
             std = self.zeta * math.sqrt(sigma2 * d)
             stages.append(Stage(s, t, "score", 1 - process.drift(float(s)) * d, rate * d, std=std))
