@@ -46,7 +46,6 @@ from polyak.generate.fields import divergence, log_likelihood
 from polyak.generate.fk_steering import FKSteering
 from polyak.generate.fkc import (
     Composed,
-    ComposedPrediction,
     FeynmanKacCorrector,
     FKCState,
     ReverseSDE,
@@ -145,7 +144,6 @@ __all__ = [
     "APGState",
     "Change",
     "Composed",
-    "ComposedPrediction",
     "ContextDropout",
     "CosineVP",
     "DPMSolver",

@@ -14,12 +14,11 @@ def picture():
 
     from polyak.claims.generate import _correctors as c
     from polyak.generate import Composed, FeynmanKacCorrector, ReverseSDE, sample
+    from polyak.generate.problems import ExactDenoiser
 
     law = c.ring()
-    composed = Composed([(c.Expert(law, c.PROCESS), c.BETA)])
-    v = torch.tensor(c.VARIANCES, dtype=torch.float64)
-    exact = law.weights**c.BETA * v ** (1 - c.BETA)
-    exact = (exact / exact.sum()).numpy()
+    composed = Composed([(ExactDenoiser(law, c.PROCESS), c.BETA)])
+    exact = law.power_of_modes(c.BETA)[0].weights.numpy()
     corrector = FeynmanKacCorrector("anneal", num_particles=COUNT)
     titles = ("Composed scores alone", "Corrected", "Masses of the modes")
     figure, (*planes, bars) = panels(3, titles=titles, height=225)
@@ -39,11 +38,11 @@ def picture():
         nearest = torch.cdist(x.double(), law.means).argmin(1)
         mass = torch.bincount(nearest, minlength=c.MODES).double().numpy() / len(x)
         bars.bar(places + shift, mass, 0.38, color=color)
-        name(bars, 2.4, 0.62 if steering is None else 0.52, who, color, shift=(0, 0))
+        name(bars, 2.4, 0.66 if steering is None else 0.55, who, color, shift=(0, 0))
     for place, mass in zip(places, exact, strict=True):
         bars.plot([place - 0.45, place + 0.45], [mass, mass], color=INK, linewidth=2)
-    name(bars, 2.4, 0.72, "line: exact", MUTED, shift=(0, 0))
-    bars.set(xticks=places, xticklabels=[str(p + 1) for p in places], xlabel="mode", ylim=(0, 0.85))
+    name(bars, 2.4, 0.77, "line: exact", MUTED, shift=(0, 0))
+    bars.set(xticks=places, xticklabels=[str(p + 1) for p in places], xlabel="mode", ylim=(0, 0.95))
     return described(
         figure,
         "Particles from a ring of six modes at a third of its temperature. Scores alone leave mass in every mode; corrected, "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polyak.core.exact import Mixture
 from polyak.generate import VE, Composed, FeynmanKacCorrector, ReverseSDE, fkc_weight
-from polyak.generate.fkc import ComposedPrediction
+from polyak.generate.fkc.composed import ComposedPrediction
 from polyak.generate.problems import ExactDenoiser
 
 MODES, RADIUS, BETA = 6, 3.0, 3.0
@@ -28,13 +28,6 @@ def ring(turned: bool = False) -> Mixture:
     means = RADIUS * torch.stack([angle.cos(), angle.sin()], -1)
     weights, variances = (torch.tensor(v[::-1] if turned else v, dtype=torch.float64) for v in (WEIGHTS, VARIANCES))
     return Mixture(means, variances, weights)
-
-
-class Expert(ExactDenoiser):
-    """An exact denoiser that knows its density."""
-
-    def log_prob(self, x: Tensor, t: float) -> Tensor:
-        return self.law.log_prob(x, self.process.alpha(t), self.process.sigma(t))
 
 
 def reward(x: Tensor, t: Tensor) -> Tensor:
@@ -55,7 +48,7 @@ class Shuffled(FeynmanKacCorrector):
 
 def targets(process: Any) -> dict[str, Target]:
     """Experts with their powers, and a reward: of each kind one."""
-    a, b = Expert(ring(), process), Expert(ring(turned=True), process)
+    a, b = ExactDenoiser(ring(), process), ExactDenoiser(ring(turned=True), process)
     return {
         "anneal": ([(a, 3.0)], None),
         "product": ([(a, 1.0), (b, 1.0)], None),
@@ -68,7 +61,7 @@ def targets(process: Any) -> dict[str, Target]:
 def drift_in_time(process: Any) -> Target:
     """Powers that change along the way."""
     span = process.t_max
-    a, b = Expert(ring(), process), Expert(ring(turned=True), process)
+    a, b = ExactDenoiser(ring(), process), ExactDenoiser(ring(turned=True), process)
     return ([(a, lambda t: 2.0 - t / span), (b, lambda t: 0.5 * t / span)], None)
 
 

@@ -47,13 +47,13 @@ def _modes(t: Trial) -> dict[str, float]:
     import torch
 
     from polyak.claims.generate import _correctors as c
-    from polyak.core.exact import Mixture
     from polyak.generate import Composed, FeynmanKacCorrector, ReverseSDE, sample
+    from polyak.generate.problems import ExactDenoiser
 
     a, b = c.ring(), c.ring(turned=True)
-    experts = [(c.Expert(a, c.PROCESS), c.BETA)]
+    experts, law = [(ExactDenoiser(a, c.PROCESS), c.BETA)], a.power_of_modes(c.BETA)[0]
     if t.task == "product":
-        experts = [(c.Expert(law, c.PROCESS), 1.0) for law in (a, b)]
+        experts, law = [(ExactDenoiser(each, c.PROCESS), 1.0) for each in (a, b)], a.product(b)[0]
     draw, composed = torch.Generator().manual_seed(t.seed), Composed(experts)
     k, steering, start = t["particles"], None, (t["particles"], 2)
     if t.arm != "none":
@@ -64,14 +64,7 @@ def _modes(t: Trial) -> dict[str, float]:
     x = sample(
         composed, start, solver=ReverseSDE(), steps=t["steps"], grid="karras", steering=steering, generator=draw
     ).double()
-    if t.task == "product":
-        law = a.product(b)[0]
-        masses = law.responsibilities(x).mean(0)
-    else:
-        v = torch.tensor(c.VARIANCES, dtype=torch.float64)
-        mass = a.weights**c.BETA * v ** (1 - c.BETA)
-        law = Mixture(a.means, v / c.BETA, mass)
-        masses = law.responsibilities(x).mean(0)
+    masses = law.responsibilities(x).mean(0)
     return {"tv": (masses - law.weights).abs().sum().item() / 2}
 
 
@@ -219,14 +212,20 @@ CLAIM = Claim(
     errata=(
         Erratum(
             what="Probabilities are raised to 1e-6 before they are summed for systematic resampling.",
-            where="martaskrt/fkc-diffusion, its resampling of mixtures and clusters",
-            effect="Particles without weight are drawn: with 10,000 of them they have a hundredth of the mass.",
+            where="martaskrt/fkc-diffusion, sample_cat_sys of its code for images, mixtures and clusters",
+            effect=(
+                "Particles without weight are drawn, and the last in line less than they should: with 10,000 of them it is a "
+                "hundredth of the mass."
+            ),
             test="tests/generate/test_fkc.py::test_raised_probabilities_draw_the_dead",
         ),
         Erratum(
-            what="For powers that change along the way the rate has their derivative, but not the log-densities that multiply it.",
-            where="martaskrt/fkc-diffusion, annealing with a schedule",
-            effect="The derivative alone is the same for all particles: the target is another one.",
+            what=(
+                "For powers that change along the way the derivative is added to the log-weights, without the log-density that "
+                "multiplies it, and without the step's length."
+            ),
+            where="martaskrt/fkc-diffusion, its step of annealing, which says that it is for constant powers",
+            effect="The same number for all particles changes nothing: the target is another one. For constant powers it is 0.",
             test="tests/generate/test_fkc.py::test_changing_powers_need_the_density",
         ),
     ),

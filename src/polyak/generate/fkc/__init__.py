@@ -27,14 +27,13 @@ At a third of the temperature, two hundred particles for each of four systems:
     >>> x = sample(cold, (4, 2), solver=ReverseSDE(), steps=200, grid="karras", steering=corrector)
 """
 
-from polyak.generate.fkc.composed import Composed, ComposedPrediction
+from polyak.generate.fkc.composed import Composed
 from polyak.generate.fkc.corrector import FeynmanKacCorrector, FKCState
 from polyak.generate.fkc.reverse import ReverseSDE
 from polyak.generate.fkc.weight import fkc_weight, initial_scale
 
 __all__ = [
     "Composed",
-    "ComposedPrediction",
     "FKCState",
     "FeynmanKacCorrector",
     "ReverseSDE",

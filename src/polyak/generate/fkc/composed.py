@@ -129,7 +129,7 @@ class Composed:
         if not process.is_gaussian:
             raise ValueError(f"{process!r} has no Gaussian noise, hence no score")
         self.reward, self.process, self.zeta = reward, process, zeta
-        self.share = zeta**2 / (1 + zeta**2)
+        self.share = (zeta / math.hypot(1, zeta)) ** 2
         initial_scale(self.betas(process.t_max), process)
 
     def __repr__(self) -> str:

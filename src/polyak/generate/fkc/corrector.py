@@ -15,7 +15,6 @@ from polyak.core import checks
 from polyak.core.particles import SCHEMES, ess, resample
 from polyak.generate.fkc.composed import Composed, ComposedPrediction
 from polyak.generate.fkc.weight import fkc_weight
-from polyak.generate.prediction import Prediction
 from polyak.generate.process import wide
 from polyak.generate.steering import SteeringState, rows_of
 
@@ -23,6 +22,13 @@ _TARGETS = ("anneal", "cfg", "product", "tilt")
 _TARGET = checks.Choice(*_TARGETS) | checks.Instance(Composed, words="a Composed")
 
 
+_PARTICLES, _SYSTEMS = checks.Tensor(floating=True, ndim=2), checks.Tensor(floating=True, ndim=1)
+
+
+@checks.arguments(
+    logw=_PARTICLES, log_z=_SYSTEMS, ancestors=checks.Tensor(ndim=1) | None, steps=checks.Integer(0) | None,
+    clipped=_SYSTEMS | None, roots=checks.Tensor(ndim=2) | None, deaths=_PARTICLES | None, limits=_PARTICLES | None,
+)  # fmt: skip
 @dataclass(frozen=True)
 class FKCState(SteeringState):
     """The weights, and what a run of the corrector remembers.
