@@ -230,9 +230,10 @@ CLAIM = Claim(
         ),
     ),
     usage=(
-        "from polyak.generate import Composed, FeynmanKacCorrector, ReverseSDE, sample\n\n"
+        "from polyak.generate import VP, Composed, Denoiser, FeynmanKacCorrector, ReverseSDE, sample\n\n"
+        "denoiser = Denoiser(network, VP())  # network(x, t) predicts the noise\n"
         "cold = Composed([(denoiser, 3.0)])  # a third of the temperature\n"
-        'corrector = FeynmanKacCorrector("anneal", num_particles=200)\n'
-        "x = sample(cold, (4, 2), solver=ReverseSDE(), steps=200, steering=corrector)"
+        'corrector = FeynmanKacCorrector("anneal", num_particles=16)\n'
+        "x = sample(cold, (4, 3, 16, 16), solver=ReverseSDE(), steps=50, steering=corrector)"
     ),
 )  # fmt: skip
