@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from polyak.lab.pictures import INK, MUTED, SERIES, described, name, panels
 
-COUNT, STEPS = 2000, 120  # particles, steps
+COUNT, STEPS = 2000, 80  # particles, steps
 
 
 def picture():
