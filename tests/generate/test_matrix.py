@@ -40,6 +40,7 @@ STOCHASTIC: dict[str, Solver] = {
     "DDIM, eta=1": DDIM(eta=1.0),
     "FlowSDE": generate.FlowSDE("sigma", 1.0),
     "SDE-DPMSolver++ 2M": DPMSolver(order=2, form="data", method="multistep", sde=True),
+    "ReverseSDE": generate.ReverseSDE(),
 }
 # The second coordinate has no spread, so that the guided difference (0, 0.8) is at right angles to the prediction: then every
 # guidance below makes of the two laws the third one, exactly.

@@ -44,6 +44,14 @@ from polyak.generate.dpm_solver import (
 from polyak.generate.evaluate import DynamicThresholding, Evaluator
 from polyak.generate.fields import divergence, log_likelihood
 from polyak.generate.fk_steering import FKSteering
+from polyak.generate.fkc import (
+    Composed,
+    FeynmanKacCorrector,
+    FKCState,
+    ReverseSDE,
+    fkc_weight,
+    initial_scale,
+)
 from polyak.generate.fokker_planck_gap import (
     Gap,
     GapBound,
@@ -152,6 +160,7 @@ __all__ = [
     "BestOfN",
     "Change",
     "CoDe",
+    "Composed",
     "ContextDropout",
     "CosineVP",
     "DPMSolver",
@@ -168,7 +177,9 @@ __all__ = [
     "EnergyScore",
     "Euler",
     "Evaluator",
+    "FKCState",
     "FKSteering",
+    "FeynmanKacCorrector",
     "FirstHitting",
     "Flow",
     "FlowSDE",
@@ -212,6 +223,7 @@ __all__ = [
     "Projection",
     "Query",
     "ReverseDiffusion",
+    "ReverseSDE",
     "RolloverBudget",
     "RungeKutta",
     "SamplingInfo",
@@ -243,6 +255,7 @@ __all__ = [
     "drive",
     "ensemble_forecast",
     "exact_ode_logdensity",
+    "fkc_weight",
     "flow_jacobian",
     "fp_regularized_loss",
     "gauge_moments",
@@ -252,6 +265,7 @@ __all__ = [
     "generative_perplexity",
     "heun_per_sample",
     "histogram_w2",
+    "initial_scale",
     "inject_noise",
     "interpolant_loss",
     "intrinsic_dimension",

@@ -164,6 +164,11 @@ def sample(
             (batch * k, ...). Or a :class:`Step` that a callback was given in an earlier run with the same arguments: go on from
             there, with what solver, guidance and steering remembered. The step stays as it is. Of a discrete process a start holds
             integers.
+        x_T_or_shape: the start, shape (B, ...), at the first time of the grid; or a shape, whose start is drawn from the
+            denoiser's ``prior`` where it has one, else from ``process.prior``. With steering a shape counts systems,
+            (batch, ...), and a tensor holds particles, (batch * k, ...). Or a :class:`Step` that a callback was given in an
+            earlier run with the same arguments: go on from there, with what solver, guidance and steering remembered. The
+            step stays as it is.
         process: left out, the denoiser's own.
         solver: how to step.
         steps, nfe: the number of steps, or the largest number of evaluations; exactly one, unless ``grid`` holds times or
@@ -201,7 +206,8 @@ def sample(
     if isinstance(x_T_or_shape, Step):
         began, x = x_T_or_shape, _start(process, x_T_or_shape.x, steering, generator, None, device)
     else:
-        began, x = None, _start(process, x_T_or_shape, steering, generator, dtype, device)
+        prior = getattr(denoiser, "prior", None)
+        began, x = None, _start(process, x_T_or_shape, steering, generator, dtype, device, prior)
     count = None if solver.adaptive else len(times) - 1
     dtype = None if process.is_discrete else dtype or x.dtype
     evaluator = Evaluator(
@@ -297,12 +303,13 @@ def _start(
     generator: Generators | None,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
+    prior: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     k = 1 if steering is None else checks.integer("steering.particles", steering.particles, least=1)
     several = generator if isinstance(generator, Sequence) else [] if generator is None else [generator]
     if not isinstance(given, Tensor):
         rows, *event = given
-        return process.prior((rows * k, *event), generator=generator, dtype=dtype, device=device)
+        return (prior or process.prior)((rows * k, *event), generator=generator, dtype=dtype, device=device)
     if dtype is not None or device is not None:
         raise ValueError("dtype and device follow the start; give them with a shape only")
     process.check_state("x_T_or_shape", given)
