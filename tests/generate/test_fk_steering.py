@@ -137,7 +137,7 @@ def walks(steering: Any, drift: float = 0.0) -> tuple[Any, Tensor]:
         *(("diff", {"scheme": s}) for s in SCHEMES if s != "systematic"),
         ("diff", {"correct_proposal": True, "drift": 0.4, "ess_threshold": 0.5}),
     ],
-    ids=str,
+    ids=lambda v: "own" if callable(v) else str(v),
 )
 def test_the_evidence_is_unbiased_and_the_law_is_the_tilt(potential: Any, options: dict[str, Any]) -> None:
     """``E[Z f]`` over systems, f = 1 and x: exp(lam^2 V / 2) and lam V times it; five standard errors."""
