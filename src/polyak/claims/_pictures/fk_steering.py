@@ -71,7 +71,9 @@ def picture():
         generator=torch.Generator().manual_seed(7), dtype=torch.float64,
     )[:, 0]  # fmt: skip
     line = torch.linspace(-3.4, 3.4, 300, dtype=torch.float64)
-    laws.hist(x.numpy(), bins=np.linspace(-3.4, 3.4, 69), density=True, color=SERIES[0], alpha=0.35, linewidth=0)
+    laws.hist(
+        x.numpy(), bins=np.linspace(-3.4, 3.4, 69).tolist(), density=True, color=SERIES[0], alpha=0.35, linewidth=0
+    )
     for one, color, label, shift in ((law, INK, "model", (-14, 6)), (tilted, SERIES[0], "tilted", (-52, -12))):
         density = one.log_prob(line[:, None]).exp()
         laws.plot(line, density, color=color, linewidth=1.5)
