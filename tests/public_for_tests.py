@@ -103,12 +103,47 @@ def posterior():
     return G.NoisePosterior(lambda x: torch.zeros(len(x), 5), G.noise_levels(0.1, 50.0, 5))
 
 
+def hidden():
+    return importlib.import_module("polyak.particles").LinearGaussian(0.9)
+
+
+def lagged(x, x_next, t):
+    return x * x_next
+
+
+def learning():
+    model = hidden()
+    return dict(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01))
+
+
 def fields():
     return importlib.import_module("polyak.generate.interpolants").Fields(G.Interpolant(), b=field, s=field)
 
 
 def unet():
     return importlib.import_module("polyak.generate.networks").unet(4, width=8, levels=1, classes=2)
+
+
+def elements():
+    return importlib.import_module("polyak.particles").SetEnv([0.1, -0.2, 0.3], 2)
+
+
+def built(**more):
+    """Two trajectories of two steps each, with what a loss of GFlowNets is given beside them."""
+    traj = importlib.import_module("polyak.particles.gflownet").sample(elements(), lambda s: torch.zeros(s.shape), 2)
+    return dict(traj=traj, log_pf=torch.zeros(2, 2), log_pb=torch.zeros(2, 2), log_flow=torch.zeros(2, 3), **more)
+
+
+class Episodes:
+    """What gymnasium's environments have."""
+
+    action_space = types.SimpleNamespace(n=2)
+
+    def reset(self):
+        return [0.0, 0.0], {}
+
+    def step(self, action):
+        return [1.0, float(action)], 0.0, True, False, {}
 
 
 def saved():
@@ -119,6 +154,16 @@ def saved():
 
 def pipeline():
     return types.SimpleNamespace(scheduler=None, unet=net())
+
+
+def dual():
+    return G.MarginalizationModel(G.MLPDual(2, 3, 4, 1), 2, 3)
+
+
+def masked_lm():
+    model = nn.Linear(2, 2)
+    model.config = types.SimpleNamespace(vocab_size=5, hidden_size=2)
+    return model
 
 
 def stepping():
@@ -144,6 +189,18 @@ LISTS = ("params", "grads", "exp_avgs", "exp_avg_diffs", "exp_avg_sqs", "neg_pre
 
 def field(x, t):
     return -x
+
+
+MASKED = G.MaskedProcess(3)
+TOKENS = torch.tensor([[3, 1], [0, 3]])
+
+
+def says(x):
+    return torch.zeros(*x.shape, 3)
+
+
+def brightness(samples):
+    return samples.flatten(2).mean(2)
 
 
 def bowl(x, t):
@@ -225,6 +282,16 @@ NEEDS = {
     "generate.KineticOptimal": lambda: dict(separation=SEPARATION),
     "generate.GaussianMixtureInterpolant": lambda: dict(rho0=LAW, rho1=LAW),
     "generate.Memory": lambda: dict(steps=0),
+    "generate.MLPDual": lambda: dict(num_values=2, length=3, hidden=4),
+    "generate.MarginalizationModel": lambda: dict(net=net(), num_values=2, length=3),
+    "generate.PersistentChain": lambda: dict(batch=2, length=3, num_values=2),
+    "generate.TransformerDual": lambda: dict(num_values=2, length=3, dim=4, heads=2, layers=1, feedforward=4),
+    "generate.marginalization.consistency_loss": lambda: dict(model=dual(), x=torch.ones(2, 3).long()),
+    "generate.marginalization.data_loss": lambda: dict(model=dual(), x=torch.ones(2, 3).long()),
+    "generate.marginalization.energy_loss": lambda: dict(
+        model=dual(), log_f=lambda x: x.sum(1).float(), chain=G.PersistentChain(2, 3, 2)
+    ),
+    "generate.adapters.transformers.MaskedLMDual": lambda: dict(model=masked_lm(), length=3, mask=0),
     "generate.MetaFlowMatching": lambda: dict(encoder=net(), velocity=net()),
     "generate.MetaVelocity": lambda: dict(dim=2, embed=3),
     "generate.PopulationEncoder": lambda: dict(dim=2),
@@ -248,6 +315,21 @@ NEEDS = {
     ),
     "generate.wave_residual": lambda: dict(u_fn=lambda z, t: z.sin().sum(1), z=X, t=0.5),
     "generate.Prediction": lambda: dict(output=X, x=X, t=0.5, process=VP),
+    "generate.MaskedProcess": lambda: dict(vocab=3),
+    "generate.TokenDenoiser": lambda: dict(model=says, process=MASKED),
+    "generate.TokenPrediction": lambda: dict(logits=says(TOKENS), x=TOKENS, t=0.5, process=MASKED),
+    "generate.generate_masked": lambda: dict(model=lambda input_ids: says(input_ids), input_ids=TOKENS, mask_token_id=3),
+    "generate.generative_perplexity": lambda: dict(texts=TOKENS, lm=lambda x: torch.zeros(*x.shape, 4)),
+    "generate.sentence_entropy": lambda: dict(tokens=TOKENS),
+    "generate.discrete.categorical": lambda: dict(logits=X),
+    "generate.discrete.gumbel_bound": lambda: dict(dtype=torch.float32),
+    "generate.discrete.random_subsets": lambda: dict(counts=torch.tensor([1, 2]), length=3),
+    "generate.discrete.rounded_gumbel_law": lambda: dict(p=X),
+    "generate.discrete.spread": lambda: dict(batch=3),
+    "generate.discrete.stratified_counts": lambda: dict(batch=3, length=4),
+    "generate.discrete.token_log_probs": lambda: dict(logits=X, mask_id=2),
+    "generate.discrete.truncated_gumbel_law": lambda: dict(p=X),
+    "generate.discrete.uniform": lambda: dict(shape=(2, 3)),
     "generate.Query": lambda: dict(x=X, t=0.5),
     "generate.Separation": lambda: dict(snr=[0.5, 2.0], values=[0.3, 0.85]),
     "generate.Stage": lambda: dict(t=1.0, to=0.5, view="x0", base=1.0, value=0.5),
@@ -261,6 +343,10 @@ NEEDS = {
     "generate.stf_target": lambda: dict(x=X, reference=X, sigma=0.5, process=G.PFGMPP()),
     "generate.problems.StudentDenoiser": lambda: dict(points=X, process=G.PFGMPP()),
     "generate.FKSteering": lambda: dict(reward=lambda samples: samples.flatten(2).mean(2)),
+    "generate.Composed": lambda: dict(experts=[(denoiser(), 2.0)]),
+    "generate.FKCState": lambda: dict(logw=torch.zeros(1, 2), log_z=torch.zeros(1)),
+    "generate.fkc_weight": lambda: dict(S=X, scores=[X], betas=[2.0], sigma2=1.0),
+    "generate.initial_scale": lambda: dict(betas=[2.0], process=VP),
     "generate.ab_coefficients": lambda: dict(k=2),
     "generate.artifact_score": lambda: dict(latents=torch.ones(1, 2, 4, 4), mean=[0.0, 0.0], std=[1.0, 1.0]),
     "generate.check_process": lambda: dict(process=VP),
@@ -358,6 +444,17 @@ NEEDS = {
     "generate.problems.reference_path": lambda: dict(denoiser=denoiser(), x_T=X, times=[1.0, 0.5], nfe=30),
     "generate.rewards.RewardContext": lambda: dict(systems=range(2)),
     "generate.rewards.Scorer": lambda: dict(reward=lambda samples: samples.flatten(2).mean(2)),
+    "generate.BestOfN": lambda: dict(reward=brightness),
+    "generate.CoDe": lambda: dict(reward=brightness),
+    "generate.RolloverBudget": lambda: dict(reward=brightness),
+    "generate.SVDD": lambda: dict(reward=brightness),
+    "generate.SearchResult": lambda: dict(
+        x=X, reward=X[0], nfe=4, trace=G.SearchTrace(nfe=[4], best=X[:, None], step=X[:, None])
+    ),
+    "generate.SearchTrace": lambda: dict(nfe=[4], best=X[:, None], step=X[:, None]),
+    "generate.SoP": lambda: dict(reward=brightness),
+    "generate.convert": lambda: dict(model=field, source=G.Flow(), target=VP),
+    "generate.process.Interpolant": lambda: dict(alpha=lambda t: 1 - t, sigma=lambda t: t),
     "generate.process.Moments": lambda: dict(path=VP, times=[1.0, 0.5]),
     "generate.process.check_batch": lambda: dict(t=0.5, x=X),
     "generate.process.expand": lambda: dict(coefficient=0.5, x=X),
@@ -416,6 +513,33 @@ NEEDS = {
     "optim.monna.attacks.line_search": lambda: dict(objective=lambda z: -z),
     "optim.spam.spam_param_groups": lambda: dict(model=net(), density=0.5),
     "optim.spam.clip_spikes_": lambda: dict(grads=[X.clone()], exp_avg_sqs=[X.clone()]),
+    "particles.BitSequence": lambda: dict(modes=[[0, 1], [1, 1]]),
+    "particles.FlowNet": lambda: dict(env=elements()),
+    "particles.GFlowNet": lambda: dict(env=elements()),
+    "particles.GymEnv": lambda: dict(make=Episodes),
+    "particles.HyperGrid": lambda: dict(ndim=2, height=3),
+    "particles.IsingGrow": lambda: dict(size=2, coupling=0.3),
+    "particles.PrioritizedReplay": lambda: dict(capacity=4),
+    "particles.SetEnv": lambda: dict(energies=[0.1, -0.2, 0.3], k=2),
+    "particles.exact_terminal_law": lambda: dict(env=elements(), policy=lambda s: torch.zeros(s.shape)),
+    "particles.gflownet.TerminalLaw": lambda: dict(states=X, probs=X[0]),
+    "particles.gflownet.Trajectories": lambda: vars(built()["traj"]).copy(),
+    "particles.gflownet.concatenate": lambda: dict(several=[built()["traj"]]),
+    "particles.gflownet.from_torchgfn": lambda: dict(container=types.SimpleNamespace(
+        states=types.SimpleNamespace(tensor=torch.zeros(2, 1, 3)), actions=types.SimpleNamespace(tensor=torch.zeros(1, 1, 1)),
+        terminating_idx=torch.tensor([1]),
+    )),
+    "particles.gflownet.sample": lambda: dict(env=elements(), policy=lambda s: torch.zeros(s.shape), n=2),
+    "particles.FisherScore": lambda: dict(model=hidden()),
+    "particles.LinearGaussian": lambda: dict(A=0.9),
+    "particles.NeuralSSM": lambda: dict(state_dim=2, observation_dim=1),
+    "particles.PaRIS": lambda: dict(model=hidden(), functional=lagged, n=4),
+    "particles.ParisParticleGibbs": lambda: dict(model=hidden(), functional=lagged, n=4),
+    "particles.fit": lambda: dict(learning(), y=X[:, 0], n=4, iterations=1, sweeps=1),
+    "particles.particle_gibbs": lambda: dict(model=hidden(), y=X[:, 0], n=4, sweeps=1),
+    "particles.paris.Fitted": lambda: dict(parameters=X, scores=X, path=X),
+    "particles.paris.Normal": lambda: dict(mean=X, scale=X[0]),
+    "particles.paris.Smoothed": lambda: dict(estimate=X, path=X, per_sweep=X),
     "teachers.CheckpointBank": lambda: dict(checkpoints=STATES),
     "teachers.CheckpointSaver": lambda: dict(folder="checkpoints", every=1),
     "teachers.LCSC": lambda: dict(checkpoints=STATES, objective=lambda weights: 1.0),
@@ -462,6 +586,8 @@ NEEDS |= {f"core.distances.{n}": lambda: dict(x=X, y=X) for n in (
     "wasserstein_1d", "sliced_wasserstein", "minus_distance", "cubic_kernel", "energy_distance", "mmd",
     "kernel_inception_distance", "frechet_distance",
 )}  # fmt: skip
+NEEDS |= {f"particles.gflownet.{n}": lambda: built(log_reward=torch.zeros(2)) for n in ("db", "tb", "subtb")}
+NEEDS |= {f"particles.gflownet.{n}": lambda: built(energies=torch.zeros(2, 3)) for n in ("fl_db", "fl_subtb")}
 NEEDS |= {f"core.distances.{n}": lambda: dict(y=X) for n in ("median_distance", "FrechetDistance")}
 NEEDS |= {f"core.elementwise.{n}": lambda: dict(x=X) for n in ("sqrt", "absolute", "sign", "exp", "tanh")}
 NEEDS |= {f"core.elementwise.{n}": lambda: dict(x=X, y=X) for n in ("minimum", "maximum")}

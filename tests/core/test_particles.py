@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from polyak.core.particles import SCHEMES, cess, counts, ess, normalize, resample, resample_conditional
+from polyak.core.particles import SCHEMES, _native, cess, counts, ess, normalize, resample, resample_conditional
 
 CONDITIONAL = ("multinomial", "systematic", "killing")
 LAST = 1 - 2**-53  # the largest that torch.rand draws
@@ -229,3 +229,80 @@ def test_a_system_without_weight_may_have_equal_weights(f: Any) -> None:
         assert made[1] == 5
     else:
         assert made[1].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("bad", [-1, 5, 10**9])
+def test_a_reference_out_of_range_is_refused(bad: int) -> None:
+    logw = log_weights(2, 5)
+    with pytest.raises(ValueError, match=r"ref must be (at least 0|in \[0, 5\)), got"):
+        resample_conditional(logw, ref=bad)
+    if bad > 0:
+        with pytest.raises(ValueError, match=r"ref must be in \[0, 5\)"):
+            resample_conditional(logw, ref=torch.tensor([0, bad]))
+    with pytest.raises(ValueError, match=r"ref must be in \[0, 3\), got 4"):
+        resample_conditional(logw, 3, ref=4)
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s not in CONDITIONAL])
+def test_schemes_without_a_conditional_law_are_refused(scheme: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"scheme must be one of 'multinomial', 'systematic', 'killing'.*got '{scheme}'"
+    ):
+        resample_conditional(log_weights(5), scheme=scheme)
+
+
+def test_a_reference_without_weight_is_refused() -> None:
+    logw = log_weights(3, 5)
+    logw[1, 2] = -torch.inf
+    with pytest.raises(ValueError, match=r"ref must be a particle with weight, got one without in system \(1,\)"):
+        resample_conditional(logw, ref=2)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "n": ({"n": 0}, "n must be at least 1, got 0"),
+    "scheme": ({"scheme": "systemic"}, "'multinomial', 'stratified', 'systematic', .*; did you mean 'systematic'"),
+    "killing": ({"scheme": "killing", "n": 3}, "n must be the number of particles, 5, for scheme='killing', got 3"),
+    "u's shape": ({"u": torch.zeros(5)}, r"u must have shape \(2,\)"),
+    "u's range": ({"u": torch.tensor([0.5, 1.0])}, r"u must be in \[0, 1\), got 1"),
+    "on_collapse": ({"on_collapse": "ignore"}, "on_collapse must be one of 'error', 'uniform'"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_arguments_of_resampling_are_refused(name: str) -> None:
+    given, says = REFUSED[name]
+    with pytest.raises(ValueError, match=says):
+        resample(log_weights(2, 5), **given)
+
+
+def test_weights_are_double_precision_whatever_is_given() -> None:
+    """A million equal weights of float32: sums in single precision, or probabilities that are clipped, drop the tail."""
+    logw = torch.full((2, 1_000_000), -3.0)
+    logw[1, 0] = 9.0
+    W, _ = normalize(logw.bfloat16())
+    assert W.dtype == torch.float64
+    assert ess(logw).dtype == torch.float64
+    ancestors = resample(logw, u=torch.tensor([0.5, 0.5]))
+    assert torch.equal(ancestors[0], torch.arange(1_000_000))
+    first = math.exp(12) / (math.exp(12) + 999_999)
+    assert abs(int((ancestors[1] == 0).sum()) - 1e6 * first) < 1
+    assert int(ancestors[1].max()) > 999_980
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("size", "n"), [(1, 3), (2, 2), (37, 37), (1000, 300), (300, 1000), (70_000, 70_000)])
+def test_c_draws_what_the_formulas_say(scheme: str, size: int, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not _native.takes(log_weights(2)):
+        pytest.skip("no compiler")
+    if scheme == "killing":
+        n = size
+    logw = log_weights(6, size, scale=2)
+    logw[0], logw[1], logw[2, 0] = 0.0, math.nan, torch.inf
+    logw[3:, 1::4] = -torch.inf
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    given = {"check": False, "on_collapse": "uniform"}
+    made = resample(logw, n, scheme=scheme, generator=seeded(3), **given)
+    monkeypatch.setattr(_native, "_functions", lambda: None)
+    plain = resample(logw, n, scheme=scheme, generator=seeded(3), **given)
+    assert (made != plain).double().mean() <= (1e-5 if size > 1000 else 0)  # points within rounding of an edge
+    assert bool((logw[2:].gather(-1, made[2:]) > -math.inf).all())

@@ -38,7 +38,9 @@ SOLVERS: dict[str, Solver] = {
 }
 STOCHASTIC: dict[str, Solver] = {
     "DDIM, eta=1": DDIM(eta=1.0),
+    "FlowSDE": generate.FlowSDE("sigma", 1.0),
     "SDE-DPMSolver++ 2M": DPMSolver(order=2, form="data", method="multistep", sde=True),
+    "ReverseSDE": generate.ReverseSDE(),
 }
 # The second coordinate has no spread, so that the guided difference (0, 0.8) is at right angles to the prediction: then every
 # guidance below makes of the two laws the third one, exactly.
@@ -60,6 +62,10 @@ STEERINGS: dict[str, Any] = {
 
 # Paths between two laws, forward in a time of their own: sample() refuses them, and tests of their own solve them.
 BRIDGES = {generate.Interpolant}
+# They keep the best of each system: no law is tilted by a known amount. tests/generate/test_rbf.py runs them.
+SEARCHES = {generate.BestOfN, generate.CoDe, generate.SVDD}
+# Integer states, which no solver above steps: tests/generate/test_masked_diffusion.py has their matrix.
+TOKENS = {generate.MaskedProcess, generate.FirstHitting, generate.MaskedAncestral}
 
 
 def exported(kind: Any) -> set[type]:
@@ -71,13 +77,13 @@ def exported(kind: Any) -> set[type]:
 def test_every_solver_that_is_exported_is_here() -> None:
     abstract = {generate.LinearSolver, generate.RungeKutta, type(DPMSolver()).__mro__[1]}
     here = {c for solver in (*SOLVERS.values(), *STOCHASTIC.values()) for c in type(solver).__mro__}
-    assert exported(Solver) - abstract - here == set()
+    assert exported(Solver) - abstract - here - TOKENS == set()
 
 
 def test_every_process_that_is_exported_is_here() -> None:
     found = [getattr(generate, name) for name in generate.__all__]
     public = {c for c in found if inspect.isclass(c) and issubclass(c, ProbabilityPath)} - {ProbabilityPath, Process}
-    assert public - {type(process) for process in ALL.values()} - BRIDGES == set()
+    assert public - {type(process) for process in ALL.values()} - BRIDGES - TOKENS == set()
 
 
 def test_every_guidance_that_is_exported_is_here() -> None:
@@ -89,7 +95,7 @@ def test_every_guidance_that_is_exported_is_here() -> None:
 def test_every_steering_that_is_exported_is_here() -> None:
     found = [getattr(generate, name) for name in generate.__all__]
     public = {c for c in found if inspect.isclass(c) and hasattr(c, "resamples") and c is not generate.Steering}
-    assert public - {type(steering) for steering in STEERINGS.values()} == set()
+    assert public - {type(steering) for steering in STEERINGS.values()} - SEARCHES == set()
 
 
 def ends(process: Any) -> tuple[float, float]:
@@ -173,9 +179,10 @@ def test_a_stochastic_solver_keeps_the_law(process: Any, solver: Solver) -> None
     x = run(solver, process, exact(COND, process), starts(process, COND, n), 100)
     alpha, sigma = process.alpha(end), process.sigma(end)
     mean, variance = alpha * COND.means[0], alpha**2 * COND.variances[0] + sigma**2
-    # Five standard errors, and the order of a hundred steps of 0.04.
+    # Five standard errors, and the order of a hundred steps of 0.04; Euler's method in t does not know that sigma is a factor.
+    coarse = 0.2 if isinstance(solver, generate.FlowSDE) else 0.04
     assert torch.allclose(x.mean(0), mean, rtol=0.01, atol=5 * (variance.max().item() / n) ** 0.5)
-    assert torch.allclose(x.var(0), variance, rtol=5 * math.sqrt(2 / n) + 0.04)
+    assert torch.allclose(x.var(0), variance, rtol=5 * math.sqrt(2 / n) + coarse)
 
 
 @every_process

@@ -44,6 +44,14 @@ from polyak.generate.dpm_solver import (
 from polyak.generate.evaluate import DynamicThresholding, Evaluator
 from polyak.generate.fields import divergence, log_likelihood
 from polyak.generate.fk_steering import FKSteering
+from polyak.generate.fkc import (
+    Composed,
+    FeynmanKacCorrector,
+    FKCState,
+    ReverseSDE,
+    fkc_weight,
+    initial_scale,
+)
 from polyak.generate.fokker_planck_gap import (
     Gap,
     GapBound,
@@ -93,6 +101,14 @@ from polyak.generate.kinetic_optimal import (
     separation_function,
 )
 from polyak.generate.linear import LinearSolver, Memory, Stage
+from polyak.generate.marginalization import MarginalizationModel, MLPDual, PersistentChain, TransformerDual
+from polyak.generate.masked_diffusion import (
+    FirstHitting,
+    MaskedAncestral,
+    generate_masked,
+    generative_perplexity,
+    sentence_entropy,
+)
 from polyak.generate.meta_flow import MetaFlowMatching, MetaVelocity, PopulationEncoder
 from polyak.generate.pfgmpp import PFGMPP, inject_noise, pfgmpp_loss, quantize_weights, stf_target
 from polyak.generate.potential_flows import (
@@ -111,14 +127,20 @@ from polyak.generate.process import (
     CosineVP,
     Discrete,
     Flow,
+    LinearVPPath,
+    MaskedProcess,
+    PolynomialPath,
     ProbabilityPath,
     Process,
     TrigFlow,
+    convert,
 )
+from polyak.generate.rbf import SVDD, BestOfN, CoDe, FlowSDE, RolloverBudget, SearchResult, SearchTrace, SoP
 from polyak.generate.runge_kutta import RK4, Euler, Heun, RungeKutta
 from polyak.generate.sampling import SamplingInfo, invert, sample
 from polyak.generate.solver import Change, Query, Solver, Step, drive, resume
 from polyak.generate.steering import Steering, SteeringState
+from polyak.generate.tokens import TokenDenoiser, TokenPrediction
 from polyak.generate.training import denoising_loss, train_denoiser
 
 __all__ = [
@@ -131,10 +153,14 @@ __all__ = [
     "OU",
     "PFGMPP",
     "RK4",
+    "SVDD",
     "VE",
     "VP",
     "APGState",
+    "BestOfN",
     "Change",
+    "CoDe",
+    "Composed",
     "ContextDropout",
     "CosineVP",
     "DPMSolver",
@@ -151,8 +177,12 @@ __all__ = [
     "EnergyScore",
     "Euler",
     "Evaluator",
+    "FKCState",
     "FKSteering",
+    "FeynmanKacCorrector",
+    "FirstHitting",
     "Flow",
+    "FlowSDE",
     "Forecast",
     "Gap",
     "GapBound",
@@ -166,6 +196,11 @@ __all__ = [
     "KarrasHeun",
     "KineticOptimal",
     "LinearSolver",
+    "LinearVPPath",
+    "MLPDual",
+    "MarginalizationModel",
+    "MaskedAncestral",
+    "MaskedProcess",
     "Memory",
     "MetaFlowMatching",
     "MetaVelocity",
@@ -174,6 +209,8 @@ __all__ = [
     "NoisePosterior",
     "PairClassifier",
     "PerSample",
+    "PersistentChain",
+    "PolynomialPath",
     "PopulationEncoder",
     "PotentialFlow",
     "PotentialNet",
@@ -186,14 +223,22 @@ __all__ = [
     "Projection",
     "Query",
     "ReverseDiffusion",
+    "ReverseSDE",
+    "RolloverBudget",
     "RungeKutta",
     "SamplingInfo",
+    "SearchResult",
+    "SearchTrace",
     "Separation",
+    "SoP",
     "Solver",
     "Stage",
     "Steering",
     "SteeringState",
     "Step",
+    "TokenDenoiser",
+    "TokenPrediction",
+    "TransformerDual",
     "TrigFlow",
     "ab_coefficients",
     "antisymmetric_gauge",
@@ -203,19 +248,24 @@ __all__ = [
     "conditional_flow_matching_loss",
     "conservativity_penalty",
     "context_denoiser",
+    "convert",
     "denoising_loss",
     "divergence",
     "dpm_step",
     "drive",
     "ensemble_forecast",
     "exact_ode_logdensity",
+    "fkc_weight",
     "flow_jacobian",
     "fp_regularized_loss",
     "gauge_moments",
     "gauge_residual",
     "gaussian_separation",
+    "generate_masked",
+    "generative_perplexity",
     "heun_per_sample",
     "histogram_w2",
+    "initial_scale",
     "inject_noise",
     "interpolant_loss",
     "intrinsic_dimension",
@@ -237,6 +287,7 @@ __all__ = [
     "resume",
     "sample",
     "score_fp_residual",
+    "sentence_entropy",
     "separation_function",
     "stability_limit",
     "stability_region",

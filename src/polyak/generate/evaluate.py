@@ -143,7 +143,7 @@ class Evaluator:
             )
         output = prediction.output
         if self.looks(output):
-            look(output, self.nfe, query.t)
+            look(output, self.nfe, query.t, logs=getattr(prediction, "kind", "") == "logits")
         same = output.dtype == query.x.dtype == prediction.x.dtype  # x may have been rounded for the network
         return prediction if same else prediction.rebase(query.x)
 
@@ -170,10 +170,10 @@ class Evaluator:
         return found(self.guidance, denoiser.prediction)
 
 
-def look(output: Tensor, evaluation: int, t: float | Tensor) -> None:
-    """ValueError where an output is not finite."""
+def look(output: Tensor, evaluation: int, t: float | Tensor, *, logs: bool = False) -> None:
+    """ValueError where an output is not finite; ``logs`` of probabilities may be -inf, but not NaN or +inf."""
     # A sum is not finite where a term is not; only then is each one looked at.
-    if not math.isfinite(output.sum().item()) and not bool(output.isfinite().all()):
+    if not math.isfinite(output.sum().item()) and not bool((output < math.inf if logs else output.isfinite()).all()):
         what = "NaN" if bool(output.isnan().any()) else "infinity"
         when = t.tolist() if isinstance(t, Tensor) else f"{t:.6g}"
         raise ValueError(f"{what} in the prediction of evaluation {evaluation} at t={when}")

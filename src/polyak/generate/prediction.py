@@ -76,7 +76,8 @@ class PredictionLike(Protocol):
     """What sampling asks of a prediction; solvers read more of it: ``x0``, ``eps`` or ``flow``, each of x's shape.
 
     :class:`Prediction` is that of Gaussian processes. A bridge between two laws, a discrete state or one with further
-    dimensions brings its own, with the views that its solvers read.
+    dimensions brings its own, with the views that its solvers read. Of discrete states the output is one of logits, of shape
+    (*x.shape, V), and has the kind "logits": it may be -inf.
     """
 
     output: Tensor

@@ -162,7 +162,13 @@ def sample(
         x_T_or_shape: the start, shape (B, ...), at the first time of the grid; or a shape, whose start is drawn from
             ``process.prior``. With steering a shape counts systems, (batch, ...), and a tensor holds particles,
             (batch * k, ...). Or a :class:`Step` that a callback was given in an earlier run with the same arguments: go on from
-            there, with what solver, guidance and steering remembered. The step stays as it is.
+            there, with what solver, guidance and steering remembered. The step stays as it is. Of a discrete process a start holds
+            integers.
+        x_T_or_shape: the start, shape (B, ...), at the first time of the grid; or a shape, whose start is drawn from the
+            denoiser's ``prior`` where it has one, else from ``process.prior``. With steering a shape counts systems,
+            (batch, ...), and a tensor holds particles, (batch * k, ...). Or a :class:`Step` that a callback was given in an
+            earlier run with the same arguments: go on from there, with what solver, guidance and steering remembered. The
+            step stays as it is.
         process: left out, the denoiser's own.
         solver: how to step.
         steps, nfe: the number of steps, or the largest number of evaluations; exactly one, unless ``grid`` holds times or
@@ -186,7 +192,7 @@ def sample(
         steering what ``steering.select`` returns.
 
     Raises:
-        ValueError: arguments that contradict each other or the process, a start that is not floating point, a generator on
+        ValueError: arguments that contradict each other or the process, a start that is no state of the process, a generator on
             another device, or predictions that are not finite (naming the evaluation and t).
     """
     process = _process_of(denoiser, process)
@@ -200,10 +206,12 @@ def sample(
     if isinstance(x_T_or_shape, Step):
         began, x = x_T_or_shape, _start(process, x_T_or_shape.x, steering, generator, None, device)
     else:
-        began, x = None, _start(process, x_T_or_shape, steering, generator, dtype, device)
+        prior = getattr(denoiser, "prior", None)
+        began, x = None, _start(process, x_T_or_shape, steering, generator, dtype, device, prior)
     count = None if solver.adaptive else len(times) - 1
+    dtype = None if process.is_discrete else dtype or x.dtype
     evaluator = Evaluator(
-        denoiser, guidance=guidance, corrector=corrector, dtype=dtype or x.dtype, check_finite=check_finite, steps=count
+        denoiser, guidance=guidance, corrector=corrector, dtype=dtype, check_finite=check_finite, steps=count
     )
     loop = _Loop(evaluator, x, solver, steering, generator, callback, began)
     result = loop.run(times, process)
@@ -275,6 +283,9 @@ def _check_parts(
     steering: Steering | None,
     corrector: Corrector | None,
 ) -> None:
+    if solver.discrete != process.is_discrete:
+        which = "integer states only, which {} has not" if solver.discrete else "numbers, not integer states of {}"
+        raise ValueError(f"{solver!r} steps through {which.format(repr(process))}; use another solver")
     if solver.needs_gaussian and not process.is_gaussian:
         raise ValueError(f"{solver!r} needs Gaussian noise, which {process!r} has not; use a deterministic solver")
     if guidance is not None and guidance.paired and not hasattr(denoiser, "pair"):
@@ -292,18 +303,16 @@ def _start(
     generator: Generators | None,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
+    prior: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     k = 1 if steering is None else checks.integer("steering.particles", steering.particles, least=1)
     several = generator if isinstance(generator, Sequence) else [] if generator is None else [generator]
     if not isinstance(given, Tensor):
         rows, *event = given
-        return process.prior((rows * k, *event), generator=generator, dtype=dtype, device=device)
+        return (prior or process.prior)((rows * k, *event), generator=generator, dtype=dtype, device=device)
     if dtype is not None or device is not None:
         raise ValueError("dtype and device follow the start; give them with a shape only")
-    if given.ndim == 0 or not given.is_floating_point():
-        raise ValueError(
-            f"x_T_or_shape must be a floating-point tensor of shape (B, ...), got {given.dtype}, {tuple(given.shape)}"
-        )
+    process.check_state("x_T_or_shape", given)
     if len(given) % k:
         raise ValueError(f"x_T must hold k={k} particles for each system, got {len(given)} rows")
     if isinstance(generator, Sequence) and len(generator) != len(given):

@@ -105,6 +105,7 @@ class Solver:
         no_corrector: why x0 correctors cannot be used with it; "" if they can.
         adaptive: whether it finds its times while it runs.
         reaches_zero: whether its last step may end on clean data, sigma = 0.
+        discrete: whether it steps through integer states, of processes with ``is_discrete``, and through no others.
     """
 
     order: int = 1
@@ -117,6 +118,7 @@ class Solver:
     no_corrector: str = ""
     adaptive: bool = False
     reaches_zero: bool = True
+    discrete: bool = False
 
     def __eq__(self, other: object) -> bool:
         """Whether it steps the same way: a solver of the same class, with the same options."""

@@ -7,13 +7,12 @@ Log-weights live in the state, in float64, and are carried between resamplings.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from polyak.core import checks
-from polyak.generate.prediction import Prediction
 
 
 @checks.arguments(
@@ -65,43 +64,29 @@ class Steering(Protocol):
         the number of steps (None where the solver finds its steps itself)."""
         ...
 
-    def step(
-        self,
-        state: SteeringState,
-        x_next: Tensor,
-        *,
-        pred: Prediction,
-        x0_hat: Tensor | None,
-        step: int,
-        t: float,
-        t_next: float,
-        last: bool,
-        mean: Tensor | None = None,
-        std: float | None = None,
-        log_ratio: Tensor | None = None,
-        cond: Prediction | None = None,
-        uncond: Prediction | None = None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, SteeringState]:
+    def step(self, state: Any, x_next: Tensor, *args: Any, **told: Any) -> tuple[Tensor, Any]:
         """Weigh the population after a solver's step from t to t_next, and resample it if its time has come.
 
+        It is told all of these by keyword; what comes after the generator only where it has arguments of these names.
+
         Args:
-            x_next: (batch * k, ...), the states at t_next.
             state: as the last step returned it, without its ancestors.
+            x_next: (batch * k, ...), the states at t_next.
             pred, x0_hat: the prediction at the step's start, guided and corrected, and its x0, where it has one.
             step: the step's index, from 0; ``last`` marks the last one.
+            t, t_next: the times of the step.
+            generator: the steering's own, seeded from the run's; the solver's noise is the same without it.
             mean, std: of the Gaussian that x_next was drawn from; None after a deterministic step.
             log_ratio: (batch * k,), float64: log of the density of this transition without guidance and correction over the one
                 that it was drawn from; None after a deterministic step.
             cond, uncond: the predictions before guidance; the same one where the guidance needed no second.
-            generator: the steering's own, seeded from the run's; the solver's noise is the same without it.
 
         Returns:
             The states, reordered by ``state.ancestors`` where that is not None, and the new state.
         """
         ...
 
-    def select(self, state: SteeringState, x: Tensor) -> Tensor:
+    def select(self, state: Any, x: Tensor) -> Tensor:
         """What is returned of the final population x of (batch * k, ...)."""
         ...
 

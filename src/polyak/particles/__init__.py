@@ -1,7 +1,56 @@
 """Particles: many weighted copies of a state at once, such as sequential Monte Carlo, smoothing and flow networks.
 
 Weights, effective sample size and resampling are in ``polyak.core.particles``; models whose laws are known exactly in
-``polyak.core.exact``.
+``polyak.core.exact``. The losses of GFlowNets, trajectories and adapters are in ``polyak.particles.gflownet``.
+
+>>> from polyak.particles import GFlowNet, SetEnv
+>>> gfn = GFlowNet(SetEnv(energies, k=20), loss="fl_db", eps=0.1)
+>>> gfn.fit(2000)
+>>> sets = gfn.sample(64)
 """
 
-__all__: list[str] = []
+from polyak.particles.gflownet import (
+    BitSequence,
+    FlowNet,
+    GFlowNet,
+    GymEnv,
+    HyperGrid,
+    IsingGrow,
+    PrioritizedReplay,
+    SetEnv,
+    exact_terminal_law,
+)
+
+__all__ = [
+    "BitSequence",
+    "FlowNet",
+    "GFlowNet",
+    "GymEnv",
+    "HyperGrid",
+    "IsingGrow",
+    "PrioritizedReplay",
+    "SetEnv",
+    "exact_terminal_law",
+from polyak.particles.paris import (
+    FisherScore,
+    LinearGaussian,
+    NeuralSSM,
+    PaRIS,
+    ParisParticleGibbs,
+    StateSpaceModel,
+    StochasticVolatility,
+    fit,
+    particle_gibbs,
+)
+
+__all__ = [
+    "FisherScore",
+    "LinearGaussian",
+    "NeuralSSM",
+    "PaRIS",
+    "ParisParticleGibbs",
+    "StateSpaceModel",
+    "StochasticVolatility",
+    "fit",
+    "particle_gibbs",
+]

@@ -16,9 +16,9 @@ from torch import Tensor
 from polyak.core.launch import Launcher, build, function
 from polyak.core.particles._gpu import FUNCTIONS, Stepped, columns, given, moves
 
-CHUNK = 2048  # particles of a program
-MOST = 2**24  # particles of a system: one program holds what all pieces left
-WARPS = 8
+CHUNK = 256  # particles of a program, which is one warp: small ones hide each other's waiting
+LONG = 2**20  # systems of more have pieces of eight times as many: one program holds what all pieces left
+MOST = 2**24
 _launch = Launcher()
 
 
@@ -35,11 +35,12 @@ class _Form(NamedTuple):
 def stepped(logw: Tensor, n: int, scheme: str, u: Tensor, threshold: float | None, x: Tensor | None) -> Stepped | None:
     """As ``_kernel.stepped``, of tensors that a kernel may take."""
     size = logw.shape[-1]
-    rows, pieces = logw.numel() // size, -(-size // CHUNK)
+    chunk = CHUNK if size <= LONG else 8 * CHUNK
+    rows, pieces = logw.numel() // size, -(-size // chunk)
     if max(size, n) > MOST or rows * pieces >= 2**31:
         return None
     made = given(logw, n, threshold, x)
-    form = _Form(CHUNK, 1 << (pieces - 1).bit_length(), scheme == "stratified", threshold is not None, columns(made.x))
+    form = _Form(chunk, 1 << (pieces - 1).bit_length(), scheme == "stratified", threshold is not None, columns(made.x))
     device, wide = logw.device, torch.float64
     parts = torch.empty(rows * pieces * 3, dtype=wide, device=device)
     edges = torch.empty(rows * (pieces + 1), dtype=wide, device=device)
@@ -59,7 +60,9 @@ def stepped(logw: Tensor, n: int, scheme: str, u: Tensor, threshold: float | Non
 
 
 def _run(name: str, form: _Form, programs: int, arguments: Any, key: Any) -> None:
-    _launch(lambda: _kernels(form)[name], programs, arguments, WARPS, key and (name, key))
+    lanes = form.width // 4 if name == "joined" else form.chunk // 8
+    warps = min(8, max(1, lanes // 32))
+    _launch(lambda: _kernels(form)[name], programs, arguments, warps, key and (name, key))
 
 
 @cache

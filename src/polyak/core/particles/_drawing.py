@@ -13,7 +13,8 @@ from polyak.core.particles._gpu import Stepped
 from polyak.core.particles._schemes import uniforms, unnormalized
 from polyak.core.particles._values import effective, looks
 
-FUSED = ("systematic", "stratified")
+FUSED = ("systematic", "stratified")  # in one launch, or one call of C
+SORTED = ("multinomial", "residual", "ssp")  # in C alone
 
 
 class Scheme(NamedTuple):
@@ -37,12 +38,20 @@ def drawn(
 ) -> Tensor:
     """Ancestors from log-weights that have been looked at."""
     u = _uniforms(logw, n, scheme, generator, u, check)
-    if scheme == "multinomial" and u is None and logw.device.type == "cpu":
-        u = _schemes.points((*logw.shape[:-1], n), logw, generator)
-        made = _native.stepped(logw, n, scheme, u)
-    else:
-        made = _fast(logw, n, scheme, u)
-    return REGISTRY[scheme].draw(unnormalized(logw), n, u, generator) if made is None else made.ancestors
+    if (made := _fast(logw, n, scheme, u)) is not None:
+        return made.ancestors
+    if scheme in SORTED and _native.takes(logw) and (found := _sorted(logw, n, scheme, u, generator)) is not None:
+        return found
+    return REGISTRY[scheme].draw(unnormalized(logw), n, u, generator)
+
+
+def _sorted(logw: Tensor, n: int, scheme: str, u: Tensor | None, generator: torch.Generator | None) -> Tensor | None:
+    """Other schemes in C, of uniforms that are drawn here: those of a caller need not be sorted."""
+    if scheme != "ssp":
+        if u is not None:
+            return None
+        u = _schemes.spacings((*logw.shape[:-1], n), logw, generator)
+    return None if u is None else _native.drawn(logw, n, scheme, u)
 
 
 def adapted(
@@ -91,7 +100,7 @@ def _uniforms(
     same_device(generator, logw)
     if u is not None:
         return _given(u, shape, logw, check)
-    return uniforms(shape, logw, generator) if scheme in FUSED else None
+    return uniforms(shape, logw, generator) if scheme in FUSED or scheme == "ssp" else None
 
 
 def _given(u: Tensor, shape: tuple[int, ...], logw: Tensor, check: bool | None) -> Tensor:

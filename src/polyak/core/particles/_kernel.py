@@ -19,7 +19,7 @@ from polyak.core.particles import _blocks
 from polyak.core.particles._gpu import FUNCTIONS, Stepped, columns, given, moves, takes
 
 CHUNK = 2048  # particles that a program has at a time
-PIECES = 8  # of them at most, for what a program's registers hold
+PIECES = 1  # of them at most: beyond it many programs for a system are faster (measured on an H200)
 WARPS = 8
 PROGRAMS = {1: 8, 2: 4}  # on each multiprocessor, by pieces; of more pieces:
 MANY = 2

@@ -1,5 +1,6 @@
 /* Systematic and stratified resampling of rows of log-weights, in O(N + n). Weights are rounded as in _schemes.py, so that every
    sum of them is exact, in any order. */
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -78,7 +79,8 @@ static void unnormalized(const double *logw, double *w, int64_t size, double *to
     *squares = square;
 }
 
-static void drawn(double *w, double sum, const double *u, int strata, int64_t *out, int64_t size, int32_t n) {
+/* Weights rounded such that every sum is exact; returns their sum. */
+static double rounded(double *w, double sum, int64_t size) {
     double above = of_bits(bits_of(sum) & 0x7FF0000000000000) * 2.0, total = 0.0;
 #pragma omp simd reduction(+ : total)
     for (int64_t i = 0; i < size; i++) {
@@ -86,9 +88,25 @@ static void drawn(double *w, double sum, const double *u, int strata, int64_t *o
         w[i] = x;
         total += x;
     }
-    double rate = (double)n / total, c = 0.0, cumulative[BLOCK];
-    int32_t ends[BLOCK], begin = 0;
-    memset(out, 0, (size_t)n * sizeof(int64_t));
+    return total;
+}
+
+/* i in the slots begin ... end - 1. Four are written whatever there is to write, without a branch that is hard to foresee: those that
+   follow write theirs over it. */
+static inline int64_t put(int64_t *out, int64_t begin, int64_t end, int64_t n, int64_t i) {
+    int64_t k = begin;
+    if (k + 4 <= n) {
+        out[k] = out[k + 1] = out[k + 2] = out[k + 3] = i;
+        k += 4;
+    }
+    for (; k < end; k++) out[k] = i;
+    return end;
+}
+
+static void drawn(double *w, double sum, const double *u, int strata, int64_t *out, int64_t size, int32_t n) {
+    double total = rounded(w, sum, size), rate = (double)n / total, c = 0.0, cumulative[BLOCK];
+    int32_t ends[BLOCK];
+    int64_t begin = 0;
     for (int64_t first = 0; first < size && begin < n; first += BLOCK) {
         int64_t many = size - first < BLOCK ? size - first : BLOCK;
         for (int64_t i = 0; i < many; i++) cumulative[i] = c += w[first + i];
@@ -96,14 +114,8 @@ static void drawn(double *w, double sum, const double *u, int strata, int64_t *o
             for (int64_t i = 0; i < many; i++) ends[i] = end_of(cumulative[i] * rate, total, cumulative[i], u, 1, n);
         else
             for (int64_t i = 0; i < many; i++) ends[i] = end_of(cumulative[i] * rate, total, cumulative[i], u, 0, n);
-        /* Where its offspring begin each particle leaves its number; those without any are overwritten. */
-        for (int64_t i = 0; i < many && begin < n; i++) {
-            out[begin] = first + i;
-            begin = ends[i];
-        }
+        for (int64_t i = 0; i < many; i++) begin = put(out, begin, ends[i], n, first + i);
     }
-    int64_t last = 0;
-    for (int32_t k = 0; k < n; k++) out[k] = last = out[k] > last ? out[k] : last;
 }
 
 /* Rows begin ... end - 1; limit < 0: all are resampled, and nothing is written to fresh and did. */
@@ -128,30 +140,6 @@ void resample(const double *logw, const double *u, double *w, int64_t *out, doub
     }
 }
 
-/* #{i: c_i <= p_k} for sorted points p in [0, 1). */
-void merged(const double *logw, const double *points, double *w, int64_t *out, int64_t begin, int64_t end, int64_t size, int64_t n) {
-    for (int64_t row = begin; row < end; row++) {
-        const double *p = points + row * n;
-        int64_t *a = out + row * n, k = 0, last = 0;
-        double sum, squares, c = 0.0, total = 0.0;
-        unnormalized(logw + row * size, w, size, &sum, &squares);
-        double above = of_bits(bits_of(sum) & 0x7FF0000000000000) * 2.0;
-#pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < size; i++) {
-            double x = (w[i] + above) - above;
-            w[i] = x;
-            total += x;
-        }
-        for (int64_t i = 0; i < size && k < n; i++) {
-            if (w[i] == 0.0) continue;
-            c += w[i];
-            last = i;
-            while (k < n && p[k] * total < c) a[k++] = i;
-        }
-        while (k < n) a[k++] = last;
-    }
-}
-
 /* Rows of words, of which those of one system are moved by its ancestors. */
 #define MOVE(name, word)                                                                                                      \
     void name(const word *x, const int64_t *ancestors, word *out, int64_t begin, int64_t end, int64_t size, int64_t n, int64_t words) { \
@@ -169,3 +157,130 @@ MOVE(move1, uint8_t)
 MOVE(move2, uint16_t)
 MOVE(move4, uint32_t)
 MOVE(move8, uint64_t)
+
+/* copies = floor(n W), and what is left of n W in w; returns the number of copies. */
+static int64_t parts(double *w, double sum, int64_t *copies, int64_t size, int64_t n) {
+    double rate = (double)n / rounded(w, sum, size);
+    int64_t many = 0;
+    for (int64_t i = 0; i < size; i++) {
+        double at = w[i] * rate;
+        int64_t whole = (int64_t)at;
+        w[i] = at - (double)whole;
+        copies[i] = whole;
+        many += whole;
+    }
+    return many;
+}
+
+static int64_t copied(int64_t *out, const int64_t *copies, int64_t size, int64_t n) {
+    int64_t begin = 0;
+    for (int64_t i = 0; i < size; i++) begin = put(out, begin, begin + copies[i], n, i);
+    return begin;
+}
+
+/* #{i: c_i <= p_k total} for the sorted points p of ends, of weights that become their sums: a step for each particle and each point. */
+static void merge(double *w, double total, const double *p, double last, int64_t *out, int64_t size, int64_t n) {
+    double c = 0.0;
+    int64_t i = 0, k = 0;
+    for (int64_t j = 0; j < size; j++) w[j] = c += w[j];
+    while (size > 1 && w[size - 2] >= total) size--; /* none without weight at the end */
+    double scale = total / last;
+    while (k < n && i < size - 1) {
+        int64_t below = p[k] * scale < w[i];
+        out[k] = i;
+        k += below;
+        i += 1 - below;
+    }
+    for (; k < n; k++) out[k] = size - 1;
+}
+
+/* SSP: neighbours meet in rounds, of two open fractions one is closed; in the order of _schemes.py. */
+void ssp(const double *logw, const double *uniforms, double *w, int64_t *copies, int64_t *owner, int64_t *out, int64_t begin,
+         int64_t end, int64_t size, int64_t n) {
+    for (int64_t row = begin; row < end; row++) {
+        const double *u = uniforms + row * (size - 1);
+        double sum, squares;
+        unnormalized(logw + row * size, w, size, &sum, &squares);
+        int64_t left = n - parts(w, sum, copies, size, n);
+        for (int64_t i = 0; i < size; i++) owner[i] = i;
+        for (int64_t many = size; many > 1; many = many / 2 + many % 2) {
+            int64_t pairs = many / 2;
+            for (int64_t j = 0; j < pairs; j++) {
+                double a = w[2 * j], b = w[2 * j + 1], both = a + b, v = u[j];
+                int64_t own_a = owner[2 * j], own_b = owner[2 * j + 1], full = both >= 1.0;
+                int64_t closes_a = (full & (v * (2.0 - both) < 1.0 - b)) | ((1 - full) & (v * both >= a));
+                int64_t differ = (own_a ^ own_b) & -closes_a;
+                copies[own_b ^ differ] += full;
+                left -= full;
+                owner[j] = own_a ^ differ;
+                w[j] = both - (double)full;
+            }
+            if (many % 2) {
+                owner[pairs] = owner[many - 1];
+                w[pairs] = w[many - 1];
+            }
+            u += pairs;
+        }
+        copies[owner[0]] += left; /* the last fraction is 0 or 1, but for rounding */
+        copied(out + row * n, copies, size, n);
+    }
+}
+
+/* Multinomial draws: of n sorted uniforms the sums over the last one, as _schemes.py has them. */
+void multinomial(const double *logw, const double *sums, double *w, int64_t *out, int64_t begin, int64_t end, int64_t size, int64_t n) {
+    for (int64_t row = begin; row < end; row++) {
+        const double *p = sums + row * (n + 1);
+        double sum, squares;
+        unnormalized(logw + row * size, w, size, &sum, &squares);
+        merge(w, rounded(w, sum, size), p, p[n], out + row * n, size, n);
+    }
+}
+
+/* Copies, and multinomial draws of what is left: of r sorted uniforms the first r sums over the (r + 1)-th. */
+void residual(const double *logw, const double *sums, double *w, int64_t *copies, int64_t *out, int64_t begin, int64_t end,
+              int64_t size, int64_t n) {
+    for (int64_t row = begin; row < end; row++) {
+        const double *p = sums + row * (n + 1);
+        double sum, squares;
+        unnormalized(logw + row * size, w, size, &sum, &squares);
+        int64_t many = n, begin;
+        many -= parts(w, sum, copies, size, n);
+        begin = copied(out + row * n, copies, size, n);
+        sum = 0.0;
+        for (int64_t i = 0; i < size; i++) sum += w[i];
+        if (many > 0) merge(w, rounded(w, sum, size), p, p[many], out + row * n + begin, size, many);
+    }
+}
+
+/* logw + incr, with equal weights where none is left; its largest; the logarithm of the sums before and after. */
+void reweight(const double *logw, const double *incr, double *out, double *tops, double *before, double *after, int64_t begin,
+              int64_t end, int64_t size) {
+    for (int64_t row = begin; row < end; row++) {
+        const double *l = logw + row * size, *g = incr + row * size;
+        double *o = out + row * size, old = l[0], top, s = 0.0, t = 0.0;
+#pragma omp simd reduction(max : old)
+        for (int64_t i = 0; i < size; i++) old = l[i] > old ? l[i] : old;
+        int lone = !(old - old == 0.0);
+        for (int64_t i = 0; lone && i < size; i++) o[i] = l[i] == old || old != old ? 0.0 : -INFINITY;
+        const double *from = lone ? o : l;
+        if (lone) old = 0.0;
+        top = from[0] + g[0];
+#pragma omp simd reduction(max : top) reduction(+ : s)
+        for (int64_t i = 0; i < size; i++) {
+            double x = from[i] + g[i];
+            s += weight(from[i] - old);
+            o[i] = x;
+            top = x > top ? x : top;
+        }
+        before[row] = old + log(s);
+        if (!(top - top == 0.0)) { /* an atom, no weight, or NaN */
+            for (int64_t i = 0; i < size; i++) t += o[i];
+            tops[row] = after[row] = t != t && top != INFINITY && top != -INFINITY ? NAN : top;
+            continue;
+        }
+#pragma omp simd reduction(+ : t)
+        for (int64_t i = 0; i < size; i++) t += weight(o[i] - top);
+        tops[row] = t != t ? NAN : top;
+        after[row] = top + log(t);
+    }
+}

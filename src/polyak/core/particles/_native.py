@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -15,8 +16,12 @@ from torch import Tensor
 from polyak.core.cc import SPLIT, function, library, parallel
 from polyak.core.particles._gpu import Stepped, is_plain, words_of
 
+_MOST_KEPT = 2**21  # weights for which a thread keeps room
+_kept = threading.local()
 _LEAST = 64  # particles in all below which calling C does not pay
-_ARGUMENTS = {"resample": 12, "merged": 8, "move1": 8, "move2": 8, "move4": 8, "move8": 8}
+_ARGUMENTS = {
+    "resample": 12, "multinomial": 8, "ssp": 10, "residual": 9, "reweight": 9, "move1": 8, "move2": 8, "move4": 8, "move8": 8
+}  # fmt: skip
 
 
 @cache
@@ -28,41 +33,60 @@ def _functions() -> dict[str, Any] | None:
 def stepped(
     logw: Tensor, n: int, scheme: str, u: Tensor, *, threshold: float | None = None, x: Tensor | None = None
 ) -> Stepped | None:
-    """As the kernel's; and "multinomial" of sorted points. None where it may not take these tensors."""
+    """As the kernel's; None where it may not take these tensors."""
     size = logw.shape[-1]
     if not _takes(logw) or not _takes(u) or max(n, size) >= 2**31 or (functions := _functions()) is None:
         return None
     logw, u = logw.contiguous(), u.contiguous()
-    rows = logw.numel() // size
     ancestors = torch.empty((*logw.shape[:-1], n), dtype=torch.int64)
-    w = torch.empty((_threads(rows, size), size), dtype=torch.float64)
-    space = iter(w)
     fresh = did = None
-    if scheme == "multinomial":
-        run = functions["merged"]
-        _split(rows, size, lambda a, b: run(*_at(logw, u, next(space), ancestors), a, b, size, n))
-        return Stepped(ancestors)
     limit = ctypes.c_double(-1.0)
     if threshold is not None:
         fresh, did = torch.empty_like(logw), torch.empty(logw.shape[:-1], dtype=torch.bool)
         limit = ctypes.c_double(math.inf if threshold == 1 else threshold * size)
-    run, strata = functions["resample"], scheme == "stratified"
-    where = ctypes.addressof(limit)
-    _split(
-        rows,
-        size,
-        lambda a, b: run(*_at(logw, u, next(space), ancestors, fresh, did), where, a, b, size, n, strata),
-    )
+    run, strata, where = functions["resample"], scheme == "stratified", ctypes.addressof(limit)
+
+    def rows(a: int, b: int) -> None:
+        w = _space(size)
+        run(*_at(logw, u, w, ancestors, fresh, did), where, a, b, size, n, strata)
+
+    _split(logw.numel() // size, size, rows)
     return Stepped(ancestors, None if x is None else moved(x, ancestors), fresh, did)
+
+
+def drawn(logw: Tensor, n: int, scheme: str, u: Tensor) -> Tensor | None:
+    """Ancestors by "multinomial" and "residual" of sums of exponentials, "ssp" of uniforms."""
+    size = logw.shape[-1]
+    if not takes(logw) or not _takes(u) or (functions := _functions()) is None:
+        return None
+    logw, u = logw.contiguous(), u.contiguous()
+    ancestors = torch.empty((*logw.shape[:-1], n), dtype=torch.int64)
+    run = functions[scheme]
+    spaces = {"multinomial": 0, "residual": 1, "ssp": 2}[scheme]
+
+    def rows(a: int, b: int) -> None:
+        w, space = _space(size), torch.empty((spaces, size), dtype=torch.int64)
+        run(*_at(logw, u, w, *space, ancestors), a, b, size, n)
+
+    _split(logw.numel() // size, size, rows)
+    return ancestors
+
+
+def reweighted(logw: Tensor, incr: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``logw + incr``, its largest in every system (NaN, or infinite where something is amiss), and the gain of evidence."""
+    if not (_takes(logw) and _takes(incr)) or logw.shape != incr.shape or logw.requires_grad or incr.requires_grad:
+        return None
+    if (functions := _functions()) is None:
+        return None
+    logw, incr, size, run = logw.contiguous(), incr.contiguous(), logw.shape[-1], functions["reweight"]
+    out, tops, before, after = torch.empty_like(logw), *torch.empty((3, *logw.shape[:-1]), dtype=torch.float64)
+    _split(logw.numel() // size, size, lambda a, b: run(*_at(logw, incr, out, tops, before, after), a, b, size))
+    return out, tops, after - before
 
 
 def moved(x: Tensor, ancestors: Tensor) -> Tensor | None:
     """Rows of x, (*batch, N, *event), by right ancestors; None where it may not take them."""
-    if (
-        not (is_plain(x) and is_plain(ancestors))
-        or x.device.type != "cpu"
-        or (x.requires_grad and torch.is_grad_enabled())
-    ):
+    if not (is_plain(x) and is_plain(ancestors)) or (x.requires_grad and torch.is_grad_enabled()):
         return None
     if x.numel() < _LEAST or (words := words_of(x, ancestors.ndim)) is None or (functions := _functions()) is None:
         return None
@@ -75,6 +99,11 @@ def moved(x: Tensor, ancestors: Tensor) -> Tensor | None:
     return out
 
 
+def takes(logw: Tensor) -> bool:
+    """Whether log-weights are such as C takes, and there is a compiler."""
+    return _takes(logw) and _functions() is not None
+
+
 def _takes(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float64 and x.numel() > 0 and is_plain(x)
 
@@ -83,11 +112,17 @@ def _at(*tensors: Tensor | None) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
-def _threads(rows: int, size: int) -> int:
-    """How many share the rows."""
-    return max(1, min(torch.get_num_threads(), rows, rows * size // SPLIT))
+def _space(size: int) -> Tensor:
+    """Room for one system's weights, the same one for every call of a thread: fresh memory costs more than the arithmetic."""
+    kept = getattr(_kept, "w", None)
+    if kept is None or kept.numel() < size:
+        kept = torch.empty(size, dtype=torch.float64)
+        if size <= _MOST_KEPT:
+            _kept.w = kept
+    return kept
 
 
 def _split(rows: int, size: int, run: Callable[[int, int], Any]) -> None:
-    count = _threads(rows, size)
+    """All rows, shared by as many threads as PyTorch has."""
+    count = max(1, min(torch.get_num_threads(), rows, rows * size // SPLIT))
     parallel(run, [rows * i // count for i in range(count + 1)])

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from polyak.core import checks
+from polyak.core.particles import _native
 from polyak.core.particles._drawing import adapted
 from polyak.core.particles._moves import moved
 from polyak.core.particles._values import (
@@ -83,7 +84,7 @@ class Cloud:
         if not shape:
             raise ValueError("shape must be (*batch, N), got ()")
         logw = torch.zeros(*shape, dtype=wide(device), device=device)
-        return cls(x, logw, logw.new_zeros(*shape[:-1]), None, differentiable)
+        return cls(x, logw, logw.new_zeros(logw.shape[:-1]), None, differentiable)
 
     @property
     def W(self) -> Tensor:
@@ -107,8 +108,13 @@ class Cloud:
         Raises:
             ValueError: with the systems' indices: NaN, two of +inf, no weight left; an increment of another shape.
         """
-        before, _ = cleaned(self.logw.to(wide(self.logw.device)))
-        log_incr = fitting("log_incr", log_incr, before)
+        logw = self.logw.to(wide(self.logw.device))
+        log_incr = fitting("log_incr", log_incr, logw)
+        if logw.device.type == "cpu" and (made := _native.reweighted(logw, log_incr)) is not None:
+            after, tops, gain = made
+            if math.isfinite(tops.sum().item()):  # else see what is amiss
+                return replace(self, logw=after, log_z=self.log_z + gain)
+        before, _ = cleaned(logw)
         logw = before + log_incr
         if looks(logw, check):
             look("log_incr added to logw", logw, on_collapse)

@@ -9,7 +9,8 @@ energy per dimension of ``x_t = a x1 + m x0`` depends on the data by one functio
 energy; :func:`kinetic_energy` is that of any process; :func:`reparametrize` samples a trained model along another path.
 """
 
-from polyak.generate.kinetic_optimal.equal_snr import conditional_flow_matching_loss, reparametrize
+from polyak.generate.equal_snr import reparametrize
+from polyak.generate.kinetic_optimal.flow_matching import conditional_flow_matching_loss
 from polyak.generate.kinetic_optimal.path import KineticOptimal, kinetic_energy
 from polyak.generate.kinetic_optimal.separation import Separation, gaussian_separation, separation_function
 

@@ -13,6 +13,9 @@ Karras et al., arXiv 2206.00364 (EDM, the rho grid); Lipman et al., arXiv 2210.0
 """
 
 from polyak.generate.process.base import RHO, Process
+from polyak.generate.process.conversion import convert
+from polyak.generate.process.interpolant import Interpolant, LinearVPPath, PolynomialPath
+from polyak.generate.process.masked import MaskedProcess
 from polyak.generate.process.path import (
     GRIDS,
     Generators,
@@ -26,6 +29,9 @@ from polyak.generate.process.path import (
 )
 from polyak.generate.process.schedules import EDM, OU, VE, VP, CosineVP, Discrete, Flow, TrigFlow
 
+# As papers on flow models call them.
+LinearPath, VPPath, CosinePath = Flow, VP, TrigFlow
+
 __all__ = [
     "EDM",
     "GRIDS",
@@ -33,16 +39,24 @@ __all__ = [
     "RHO",
     "VE",
     "VP",
+    "CosinePath",
     "CosineVP",
     "Discrete",
     "Flow",
     "Generators",
+    "Interpolant",
+    "LinearPath",
+    "LinearVPPath",
+    "MaskedProcess",
     "Moment",
     "Moments",
+    "PolynomialPath",
     "ProbabilityPath",
     "Process",
     "TrigFlow",
+    "VPPath",
     "check_batch",
+    "convert",
     "expand",
     "standard_normal",
     "wide",

@@ -162,9 +162,11 @@ class ProbabilityPath:
     Attributes:
         t_min, t_max: the times between which the model may be evaluated.
         is_gaussian: whether the noise is Gaussian, so that there are a score and stochastic solvers.
+        is_discrete: whether its states are integers, which solvers of differential equations cannot step.
     """
 
     is_gaussian: ClassVar[bool] = False
+    is_discrete: ClassVar[bool] = False
     t_min: float
     t_max: float
 
@@ -199,6 +201,13 @@ class ProbabilityPath:
     ) -> Tensor:
         """Draw what sampling starts from, of the given shape."""
         raise NotImplementedError(f"{type(self).__name__} has no prior to draw from; hand sample() a start")
+
+    def check_state(self, name: str, x: Tensor) -> None:
+        """ValueError unless x can be a state of it: floating point, of shape (B, ...)."""
+        if x.ndim == 0 or not x.is_floating_point():
+            raise ValueError(
+                f"{name} must be a floating-point tensor of shape (B, ...), got {x.dtype}, {tuple(x.shape)}"
+            )
 
     def evaluable(self, t: float, kind: str = "flow") -> bool:
         """Whether an output of a dialect determines the field ``dx/dt`` at t."""

@@ -16,6 +16,7 @@ try:
 except ImportError as error:
     raise ImportError("polyak.generate.adapters.diffusers needs diffusers: pip install 'polyak[diffusers]'") from error
 
+from polyak.generate.adapters.diffusers.flow_sde import FlowSDEScheduler
 from polyak.generate.adapters.diffusers.ghvb import GHVBScheduler, HeavyBallScheduler
 from polyak.generate.adapters.diffusers.guiding import APGGuider, Guided, guide
 from polyak.generate.adapters.diffusers.precision import PrecisionGuider
@@ -25,6 +26,7 @@ from polyak.generate.adapters.diffusers.steering import FKCallback, fk_callback
 __all__ = [
     "APGGuider",
     "FKCallback",
+    "FlowSDEScheduler",
     "GHVBScheduler",
     "Guided",
     "HeavyBallScheduler",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ class Hearing:
     is which follows from w > 1.
     """
 
+    predictions: tuple[Any, Any, Any] | None = None  # of the last evaluation: guided, with and without the condition
+
     def __init__(self, guidance: Guidance) -> None:
         self.guidance = guidance
         self.outputs: list[Tensor] = []
@@ -41,6 +44,7 @@ class Hearing:
             self.outputs.clear()
         self.state: Any = None if steps is None else start_guidance(self.guidance, steps)
         self.swapped: bool | None = None
+        self.predictions = None
 
     def reindex(self, ancestors: Tensor) -> None:
         """After resampling: row i of the batch was row ``ancestors[i]``."""
@@ -53,6 +57,7 @@ class Hearing:
             given: what the pipeline made of them.
             first: whether the evaluation begins a step.
         """
+        self.predictions = None
         outputs, self.outputs = [_without_variance(output, given) for output in self.outputs[-_MOST:]], []
         shapes = [tuple(output.shape) for output in outputs]
         if shapes == [(2 * given.shape[0], *given.shape[1:])]:
@@ -78,7 +83,14 @@ class Hearing:
         if self.swapped:
             c, u = u, c
         both = c.to(given.dtype), u.to(given.dtype)
-        return lambda read: self.guidance(read(both[0]), read(both[1]), self.state, update=first)
+
+        def guided(read: Callable[[Tensor], Any]) -> Any:
+            cond, uncond = read(both[0]), read(both[1])
+            made = self.guidance(cond, uncond, self.state, update=first)
+            self.predictions = made, cond, uncond
+            return made
+
+        return guided
 
 
 def _without_variance(output: Tensor, given: Tensor) -> Tensor:

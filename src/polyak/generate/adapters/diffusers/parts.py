@@ -25,6 +25,7 @@ def dump(part: Any) -> dict[str, Any]:
     home = module.removeprefix(ROOM)
     home = home if home == LEVELS else home.split(".")[0]
     fields = {f.name: getattr(part, f.name) for f in dataclasses.fields(part)} if dataclasses.is_dataclass(part) else {}
+    fields = {name: dump(value) if isinstance(value, ProbabilityPath) else value for name, value in fields.items()}
     if isinstance(part, Discrete):
         fields = {"alphas_cumprod": (2 * part._table[1:]).exp().tolist(), "label_scale": part.label_scale}
         fields["lam_min"] = part.lam(part.t_max) - 1e-9
@@ -56,7 +57,8 @@ def load(given: Any, kind: type[Solver] | type[ProbabilityPath]) -> Any:
     found = next((f for f in (getattr(_module(h), found_name, None) for h in homes) if f), None)
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise ValueError(f"{name}: no {kind.__name__} is called {given['part']!r}")
-    return found(**{k: v for k, v in given.items() if k != "part"})
+    inner = {k: load(v, ProbabilityPath) if isinstance(v, dict) else v for k, v in given.items() if k != "part"}
+    return found(**inner)
 
 
 def _module(name: str) -> Any:

@@ -312,6 +312,14 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
                 self._hearing.begin(sum(self._starts[self._step_index :]))
         self._hearing.outputs.append(output)
 
+    def told(self) -> dict[str, Any]:
+        """What a steering may want to know of the last evaluation, under its names; empty where there was no guidance of ours."""
+        if self._hearing is None or self._hearing.predictions is None or self._driven is None:
+            return {}
+        names, made = ("pred", "cond", "uncond"), self._hearing.predictions
+        t_next = self._times[-1] if self._driven.done else self._driven.t
+        return {**dict(zip(names, made, strict=True)), "t": made[1].t, "t_next": t_next}
+
     def deafen(self) -> None:
         """Steps go by what they are given again."""
         self._hearing = None

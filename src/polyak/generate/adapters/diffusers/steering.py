@@ -34,6 +34,7 @@ class FKCallback:
         self.pipe, self.steering, self.scheduler = pipe, steering, pipe.scheduler
         self.state: Any = None
         # Pipelines without the callback are steered by what their scheduler returns.
+        self._asks = "uncond" in inspect.signature(steering.step).parameters
         self._alone = "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters
         if "step" in vars(self.scheduler):
             raise ValueError("pipe is steered already: remove() that callback first")
@@ -113,6 +114,8 @@ class FKCallback:
         }
         if not last:
             known["t_next"] = self.scheduler.timesteps[min(index + 1, len(self.scheduler.timesteps) - 1)]
+        if self._asks and isinstance(self.scheduler, PolyakScheduler):
+            known.update(self.scheduler.told())
         moved, self.state = self.steering.step(state, x, **known)
         if (rows := self.state.ancestors) is not None and not last:
             self._move_memory(rows, x.shape)
@@ -205,7 +208,8 @@ def fk_callback(pipe: Any, steering: Steering) -> FKCallback:
         pipe: any whose scheduler draws noise: DDIMScheduler with ``eta=1.0``, DDPM, Euler ancestral, LCM, SDE-DPM-Solver++,
             stochastic flow matching, or a PolyakScheduler with a stochastic solver. It makes k samples for each prompt, adjacent.
         steering: an :class:`polyak.generate.FKSteering`, or another that goes by predicted data. Rewards are of latents, unless
-            it decodes them.
+            it decodes them. Or a :class:`polyak.generate.FeynmanKacCorrector` with ``target="cfg"``, which needs both predictions:
+            ``guide(pipe, CFG(scale))``, and a PolyakScheduler.
 
     Raises:
         ValueError: when the pipeline runs: no noise, a scheduler that does not tell its predicted data, samples that are not k for

@@ -1,17 +1,14 @@
-"""A trained denoiser on another path, by equal signal-to-noise ratio; and the loss that trains one."""
+"""A trained denoiser on another path, by equal signal-to-noise ratio."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from polyak.core import checks
 from polyak.generate.prediction import Denoiser, Network
 from polyak.generate.process import Process, expand, wide
-from polyak.generate.training import denoising_loss
 
 _PROCESS = checks.Instance(Process, words="a Process of Gaussian noise (an instance, not the class)")
 
@@ -61,24 +58,3 @@ def reparametrize(denoiser: Denoiser, old_process: Process, new_process: Process
         if not process.is_gaussian:
             raise ValueError(f"{name} must have Gaussian noise, which {process!r} has not")
     return _AtEqualSNR(denoiser, new_process)
-
-
-@checks.arguments(
-    model=checks.Function("a function (x, t) -> dx/dt", 2), x1=checks.Tensor(floating=True, least_ndim=2), process=_PROCESS,
-    generator=checks.generator | None,
-)  # fmt: skip
-def conditional_flow_matching_loss(
-    model: Callable[[Tensor, Tensor], Tensor], x1: Tensor, process: Process, generator: torch.Generator | None = None
-) -> Tensor:
-    """``E |v(x_t, t) - (alpha' x1 + sigma' x0)|^2``, t uniform in the process's range, as a mean over samples and elements.
-
-    It is :func:`polyak.generate.denoising_loss` for a network that predicts "flow": v is dx/dt in the process's time, from data to
-    noise; flow-matching libraries have 1 - t and -v.
-
-    Args:
-        model: the velocity v, ``(x, label of t) -> v``.
-        x1: data, shape (B, ...).
-        process: any Gaussian process.
-        generator: of times and noise, on x1's device.
-    """
-    return denoising_loss(Denoiser(model, process, "flow"), x1, generator=generator).mean()
