@@ -159,10 +159,12 @@ def test_windows_thresholds_and_the_last_step() -> None:
 
 def test_clipping_and_centring() -> None:
     composed, x = Composed([(normal(FIRST), 3.0)]), 5 * vectors(60, 1)
-    free = [run(composed, x, FeynmanKacCorrector(num_particles=30, center=c), 20) for c in (True, False)]
-    assert torch.allclose(free[0][0], free[1][0], rtol=1e-9)
-    assert torch.allclose(free[0][1].steering.log_z, free[1][1].steering.log_z, rtol=1e-9)
-    assert not free[0][1].steering.clipped.any()
+    for scheme in ("systematic", "birth_death"):
+        made = [FeynmanKacCorrector(num_particles=30, center=c, scheme=scheme) for c in (True, False)]
+        (one, first), (two, second) = (run(composed, x, corrector, 20) for corrector in made)
+        assert torch.allclose(one, two, rtol=1e-9)
+        assert torch.allclose(first.steering.log_z, second.steering.log_z, rtol=1e-9)
+        assert not first.steering.clipped.any()
     step = dict(step=0, t=2.0, t_next=1.5, last=False, mean=x)
     pred = composed(x, 0.6)
     rate = (fkc_weight(pred.composed_score, [pred.experts[0].score], [3.0], PROCESS.diffusion2(0.6)) / 2).view(2, 30)

@@ -64,7 +64,7 @@ STEERINGS: dict[str, Any] = {
 BRIDGES = {generate.Interpolant}
 # They keep the best of each system: no law is tilted by a known amount. tests/generate/test_rbf.py runs them.
 SEARCHES = {generate.BestOfN, generate.CoDe, generate.SVDD}
-# Its targets are products, powers and tilts that it is told: tests/generate/test_fkc.py runs it on its processes.
+# Its target is a composed denoiser's: tests/generate/test_fkc.py.
 CORRECTORS = {generate.FeynmanKacCorrector}
 # Integer states, which no solver above steps: tests/generate/test_masked_diffusion.py has their matrix.
 TOKENS = {generate.MaskedProcess, generate.FirstHitting, generate.MaskedAncestral}

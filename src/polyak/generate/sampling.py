@@ -159,16 +159,11 @@ def sample(
 
     Args:
         denoiser: a :class:`Denoiser`, or any callable ``(x, t) -> Prediction``. It is given x in the dtype of the start.
-        x_T_or_shape: the start, shape (B, ...), at the first time of the grid; or a shape, whose start is drawn from
-            ``process.prior``. With steering a shape counts systems, (batch, ...), and a tensor holds particles,
-            (batch * k, ...). Or a :class:`Step` that a callback was given in an earlier run with the same arguments: go on from
-            there, with what solver, guidance and steering remembered. The step stays as it is. Of a discrete process a start holds
-            integers.
         x_T_or_shape: the start, shape (B, ...), at the first time of the grid; or a shape, whose start is drawn from the
             denoiser's ``prior`` where it has one, else from ``process.prior``. With steering a shape counts systems,
             (batch, ...), and a tensor holds particles, (batch * k, ...). Or a :class:`Step` that a callback was given in an
             earlier run with the same arguments: go on from there, with what solver, guidance and steering remembered. The
-            step stays as it is.
+            step stays as it is. Of a discrete process a start holds integers.
         process: left out, the denoiser's own.
         solver: how to step.
         steps, nfe: the number of steps, or the largest number of evaluations; exactly one, unless ``grid`` holds times or

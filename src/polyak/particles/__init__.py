@@ -20,17 +20,6 @@ from polyak.particles.gflownet import (
     SetEnv,
     exact_terminal_law,
 )
-
-__all__ = [
-    "BitSequence",
-    "FlowNet",
-    "GFlowNet",
-    "GymEnv",
-    "HyperGrid",
-    "IsingGrow",
-    "PrioritizedReplay",
-    "SetEnv",
-    "exact_terminal_law",
 from polyak.particles.paris import (
     FisherScore,
     LinearGaussian,
@@ -44,13 +33,22 @@ from polyak.particles.paris import (
 )
 
 __all__ = [
+    "BitSequence",
     "FisherScore",
+    "FlowNet",
+    "GFlowNet",
+    "GymEnv",
+    "HyperGrid",
+    "IsingGrow",
     "LinearGaussian",
     "NeuralSSM",
     "PaRIS",
     "ParisParticleGibbs",
+    "PrioritizedReplay",
+    "SetEnv",
     "StateSpaceModel",
     "StochasticVolatility",
+    "exact_terminal_law",
     "fit",
     "particle_gibbs",
 ]
