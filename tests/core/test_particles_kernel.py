@@ -97,7 +97,7 @@ def check(logw: Tensor, n: int, scheme: str, threshold: float | None, x: Tensor)
         ("stratified", 40, 0.5, (5,), torch.bfloat16),
         ("systematic", 40, 0.3, (2, 2), torch.float64),
         ("systematic", 40, 1.0, (), torch.bool),
-        ("systematic", 40, 0.5, (34,), torch.float32),
+        ("systematic", 40, 0.5, (33,), torch.float32),
     ],
 )
 def test_the_kernel_is_the_formula(
