@@ -30,6 +30,9 @@ LARGEST = 50_000  # bytes; a published verdict is a summary, not an archive
 def published_record(result: ClaimResult) -> dict[str, Any]:
     """What is published of a result: all but its trials and their curves. ValueError if that is not small."""
     record = {key: value for key, value in result.to_json().items() if key != "trials"}
+    for criterion in record["criteria"]:
+        # One number for each seed: nine digits say as much, in half of the room.
+        criterion["per_seed"] = [float(f"{value:.9g}") for value in criterion["per_seed"]]
     if len(str(record)) > LARGEST:
         raise ValueError(
             f"the verdict of {result.slug} takes {len(str(record)):,} bytes; at most {LARGEST:,} are published"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from polyak.lab.pictures import GRID, INK, MUTED, SERIES, described, name, panels
 
-PARTICLES, STEPS, LAM = 24, 40, 1.5
-SCORED = (8, 16, 24, 32)
+PARTICLES, STEPS, LAM = 16, 25, 1.5
+SCORED = (5, 10, 15, 20)
 
 
 def picture():
     """Paths in half log-SNR, the lineages that survive in colour; a histogram beside the exact tilt."""
+    import math
+
     import numpy as np
     import torch
 
@@ -47,17 +49,21 @@ def picture():
     for axes, steering in ((free, None), (steered, rule(PARTICLES))):
         start, states, parents = run(steering)
         alive = torch.ones(PARTICLES, dtype=torch.bool)
+        lines: dict[bool, tuple[list[float], list[float]]] = {True: ([], []), False: ([], [])}
         for i in reversed(range(STEPS)):
             before = start if i == 0 else states[i - 1]
             for row in range(PARTICLES):
-                color, width = (SERIES[0], 1.0) if alive[row] and steering else (INK if not steering else GRID, 0.8)
-                axes.plot(
-                    lams[i : i + 2], [before[parents[i][row]], states[i][row]], color=color, linewidth=width,
-                    alpha=0.45 if not steering else 0.9, zorder=3 if alive[row] else 1,
-                )  # fmt: skip
+                ends = (lams[i : i + 2], [float(before[parents[i][row]]), float(states[i][row])])
+                for line, values in zip(lines[bool(alive[row])], ends, strict=True):
+                    line += [*values, math.nan]  # a gap
             lives = torch.zeros(PARTICLES, dtype=torch.bool)
             lives[parents[i][alive]] = True
             alive = lives
+        if steering is None:
+            lines = {True: (lines[True][0] + lines[False][0], lines[True][1] + lines[False][1]), False: ([], [])}
+        shown = INK if steering is None else SERIES[0]
+        axes.plot(*lines[False], color=GRID, linewidth=0.8, alpha=0.9, zorder=1)
+        axes.plot(*lines[True], color=shown, linewidth=1.0, alpha=0.45 if steering is None else 0.9, zorder=3)
         axes.set(ylim=(-3.4, 3.4), xlabel="half log-SNR", yticks=(-2, 0, 2))
         axes.grid(visible=False)
     free.set_ylabel("x")

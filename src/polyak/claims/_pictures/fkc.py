@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from polyak.lab.pictures import INK, MUTED, SERIES, described, name, panels
 
-COUNT, STEPS = 2000, 80  # particles, steps
+COUNT, STEPS, SHOWN = 2000, 80, 125  # particles, steps, particles that are drawn
 
 
 def picture():
@@ -30,7 +30,7 @@ def picture():
         x = sample(
             composed, (rows, 2), solver=ReverseSDE(), steps=STEPS, grid="karras", steering=steering, generator=draw
         )
-        one.scatter(*x.numpy().T, s=2, color=color, linewidths=0, alpha=0.5)
+        one.scatter(*x[:: COUNT // SHOWN].numpy().T, s=5, color=color, linewidths=0, alpha=0.6)
         for place, mean in enumerate(law.means.numpy()):
             name(one, 1.42 * mean[0], 1.42 * mean[1], str(place + 1), INK, shift=(-3, -4))
         one.set(aspect="equal", xlim=(-5, 5), ylim=(-5, 5), xticks=(-3, 0, 3), yticks=(-3, 0, 3))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from polyak.lab.pictures import INK, described, name, panels
+from polyak.lab.pictures import INK, SERIES, described, name, panels
 
 STEPS, HEIGHT = 60, 8
 
 
 def picture():
     """Exact laws of the part's policies after a short training, beside R / Z, on one scale of shades."""
-    import numpy as np
     import torch
 
     from polyak.particles.gflownet import FlowNet, GFlowNet, HyperGrid, exact_terminal_law
@@ -30,11 +29,10 @@ def picture():
     figure, axes = panels(3, titles=[title for title, _ in shown], height=205, square=True)
     highest = truth.max().item() * 1.25
     for one, (_, p) in zip(axes, shown, strict=True):
-        cells = np.zeros((HEIGHT, HEIGHT))
-        cells[points[:, 1].numpy(), points[:, 0].numpy()] = p.numpy()
-        one.imshow(cells, origin="lower", cmap="Blues", vmin=0, vmax=highest)
+        shades = (p / highest).clamp(0, 1).numpy()
+        one.scatter(points[:, 0], points[:, 1], s=110, marker="s", color=SERIES[0], alpha=shades, linewidths=0)
         one.grid(visible=False)
-        one.set(xticks=(0, HEIGHT - 1), yticks=(0, HEIGHT - 1))
+        one.set(xticks=(0, HEIGHT - 1), yticks=(0, HEIGHT - 1), xlim=(-0.6, HEIGHT - 0.4), ylim=(-0.6, HEIGHT - 0.4))
         tv = 0.5 * (p - truth).abs().sum().item()
         one.set_xlabel("" if p is truth else f"{100 * tv:.0f} % misplaced")
     axes[0].set_xlabel("points of a grid")

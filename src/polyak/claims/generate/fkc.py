@@ -230,9 +230,8 @@ CLAIM = Claim(
         ),
     ),
     usage=(
-        "from polyak.generate import VP, Composed, Denoiser, FeynmanKacCorrector, ReverseSDE, sample\n\n"
-        "denoiser = Denoiser(network, VP())  # network(x, t) predicts the noise\n"
-        "cold = Composed([(denoiser, 3.0)])  # a third of the temperature\n"
+        "from polyak.generate import VP, Composed, Denoiser, FeynmanKacCorrector, ReverseSDE, sample\n"
+        "cold = Composed([(Denoiser(network, VP()), 3.0)])  # network(x, t) predicts noise; a third of the temperature\n"
         'corrector = FeynmanKacCorrector("anneal", num_particles=16)\n'
         "x = sample(cold, (4, 3, 16, 16), solver=ReverseSDE(), steps=50, steering=corrector)"
     ),

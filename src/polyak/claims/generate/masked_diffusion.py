@@ -251,7 +251,7 @@ CLAIM = Claim(
         "Nothing is tuned; settings were found in pilots on seeds below 10.",
     ),
     usage=(
-        "import torch\nfrom polyak.generate import FirstHitting, MaskedProcess, TokenDenoiser, sample\n\n"
+        "import torch\nfrom polyak.generate import FirstHitting, MaskedProcess, TokenDenoiser, sample\n"
         "network = torch.nn.Embedding(101, 100)  # stands for yours: of tokens, and masks (100), it says logits of tokens\n"
         "x = sample(TokenDenoiser(network, MaskedProcess(100)), (16, 128), solver=FirstHitting())"
     ),

@@ -219,10 +219,9 @@ CLAIM = Claim(
         ),
     ),
     usage=(
-        "import torch\n"
-        "from polyak.particles import GFlowNet, SetEnv\n\n"
-        "gfn = GFlowNet(SetEnv(torch.linspace(-1, 1, 30), k=20), loss=\"fl_db\", eps=0.1)\n"
+        "from polyak.particles import GFlowNet, SetEnv\n"
+        "gfn = GFlowNet(SetEnv([-1.0, -0.5, 0.0, 0.5, 1.0], k=3), loss=\"fl_db\", eps=0.1)  # 3 of 5, by their energies\n"
         "gfn.fit(50)\n"
-        "sets = gfn.sample(64)  # [64, 30]; log Z is gfn.log_z"
+        "sets = gfn.sample(64)  # [64, 5]; log Z is gfn.log_z"
     ),
 )  # fmt: skip

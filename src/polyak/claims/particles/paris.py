@@ -254,9 +254,8 @@ CLAIM = Claim(
         "A recurrent network is not in the experiment; the part's NeuralSSM is tested.",
     ),
     usage=(
-        "from polyak.particles import LinearGaussian, ParisParticleGibbs\n\n"
-        "model = LinearGaussian(0.97, Q=0.2, R=0.3)\n"
-        "x, y = model.simulate(60)\n"
+        "from polyak.particles import LinearGaussian, ParisParticleGibbs\n"
+        "model = LinearGaussian(0.97, Q=0.2, R=0.3)  # y, of shape (60,), say: model.simulate(60)[1]\n"
         "smoother = ParisParticleGibbs(model, lambda x, x_next, t: x * x_next, n=32)\n"
         "estimate, path, per_sweep = smoother.run(y)  # of E[sum_t x_t x_{t+1} | y]"
     ),
