@@ -32,7 +32,8 @@ def published_record(result: ClaimResult) -> dict[str, Any]:
     record = {key: value for key, value in result.to_json().items() if key != "trials"}
     for criterion in record["criteria"]:
         # One number for each seed: nine digits say as much, in half of the room.
-        criterion["per_seed"] = [float(f"{value:.9g}") for value in criterion["per_seed"]]
+        each = criterion["per_seed"]  # what is not finite is a word
+        criterion["per_seed"] = [v if isinstance(v, str) else float(f"{v:.9g}") for v in each]
     if len(str(record)) > LARGEST:
         raise ValueError(
             f"the verdict of {result.slug} takes {len(str(record)):,} bytes; at most {LARGEST:,} are published"
