@@ -81,6 +81,26 @@ def test_gather_moves_trees_system_by_system() -> None:
         gather(torch.zeros(2, 5), torch.tensor([[0, 1], [5, 0]]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.bfloat16, torch.float32, torch.complex128])
+@pytest.mark.parametrize("event", [(), (3,), (2, 4)])
+def test_rows_of_any_width_and_offset_are_moved(dtype: torch.dtype, event: tuple[int, ...]) -> None:
+    ancestors = torch.randint(40, (2, 50), generator=seeded())
+    x = (torch.randn(2 * 40 * math.prod(event) + 1, generator=seeded(1)) * 3).to(dtype)
+    for start in (0, 1):
+        given = x[start : start + 80 * math.prod(event)].view(2, 40, *event)
+        expected = torch.stack([given[row, ancestors[row]] for row in range(2)])
+        assert torch.equal(gather(given, ancestors), expected)
+        assert torch.equal(gather(given, ancestors.int()), expected)
+
+
+@pytest.mark.parametrize("bad", [-1, 40, -(2**63), 2**63 - 1])
+def test_ancestors_that_are_no_particles_are_refused(bad: int) -> None:
+    ancestors = torch.full((3, 50), 39)
+    ancestors[2, 49] = bad
+    with pytest.raises(ValueError, match=rf"ancestors must be in \[0, 40\), got {bad}"):
+        gather(torch.zeros(3, 40, 2), ancestors)
+
+
 def test_a_genealogy_knows_lineages_and_prunes() -> None:
     generator = seeded(2)
     tree, x = Genealogy(), torch.randn(2, 30, 3, generator=generator)

@@ -33,7 +33,7 @@ def log_weights(*shape: int, device: str = "cpu") -> Tensor:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tensors on the CPU are taken for such on a GPU of one program, with few particles at a time; launches are counted."""
+    """Tensors on the CPU are taken for such on a GPU of one program, which takes all systems; launches are counted."""
     triton = pytest.importorskip("triton")
     if torch.cuda.is_available() or not triton.knobs.runtime.interpret:
         pytest.skip("needs Triton's interpreter")
@@ -43,9 +43,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     fused = ("systematic", "stratified")
     stepped = _kernel.stepped
     monkeypatch.setattr(_native, "stepped", lambda *a, **k: stepped(*a, **k) if a[2] in fused else None)
-    monkeypatch.setattr(_kernel, "_chunk", lambda most: 32)
-    monkeypatch.setattr(_kernel, "PROGRAMS", {1: 1, 2: 1})
-    monkeypatch.setattr(_kernel, "MANY", 1)
+    monkeypatch.setattr(_kernel, "PROGRAMS", 1)
     for module in (_kernel, _blocks):
         monkeypatch.setattr(
             module, "_launch", lambda made, grid, *rest: (grids.append(grid), launch(made, grid, *rest))
@@ -121,7 +119,7 @@ def test_the_kernels_for_many_particles_are_the_formula(
     small: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_kernel, "PIECES", 0)
+    monkeypatch.setattr(_kernel, "CHUNK", 0)
     monkeypatch.setattr(_blocks, "CHUNK", 32)
     logw = log_weights(6, 70)
     logw[4, 32:64] = -torch.inf  # a piece without weight
@@ -164,7 +162,7 @@ def test_on_a_gpu_the_kernel_is_the_formula(scheme: str, size: int) -> None:
         logw = 2 * torch.randn(batch, size, dtype=torch.float64, device="cuda", generator=seeded(device="cuda"))
         logw[0] = 0.0
         if size > 9:
-            logw[:10] = log_weights(10, size, device="cuda")
+            logw[:5] = log_weights(5, size, device="cuda")  # of each kind
         x = torch.randn(batch, size, *event, device="cuda")
         check(logw, size, scheme, threshold, x)
         with_weight = logw[4:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import warnings
@@ -276,6 +277,21 @@ def test_replay_draws_by_reward():
     many = PrioritizedReplay(2)
     many.add(traj, torch.zeros(6))  # more than there is room for: the last stay
     assert torch.equal(many.state_dict()["held"]["states"], traj.states[-2:])
+
+
+def test_a_replay_knows_whether_all_it_holds_is_complete():
+    """Else a loss that needs complete trajectories waits for the device to see it."""
+    replay, again = PrioritizedReplay(8), PrioritizedReplay(8)
+    traj = sample(env(), uniform(env()), 4, generator=generator())
+    replay.add(traj, torch.zeros(4))
+    again.load_state_dict(replay.state_dict())
+    for held in (replay, again):
+        assert held.sample(3, generator()).complete
+    assert concatenate([traj, replay.sample(3, generator())]).complete
+    replay.add(dataclasses.replace(traj, complete=None), torch.zeros(4))
+    again.load_state_dict(replay.state_dict())
+    for held in (replay, again):
+        assert held.sample(3, generator()).complete is None
 
 
 class Broken(SetEnv):

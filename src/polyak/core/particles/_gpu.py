@@ -68,27 +68,37 @@ def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda and available(x.device)
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether nobody must see what is done with a tensor: no mode, no transform, no trace."""
-    core: Any = torch._C
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_neg():
+_core: Any = torch._C
+_modes, _transform = _core._len_torch_dispatch_stack, _core._functorch.peek_interpreter_stack
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether nobody must see what is done with tensors: no mode, no transform, no trace."""
+    if torch.compiler.is_compiling():
         return False
-    return not (core._len_torch_dispatch_stack() or core._functorch.peek_interpreter_stack())
+    for x in tensors:
+        if type(x) is not Tensor or x.is_neg():
+            return False
+    return not (_modes() or _transform())
+
+
+def word_of(x: Tensor, ndim: int) -> tuple[int, int] | None:
+    """The bytes of the widest words that rows are made of, and how many of them a row is; None where they are not in one piece."""
+    if not x.is_contiguous() or x.is_conj() or x.numel() == 0:
+        return None
+    row = math.prod(x.shape[ndim:]) * x.element_size()
+    whole = row | x.data_ptr() | int(x.storage_offset()) * x.element_size()
+    size = min(whole & -whole, 8)  # the largest power of two that divides all three
+    return size, row // size
 
 
 def words_of(x: Tensor, ndim: int) -> Tensor | None:
     """States as rows of the widest words that they are made of: (rows, words)."""
-    if not x.is_contiguous() or x.is_conj() or (x.device.index is None and x.is_cuda):
+    if (x.device.index is None and x.is_cuda) or (word := word_of(x, ndim)) is None:
         return None
-    row = math.prod(x.shape[ndim:]) * x.element_size()
-    if row == 0 or x.numel() == 0:
-        return None
-    size = next(
-        s for s in WORDS if row % s == 0 and x.data_ptr() % s == 0 and x.storage_offset() * x.element_size() % s == 0
-    )
     if x.dtype == torch.bool:
         x = x.view(torch.uint8)
-    return x.detach().view(-1).view(WORDS[size]).view(-1, row // size)
+    return x.detach().view(-1).view(WORDS[word[0]]).view(-1, word[1])
 
 
 LARGER = function("larger", ["a", "b"], ["return tl.maximum(a, b)"])

@@ -12,7 +12,7 @@ from polyak.core.particles import _native
 
 def moved(x: Tensor, ancestors: Tensor) -> Tensor:
     """One tensor's rows, by ancestors that are right."""
-    if x.device.type == "cpu" and (made := _native.moved(x, ancestors)) is not None:
+    if x.is_cpu and (made := _native.moved(x, ancestors)) is not None:
         return made
     batch, n = ancestors.shape[:-1], ancestors.shape[-1]
     event = x.shape[ancestors.ndim :]

@@ -140,18 +140,23 @@ void resample(const double *logw, const double *u, double *w, int64_t *out, doub
     }
 }
 
-/* Rows of words, of which those of one system are moved by its ancestors. */
-#define MOVE(name, word)                                                                                                      \
-    void name(const word *x, const int64_t *ancestors, word *out, int64_t begin, int64_t end, int64_t size, int64_t n, int64_t words) { \
-        for (int64_t row = begin; row < end; row++) {                                                                         \
-            const word *from = x + row * size * words;                                                                        \
-            const int64_t *a = ancestors + row * n;                                                                           \
-            word *to = out + row * n * words;                                                                                 \
-            if (words == 1)                                                                                                   \
-                for (int64_t k = 0; k < n; k++) to[k] = from[a[k]];                                                           \
-            else                                                                                                              \
-                for (int64_t k = 0; k < n; k++) memcpy(to + k * words, from + a[k] * words, (size_t)words * sizeof(word));    \
-        }                                                                                                                     \
+/* Rows of words, of which those of one system are moved by its ancestors; 1, and nothing is done, if one is not in [0, size). */
+#define MOVE(name, word)                                                                                                     \
+    int64_t name(const word *x, const int64_t *ancestors, word *out, int64_t begin, int64_t end, int64_t size, int64_t n, int64_t words) {\
+        const int64_t *all = ancestors + begin * n;                                                                          \
+        int64_t outside = 0, many = (end - begin) * n;                                                                       \
+        for (int64_t k = 0; k < many; k++) outside |= all[k] | (int64_t)((uint64_t)(size - 1) - (uint64_t)all[k]);           \
+        if (outside < 0) return 1;                                                                                           \
+        for (int64_t row = begin; row < end; row++) {                                                                        \
+            const word *from = x + row * size * words;                                                                       \
+            const int64_t *a = ancestors + row * n;                                                                          \
+            word *to = out + row * n * words;                                                                                \
+            if (words == 1)                                                                                                  \
+                for (int64_t k = 0; k < n; k++) to[k] = from[a[k]];                                                          \
+            else                                                                                                             \
+                for (int64_t k = 0; k < n; k++) memcpy(to + k * words, from + a[k] * words, (size_t)words * sizeof(word));   \
+        }                                                                                                                    \
+        return 0;                                                                                                            \
     }
 MOVE(move1, uint8_t)
 MOVE(move2, uint16_t)

@@ -14,20 +14,23 @@ import torch
 from torch import Tensor
 
 from polyak.core.cc import SPLIT, function, library, parallel
-from polyak.core.particles._gpu import Stepped, is_plain, words_of
+from polyak.core.particles._gpu import Stepped, is_plain, word_of
 
 _MOST_KEPT = 2**21  # weights for which a thread keeps room
 _kept = threading.local()
 _LEAST = 64  # particles in all below which calling C does not pay
-_ARGUMENTS = {
-    "resample": 12, "multinomial": 8, "ssp": 10, "residual": 9, "reweight": 9, "move1": 8, "move2": 8, "move4": 8, "move8": 8
-}  # fmt: skip
+_ALWAYS = ctypes.c_double(-1.0)
+_ARGUMENTS = {"resample": 12, "multinomial": 8, "ssp": 10, "residual": 9, "reweight": 9}
+_MOVES = {1: "move1", 2: "move2", 4: "move4", 8: "move8"}  # by a word's bytes
 
 
 @cache
 def _functions() -> dict[str, Any] | None:
     made = library(Path(__file__).with_name("_native.c").read_text(encoding="utf-8"))
-    return None if made is None else {name: function(made, name, count) for name, count in _ARGUMENTS.items()}
+    if made is None:
+        return None
+    found = {name: function(made, name, count) for name, count in _ARGUMENTS.items()}
+    return found | {name: function(made, name, 8, ctypes.c_int64) for name in _MOVES.values()}
 
 
 def stepped(
@@ -35,12 +38,12 @@ def stepped(
 ) -> Stepped | None:
     """As the kernel's; None where it may not take these tensors."""
     size = logw.shape[-1]
-    if not _takes(logw) or not _takes(u) or max(n, size) >= 2**31 or (functions := _functions()) is None:
+    if not _takes(logw, u) or max(n, size) >= 2**31 or (functions := _functions()) is None:
         return None
     logw, u = logw.contiguous(), u.contiguous()
     ancestors = torch.empty((*logw.shape[:-1], n), dtype=torch.int64)
     fresh = did = None
-    limit = ctypes.c_double(-1.0)
+    limit = _ALWAYS
     if threshold is not None:
         fresh, did = torch.empty_like(logw), torch.empty(logw.shape[:-1], dtype=torch.bool)
         limit = ctypes.c_double(math.inf if threshold == 1 else threshold * size)
@@ -57,7 +60,7 @@ def stepped(
 def drawn(logw: Tensor, n: int, scheme: str, u: Tensor) -> Tensor | None:
     """Ancestors by "multinomial" and "residual" of sums of exponentials, "ssp" of uniforms."""
     size = logw.shape[-1]
-    if not takes(logw) or not _takes(u) or (functions := _functions()) is None:
+    if not _takes(logw, u) or (functions := _functions()) is None:
         return None
     logw, u = logw.contiguous(), u.contiguous()
     ancestors = torch.empty((*logw.shape[:-1], n), dtype=torch.int64)
@@ -74,7 +77,7 @@ def drawn(logw: Tensor, n: int, scheme: str, u: Tensor) -> Tensor | None:
 
 def reweighted(logw: Tensor, incr: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """``logw + incr``, its largest in every system (NaN, or infinite where something is amiss), and the gain of evidence."""
-    if not (_takes(logw) and _takes(incr)) or logw.shape != incr.shape or logw.requires_grad or incr.requires_grad:
+    if not _takes(logw, incr) or logw.shape != incr.shape or logw.requires_grad or incr.requires_grad:
         return None
     if (functions := _functions()) is None:
         return None
@@ -85,18 +88,24 @@ def reweighted(logw: Tensor, incr: Tensor) -> tuple[Tensor, Tensor, Tensor] | No
 
 
 def moved(x: Tensor, ancestors: Tensor) -> Tensor | None:
-    """Rows of x, (*batch, N, *event), by right ancestors; None where it may not take them."""
-    if not (is_plain(x) and is_plain(ancestors)) or (x.requires_grad and torch.is_grad_enabled()):
+    """Rows of x, (*batch, N, *event), by ancestors; None where it may not take them, or one is not in [0, N)."""
+    if not (is_plain(x, ancestors) and x.is_cpu and ancestors.is_cpu and ancestors.dtype == torch.int64):
         return None
-    if x.numel() < _LEAST or (words := words_of(x, ancestors.ndim)) is None or (functions := _functions()) is None:
+    if x.numel() < _LEAST or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    if (word := word_of(x, ancestors.ndim)) is None or (functions := _functions()) is None:
         return None
     ancestors = ancestors.contiguous()
-    n, size, width = ancestors.shape[-1], x.shape[ancestors.ndim - 1], words.shape[-1]
+    n, size, width = ancestors.shape[-1], x.shape[ancestors.ndim - 1], word[1]
     out = x.new_empty((*ancestors.shape, *x.shape[ancestors.ndim :]))
-    run = functions[f"move{words.element_size()}"]
-    rows = ancestors.numel() // max(n, 1)
-    _split(rows, n * width, lambda a, b: run(*_at(words, ancestors, out), a, b, size, n, width))
-    return out
+    run, at, wrong = functions[_MOVES[word[0]]], _at(x, ancestors, out), []
+
+    def rows(a: int, b: int) -> None:
+        if run(*at, a, b, size, n, width):
+            wrong.append(a)
+
+    _split(ancestors.numel() // max(n, 1), n * width, rows)
+    return None if wrong else out
 
 
 def takes(logw: Tensor) -> bool:
@@ -104,8 +113,11 @@ def takes(logw: Tensor) -> bool:
     return _takes(logw) and _functions() is not None
 
 
-def _takes(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float64 and x.numel() > 0 and is_plain(x)
+def _takes(*tensors: Tensor) -> bool:
+    for x in tensors:
+        if not x.is_cpu or x.dtype != torch.float64 or x.numel() == 0:
+            return False
+    return is_plain(*tensors)
 
 
 def _at(*tensors: Tensor | None) -> list[int]:
@@ -124,5 +136,9 @@ def _space(size: int) -> Tensor:
 
 def _split(rows: int, size: int, run: Callable[[int, int], Any]) -> None:
     """All rows, shared by as many threads as PyTorch has."""
-    count = max(1, min(torch.get_num_threads(), rows, rows * size // SPLIT))
+    count = rows * size // SPLIT
+    if count < 2:
+        run(0, rows)
+        return
+    count = max(1, min(torch.get_num_threads(), rows, count))
     parallel(run, [rows * i // count for i in range(count + 1)])

@@ -25,7 +25,7 @@ def looks(x: Tensor, check: bool | None) -> bool:
     """Whether values are looked at: by default on the CPU, where it does not keep anything waiting."""
     if check is not None:
         return check
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+    return x.is_cpu and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
 def systems(bad: Tensor) -> str:
@@ -47,8 +47,8 @@ def look(name: str, logw: Tensor, on_collapse: str) -> None:
     """ValueError with the systems' rows: NaN, more than one +inf, and, unless that means equal weights, nothing but -inf."""
     if logw.numel() == 0:
         return
-    top = logw.detach().amax(-1)
-    if math.isfinite(top.sum().item()):  # NaN is the largest of all
+    top = (logw.detach() if logw.requires_grad else logw).amax(-1)
+    if math.isfinite((top if top.numel() == 1 else top.sum()).item()):  # NaN is the largest of all
         return
     if bool((bad := top.isnan()).any()):
         raise ValueError(f"{name} has NaN{systems(bad)}")
@@ -68,7 +68,7 @@ def prepared(name: str, logw: Tensor, on_collapse: str, check: bool | None) -> T
     sized(name, logw)
     if looks(logw, check):
         look(name, logw, on_collapse)
-    return logw.to(wide(logw.device))
+    return logw if logw.dtype == torch.float64 else logw.to(wide(logw.device))
 
 
 def cleaned(logw: Tensor) -> tuple[Tensor, Tensor]:

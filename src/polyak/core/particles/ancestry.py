@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from polyak.core import checks
+from polyak.core.particles import _native
 from polyak.core.particles._moves import moved
 from polyak.core.particles._values import indices
 
@@ -59,6 +60,8 @@ def _leaf(path: Any, x: Any, ancestors: Tensor, dim: int | None) -> Any:
             f"tree{pytree.keystr(path)} must have shape ({', '.join([*map(str, batch), 'N'])}, ...), its particles in dimension "
             f"{at}, to go with ancestors of shape {tuple(ancestors.shape)}; got {tuple(x.shape)}"
         )
+    if at == len(batch) and (made := _native.moved(x, ancestors)) is not None:  # it looks at the ancestors itself
+        return made
     rows = indices("ancestors", ancestors, x.shape[at])
     if at > len(batch):
         rows = rows.expand(*x.shape[: at - len(batch)], *rows.shape)

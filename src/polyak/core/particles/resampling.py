@@ -58,5 +58,5 @@ def resample(
 
     Sources: Douc, Cappe and Moulines, 2005; Gerber, Chopin and Whiteley, 2019, algorithm 3 (ssp); Del Moral, 2004 (killing).
     """
-    values = prepared("logw", logw.detach(), on_collapse, check)
+    values = prepared("logw", logw.detach() if logw.requires_grad else logw, on_collapse, check)
     return drawn(values, logw.shape[-1] if n is None else n, scheme, generator, u, check)

@@ -33,6 +33,7 @@ class PrioritizedReplay:
         self.capacity, self.alpha, self.scheme = capacity, alpha, scheme
         self._next = self._size = 0
         self._held: dict[str, Tensor] = {}
+        self._complete = True  # of all that were added it is known
 
     def __len__(self) -> int:
         return self._size
@@ -61,6 +62,7 @@ class PrioritizedReplay:
                 f"traj must have states of shape (B, {', '.join(map(str, self._held['states'].shape[1:]))}), "
                 f"got {tuple(traj.states.shape)}"
             )
+        self._complete = self._complete and traj.complete is True
         kept = min(len(traj), self.capacity)
         at = (self._next + torch.arange(kept, device=traj.actions.device)) % self.capacity
         for name, value in new.items():
@@ -80,12 +82,12 @@ class PrioritizedReplay:
         logw = self.alpha * self._held["log_priority"][: self._size]
         rows = resample(logw, n, scheme=self.scheme, generator=generator)
         states, actions, done, lengths = (self._held[name][rows] for name in ("states", "actions", "done", "lengths"))
-        return Trajectories(states, actions, done, lengths)
+        return Trajectories(states, actions, done, lengths, complete=self._complete or None)
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept, and where the next goes."""
         held = {name: value[: self._size].clone() for name, value in self._held.items()}
-        return {"held": held, "next": self._next, "size": self._size}
+        return {"held": held, "next": self._next, "size": self._size, "complete": self._complete}
 
     @checks.arguments(state=checks.state_dict)
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -96,7 +98,7 @@ class PrioritizedReplay:
         """
         if state["size"] > self.capacity:
             raise ValueError(f"state must have at most {self.capacity} trajectories, got {state['size']}")
-        self._next, self._size = state["next"], state["size"]
+        self._next, self._size, self._complete = state["next"], state["size"], state.get("complete", False)
         self._held = {}
         for name, value in state["held"].items():
             self._held[name] = value.new_zeros(self.capacity, *value.shape[1:])
