@@ -153,6 +153,14 @@ def masked_lm():
     return model
 
 
+def stepping():
+    return types.SimpleNamespace(scheduler=types.SimpleNamespace(step=lambda model_output, timestep, sample: None))
+
+
+def steering():
+    return G.FKSteering(lambda samples: samples.flatten(2).mean(2), schedule=[])
+
+
 def pairs(count=2):
     return dict.fromkeys(("logp_w", "logp_l", "ref_w", "ref_l"), torch.full((count,), -1.0))
 
@@ -321,6 +329,7 @@ NEEDS = {
     "generate.quantize_weights": lambda: dict(module=net(), bits=4),
     "generate.stf_target": lambda: dict(x=X, reference=X, sigma=0.5, process=G.PFGMPP()),
     "generate.problems.StudentDenoiser": lambda: dict(points=X, process=G.PFGMPP()),
+    "generate.FKSteering": lambda: dict(reward=lambda samples: samples.flatten(2).mean(2)),
     "generate.ab_coefficients": lambda: dict(k=2),
     "generate.artifact_score": lambda: dict(latents=torch.ones(1, 2, 4, 4), mean=[0.0, 0.0], std=[1.0, 1.0]),
     "generate.check_process": lambda: dict(process=VP),
@@ -403,6 +412,8 @@ NEEDS = {
     "generate.adapters.diffusers.APGGuider": lambda: dict(space="pred"),
     "generate.adapters.diffusers.Guided": lambda: dict(pipe=pipeline(), guidance=G.APG(), networks=[]),
     "generate.adapters.diffusers.guide": lambda: dict(pipe=pipeline(), guidance=G.APG()),
+    "generate.adapters.diffusers.FKCallback": lambda: dict(pipe=stepping(), steering=steering()),
+    "generate.adapters.diffusers.fk_callback": lambda: dict(pipe=stepping(), steering=steering()),
     "generate.adapters.diffusers.PrecisionGuider": lambda: dict(
         scheduler=importlib.import_module("polyak.generate.adapters.diffusers").PolyakScheduler(solver=G.DDIM())
     ),

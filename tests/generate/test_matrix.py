@@ -53,6 +53,12 @@ GUIDANCES: dict[str, Any] = {
     "Precision, W = 1": generate.PrecisionGuidance(2.0, clip=(1.0, 1.0)),
 }
 
+STEERINGS: dict[str, Any] = {
+    "FK": generate.FKSteering(
+        lambda samples: samples[..., 0], lam=0.8, num_particles=4000, ess_threshold=0.5, pick="all"
+    ),
+}
+
 # Paths between two laws, forward in a time of their own: sample() refuses them, and tests of their own solve them.
 BRIDGES = {generate.Interpolant}
 # Integer states, which no solver above steps: tests/generate/test_masked_diffusion.py has their matrix.
@@ -81,6 +87,12 @@ def test_every_guidance_that_is_exported_is_here() -> None:
     found = [getattr(generate, name) for name in generate.__all__]
     public = {c for c in found if inspect.isclass(c) and hasattr(c, "paired") and c is not generate.Guidance}
     assert public - {type(guidance) for guidance in GUIDANCES.values()} == set()
+
+
+def test_every_steering_that_is_exported_is_here() -> None:
+    found = [getattr(generate, name) for name in generate.__all__]
+    public = {c for c in found if inspect.isclass(c) and hasattr(c, "resamples") and c is not generate.Steering}
+    assert public - {type(steering) for steering in STEERINGS.values()} == set()
 
 
 def ends(process: Any) -> tuple[float, float]:
@@ -168,3 +180,24 @@ def test_a_stochastic_solver_keeps_the_law(process: Any, solver: Solver) -> None
     coarse = 0.2 if isinstance(solver, generate.FlowSDE) else 0.04
     assert torch.allclose(x.mean(0), mean, rtol=0.01, atol=5 * (variance.max().item() / n) ** 0.5)
     assert torch.allclose(x.var(0), variance, rtol=5 * math.sqrt(2 / n) + coarse)
+
+
+@every_process
+@pytest.mark.parametrize("solver", STOCHASTIC.values(), ids=STOCHASTIC.keys())
+@pytest.mark.parametrize("steering", STEERINGS.values(), ids=STEERINGS.keys())
+def test_a_steering_tilts_the_law(process: Any, solver: Solver, steering: Any) -> None:
+    """By exp(0.8 x) a normal law's mean moves by 0.8 times its variance, here that of what the solver makes of the law."""
+    if not process.is_gaussian:
+        return
+    begin, end = ends(process)
+    grid = process.grid(30, "logsnr", start=begin, end=end)
+    denoiser, x = exact(COND, process), starts(process, COND, 4000)
+    free = sample(denoiser, x, solver=solver, grid=grid, generator=torch.Generator().manual_seed(2))[:, 0]
+    x, info = sample(
+        denoiser, x, solver=solver, grid=grid, steering=steering, generator=torch.Generator().manual_seed(2), return_info=True
+    )  # fmt: skip
+    mean = (info.steering.logw.softmax(1)[0] * x[:, 0]).sum()
+    spread = free.std()
+    # Six standard errors, of fewer independent particles than there are.
+    assert abs(mean - free.mean() - 0.8 * free.var()) < 6 * (2 / 1000) ** 0.5 * spread
+    assert abs(mean - free.mean()) > 0.4 * free.var()

@@ -43,6 +43,7 @@ from polyak.generate.dpm_solver import (
 )
 from polyak.generate.evaluate import DynamicThresholding, Evaluator
 from polyak.generate.fields import divergence, log_likelihood
+from polyak.generate.fk_steering import FKSteering
 from polyak.generate.fokker_planck_gap import (
     Gap,
     GapBound,
@@ -167,6 +168,7 @@ __all__ = [
     "EnergyScore",
     "Euler",
     "Evaluator",
+    "FKSteering",
     "FirstHitting",
     "Flow",
     "FlowSDE",

@@ -411,7 +411,7 @@ class _Loop:
                 change = Change(step.x, None if change is None else change.ancestors)
         return change
 
-    def _steer(self, step: Step) -> Change:
+    def _steer(self, step: Step) -> Change | None:
         assert self.steering is not None
         evaluator, guided = self.evaluator, self.evaluator.guided
         known = {"mean": step.mean, "std": step.std, "cond": evaluator.cond, "uncond": evaluator.uncond}
@@ -437,6 +437,8 @@ class _Loop:
                 evaluator.state = evaluator.guidance.reindex(evaluator.state, ancestors)
             if hasattr(step.memory, "take"):
                 step.memory = step.memory.take(ancestors)
+        if ancestors is None and x is step.x:
+            return None
         step.x, step.mean = x, None if step.mean is None or ancestors is None else step.mean.index_select(0, ancestors)
         return Change(x, ancestors)
 

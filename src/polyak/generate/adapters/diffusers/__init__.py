@@ -7,7 +7,8 @@
 
 :class:`PolyakScheduler` answers a solver's questions with what the pipeline's model says: the same coroutine that
 :func:`polyak.generate.sampling.sample` runs, hence the same numbers. :func:`guide` lets a guidance take the place of the one inside
-a pipeline; :class:`APGGuider` and :class:`PrecisionGuider` are for pipelines that have a place for one.
+a pipeline, :func:`fk_callback` steers one by a reward. :class:`APGGuider` and :class:`PrecisionGuider` are for pipelines that have
+a place for one.
 """
 
 try:
@@ -20,9 +21,11 @@ from polyak.generate.adapters.diffusers.ghvb import GHVBScheduler, HeavyBallSche
 from polyak.generate.adapters.diffusers.guiding import APGGuider, Guided, guide
 from polyak.generate.adapters.diffusers.precision import PrecisionGuider
 from polyak.generate.adapters.diffusers.scheduler import PolyakScheduler, PolyakSchedulerOutput, as_diffusers
+from polyak.generate.adapters.diffusers.steering import FKCallback, fk_callback
 
 __all__ = [
     "APGGuider",
+    "FKCallback",
     "FlowSDEScheduler",
     "GHVBScheduler",
     "Guided",
@@ -31,5 +34,6 @@ __all__ = [
     "PolyakSchedulerOutput",
     "PrecisionGuider",
     "as_diffusers",
+    "fk_callback",
     "guide",
 ]

@@ -42,6 +42,10 @@ class Hearing:
         self.state: Any = None if steps is None else start_guidance(self.guidance, steps)
         self.swapped: bool | None = None
 
+    def reindex(self, ancestors: Tensor) -> None:
+        """After resampling: row i of the batch was row ``ancestors[i]``."""
+        self.state = self.guidance.reindex(self.state, ancestors)
+
     def guide(self, given: Tensor, first: bool) -> Guide | None:
         """What makes a prediction of the outputs; None where the pipeline asked for one prediction only, in the midst of a run.
 

@@ -265,6 +265,17 @@ class Driven:
             self.at, self.stage, self.values, self.start, self._coroutine = self.at + 1, 0, (), None, None
         return point, beside
 
+    def reindex(self, ancestors: Tensor) -> None:
+        """After resampling: row i of the batch was row ``ancestors[i]``.
+
+        Raises:
+            ValueError: in the midst of a coroutine, which is told of no change by a pipeline.
+        """
+        if self._coroutine is not None:
+            raise ValueError(f"{self.legs[self.at].solver!r} cannot be steered in a pipeline: it is no LinearSolver")
+        self.start = None if self.start is None else self.start.index_select(0, ancestors)
+        self.values = tuple(value.index_select(0, ancestors) for value in self.values)
+
     def __getstate__(self) -> dict[str, Any]:
         start = None if self.start is None else self.start.detach()
         values = tuple(value.detach() for value in self.values)

@@ -289,6 +289,19 @@ class PolyakScheduler(Noising, SchedulerMixin, Configured):
         if self._hearing is not None:
             self._hearing.begin(sum(self._starts[index:]))
 
+    def reindex(self, ancestors: Tensor) -> None:
+        """Move what is remembered of the samples after resampling between steps: row i of the batch was row ``ancestors[i]``.
+
+        Raises:
+            ValueError: a solver that is a coroutine.
+        """
+        if self._driven is not None:
+            self._driven.reindex(ancestors)
+        if self._exact is not None:
+            self._exact = self._exact.index_select(0, ancestors)
+        if self._hearing is not None:
+            self._hearing.reindex(ancestors)
+
     # --- guidance
 
     def hear(self, output: Tensor, guidance: Guidance) -> None:
