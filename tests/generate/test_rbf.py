@@ -20,6 +20,7 @@ from polyak.generate import (
     BestOfN,
     Denoiser,
     Euler,
+    FKSteering,
     Flow,
     FlowSDE,
     LinearVPPath,
@@ -326,6 +327,30 @@ def test_a_step_gives_its_law_and_what_guidance_changes_of_it() -> None:
 
 def brightness(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(2).sum(2)
+
+
+@pytest.mark.parametrize("path", [None, TrigFlow()], ids=["linear", "trig"])
+@pytest.mark.parametrize("potential", ["diff", "max"])
+def test_feynman_kac_steering_of_a_flow_has_the_tilts_law_and_evidence(path: Any, potential: str) -> None:
+    """Weights of a mixture's components, mean and variance, and log E[exp(lam x)], which are known for a reward that is linear."""
+    lam, n = 0.9, 6000
+    law, log_z = MIXTURE.tilt([lam])
+    steering = FKSteering(
+        lambda samples: samples[..., 0], lam=lam, potential=potential, num_particles=n, ess_threshold=0.5, pick="all"
+    )
+    x, info = sample(
+        exact(Flow(0.02, 1.0)), (1, 1), solver=FlowSDE("sigma", 1.0, path=path), steps=60, steering=steering,
+        generator=rng(3), dtype=torch.float64, return_info=True,
+    )  # fmt: skip
+    w, x = info.steering.logw.softmax(1)[0], x[:, 0]
+    mean, second = w @ x, w @ x.square()
+    # Six standard errors, of fewer independent particles than there are, and the order of sixty steps of 0.02.
+    error = 6 * (law.covariance.item() / 1500) ** 0.5 + 0.02
+    assert abs(mean - law.mean.item()) < error
+    assert abs(second - mean.square() - law.covariance.item()) < 2 * error * law.covariance.item() ** 0.5
+    assert abs(w @ law.responsibilities(x[:, None])[:, 1] - law.weights[1]) < error
+    assert abs(info.steering.log_z.item() - log_z.item()) < error
+    assert abs(MIXTURE.mean.item() - law.mean.item()) > 3 * error  # which it was before
 
 
 def test_best_of_n_as_a_steering_returns_the_best_of_each_system() -> None:

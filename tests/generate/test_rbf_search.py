@@ -379,6 +379,8 @@ def test_states_of_half_precision_are_kept_in_single() -> None:
         (lambda: CoDe(near, solver=FlowSDE(norm=0.0)), "solver must add noise for CoDe"),
         (lambda: RolloverBudget(near, finish="now"), "finish must be one of"),
         (lambda: BestOfN(near).sample(Denoiser(velocity, Flow(), "flow"), VP(), SHAPE), "process must be the model's own"),
+        (lambda: BestOfN(near).sample(convert(velocity, Flow(), VP()), Flow(), SHAPE), "process must be the model's own"),
+        (lambda: convert(convert(velocity, Flow(), VP()), Flow(), VP()), "source must be the converted network's own"),
         (lambda: BestOfN(lambda x: x, 20).sample(velocity, Flow(), SHAPE), "reward must return shape"),
         (lambda: BestOfN(near, 20).sample(lambda x, t: x * torch.nan, Flow(), SHAPE), "NaN in the prediction of evaluation 1"),
         (lambda: BestOfN(near, 20).sample(velocity, Flow(), (0,)), "shape"),
