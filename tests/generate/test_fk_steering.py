@@ -750,6 +750,7 @@ def test_parity_of_rewards_that_are_nan() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_the_gpu_no_step_waits_for_the_device() -> None:
     cases = [dict(potential=p) for p in ("diff", "max", "bon")] + [dict(parity="official"), dict(r_min="first")]
     x = torch.randn(4000, 3, device="cuda")

@@ -154,6 +154,14 @@ def test_at_the_ends_all_is_finite(source: Any, target: Any) -> None:
         assert bool(said.isfinite().all()), r
 
 
+def test_beyond_the_ends_of_the_source_what_there_is_most_of_keeps_its_size() -> None:
+    """Noise at the noisy end, data at the other: c is the ratio of their scales."""
+    source, target = Flow(0.1, 0.9), VP()
+    at = matched(source, target, torch.tensor([target.t_min, target.t_max], dtype=torch.float64))
+    assert at.t.tolist() == [0.1, 0.9]
+    assert at.c.tolist() == pytest.approx([target.alpha(target.t_min) / 0.9, target.sigma(1.0) / 0.9])
+
+
 def test_a_converted_ode_ends_where_the_ode_does() -> None:
     """From the same noise, up to alpha(1) = 0.0066 of what the VP interpolant still has of the data."""
     noise = torch.randn(16, 1, dtype=torch.float64, generator=rng())
