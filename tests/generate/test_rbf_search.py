@@ -247,6 +247,9 @@ def test_an_end_by_the_ode_begins_at_the_winners_time() -> None:
     search.sample(network, Flow(), SHAPE, dtype=torch.float64)
     begin = FlowSDE().times(Flow(), steps=4)[-2].item()
     assert asked[-4:] == pytest.approx([begin * part for part in (1.0, 0.75, 0.5, 0.25)])
+    # A model is not asked before t_min, though the ODE ends at 0.
+    search.sample(network, Flow(0.1), SHAPE, dtype=torch.float64)
+    assert asked[-1] == 0.1
 
 
 # ----------------------------------------------------------------------------------------------------- the other searches
