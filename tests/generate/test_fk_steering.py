@@ -217,6 +217,16 @@ def test_rewards_have_no_zero(r_min: Any) -> None:
     assert torch.allclose(shifted - z, torch.tensor(0.0 if r_min == "first" else 200.0).double(), atol=1e-9)
 
 
+def test_a_system_without_a_first_reward_is_steered_by_the_next_ones() -> None:
+    rewards = random_rewards(3, 2, 4)
+    rewards[0, 0] = torch.nan
+    steering = FKSteering(first, lam=2.0, schedule=ALL[:3], r_min="first", ess_threshold=0.0)
+    *_, state = walk(steering, rewards)[0]
+    begin = torch.stack([torch.tensor(0.0).double(), rewards[0, 1].amax()])[:, None]
+    assert torch.allclose(state.logw, 2 * (rewards[-1] - begin), rtol=1e-12, atol=1e-12)
+    assert state.collapsed == 1
+
+
 def test_adaptive_resampling_carries_its_weights() -> None:
     rewards = random_rewards(4, 30, 4)
     steering = FKSteering(first, lam=1.5, schedule=ALL[:4], ess_threshold=0.5)
@@ -246,6 +256,7 @@ def test_adaptive_resampling_carries_its_weights() -> None:
         ({"start": 0.2, "stop": 0.8, "every": 0.2}, 100, [20, 40, 60, 80, 99]),
         ({"start": 0.2, "stop": 0.8, "every": 0.2}, 7, [1, 3, 4, 6]),
         ({"start": 0.0, "stop": 1.0, "every": 0.5}, 10, [0, 5, 9]),
+        ({"start": 0.0, "stop": 0.3, "every": 0.1}, 10, [0, 1, 2, 3, 9]),  # whatever 0.3 / 0.1 is
         ([19, 39], 41, [19, 39, 40]),
         ((0, 1), 2, [0, 1]),
         (lambda step: step > 6, 9, [7, 8]),
@@ -738,6 +749,15 @@ def test_erratum_the_maximum_begins_at_zero() -> None:
     assert abs(moved["official"] - 0.25) < 0.02
 
 
+def test_without_a_tilt_too_rewards_that_are_nan_have_no_weight() -> None:
+    """Theirs are exp(0 NaN) = NaN, which becomes 0."""
+    rewards = random_rewards(2, 400, 4)
+    rewards[0, :, 2] = torch.nan
+    for parity in (None, "official"):
+        steering = FKSteering(first, lam=0.0, schedule=[0], parity=parity, scheme="multinomial")
+        assert not (walk(steering, rewards)[0][0].ancestors % 4 == 2).any()
+
+
 def test_parity_of_rewards_that_are_nan() -> None:
     rewards = random_rewards(4, 5, 4)
     rewards[1, :, 2] = torch.nan
@@ -751,6 +771,7 @@ def test_parity_of_rewards_that_are_nan() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_the_gpu_no_step_waits_for_the_device() -> None:
     cases = [dict(potential=p) for p in ("diff", "max", "bon")] + [dict(parity="official"), dict(r_min="first")]
     x = torch.randn(4000, 3, device="cuda")

@@ -12,7 +12,7 @@ from generate_cases import stable_diffusion
 from torch import Tensor
 
 from polyak.generate import CFG, DDIM, DPMSolverSDE, FKSteering
-from polyak.generate.adapters.diffusers import PolyakScheduler, fk_callback, guide
+from polyak.generate.adapters.diffusers import FlowSDEScheduler, PolyakScheduler, fk_callback, guide
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning"),
@@ -178,6 +178,7 @@ def test_flow_matching_with_noise() -> None:
     for scheduler in (
         noisy,
         PolyakScheduler.from_config(noisy.config, solver=DDIM(eta=1.0), stochastic_sampling=False),
+        FlowSDEScheduler(path="vp", grid="vp", shift=3.0),
     ):
         pipe = pipeline(scheduler)
         torch.manual_seed(7)  # this scheduler's noise comes from nowhere else
@@ -186,6 +187,11 @@ def test_flow_matching_with_noise() -> None:
             torch.manual_seed(7)
             steered = pipe(**given, generator=rng(3), callback_on_step_end=callback).images
         assert callback.select(steered).mean() > plain.mean()
+    with (
+        fk_callback(pipeline(FlowSDEScheduler(norm=0.0)), steering()) as callback,
+        pytest.raises(ValueError, match="deterministic solver FlowSDE"),
+    ):
+        callback.pipe(**given, callback_on_step_end=callback)
     # Without noise it is found out by the copies that stay together.
     pipe = pipeline(diffusers.FlowMatchEulerDiscreteScheduler())
     callback = fk_callback(pipe, steering())

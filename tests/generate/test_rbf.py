@@ -20,6 +20,7 @@ from polyak.generate import (
     BestOfN,
     Denoiser,
     Euler,
+    FKSteering,
     Flow,
     FlowSDE,
     LinearVPPath,
@@ -151,6 +152,14 @@ def test_at_the_ends_all_is_finite(source: Any, target: Any) -> None:
     for r in (target.t_min, target.t_max):
         said = model(torch.ones(2, 1, dtype=torch.float64), torch.full((2,), r, dtype=torch.float64))
         assert bool(said.isfinite().all()), r
+
+
+def test_beyond_the_ends_of_the_source_what_there_is_most_of_keeps_its_size() -> None:
+    """Noise at the noisy end, data at the other: c is the ratio of their scales."""
+    source, target = Flow(0.1, 0.9), VP()
+    at = matched(source, target, torch.tensor([target.t_min, target.t_max], dtype=torch.float64))
+    assert at.t.tolist() == [0.1, 0.9]
+    assert at.c.tolist() == pytest.approx([target.alpha(target.t_min) / 0.9, target.sigma(1.0) / 0.9])
 
 
 def test_a_converted_ode_ends_where_the_ode_does() -> None:
@@ -326,6 +335,30 @@ def test_a_step_gives_its_law_and_what_guidance_changes_of_it() -> None:
 
 def brightness(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(2).sum(2)
+
+
+@pytest.mark.parametrize("path", [None, TrigFlow()], ids=["linear", "trig"])
+@pytest.mark.parametrize("potential", ["diff", "max"])
+def test_feynman_kac_steering_of_a_flow_has_the_tilts_law_and_evidence(path: Any, potential: str) -> None:
+    """Weights of a mixture's components, mean and variance, and log E[exp(lam x)], which are known for a reward that is linear."""
+    lam, n = 0.9, 6000
+    law, log_z = MIXTURE.tilt([lam])
+    steering = FKSteering(
+        lambda samples: samples[..., 0], lam=lam, potential=potential, num_particles=n, ess_threshold=0.5, pick="all"
+    )
+    x, info = sample(
+        exact(Flow(0.02, 1.0)), (1, 1), solver=FlowSDE("sigma", 1.0, path=path), steps=60, steering=steering,
+        generator=rng(3), dtype=torch.float64, return_info=True,
+    )  # fmt: skip
+    w, x = info.steering.logw.softmax(1)[0], x[:, 0]
+    mean, second = w @ x, w @ x.square()
+    # Six standard errors, of fewer independent particles than there are, and the order of sixty steps of 0.02.
+    error = 6 * (law.covariance.item() / 1500) ** 0.5 + 0.02
+    assert abs(mean - law.mean.item()) < error
+    assert abs(second - mean.square() - law.covariance.item()) < 2 * error * law.covariance.item() ** 0.5
+    assert abs(w @ law.responsibilities(x[:, None])[:, 1] - law.weights[1]) < error
+    assert abs(info.steering.log_z.item() - log_z.item()) < error
+    assert abs(MIXTURE.mean.item() - law.mean.item()) > 3 * error  # which it was before
 
 
 def test_best_of_n_as_a_steering_returns_the_best_of_each_system() -> None:

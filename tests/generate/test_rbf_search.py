@@ -235,6 +235,23 @@ def test_an_end_by_the_ode_solves_it() -> None:
     assert found.reward.item() == pytest.approx(near(found.x[0]).item())
 
 
+def test_an_end_by_the_ode_begins_at_the_winners_time() -> None:
+    """That of its last draw: with a reward that is the same everywhere a chain ends at the last time but one."""
+    asked: list[float] = []
+
+    def network(x: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        asked.append(float(label[0]))
+        return velocity(x, label)
+
+    search = RolloverBudget(lambda x: 0 * x.sum(-1), 60, 4, 1, 3, "ode", generator=rng())
+    search.sample(network, Flow(), SHAPE, dtype=torch.float64)
+    begin = FlowSDE().times(Flow(), steps=4)[-2].item()
+    assert asked[-4:] == pytest.approx([begin * part for part in (1.0, 0.75, 0.5, 0.25)])
+    # A model is not asked before t_min, though the ODE ends at 0.
+    search.sample(network, Flow(0.1), SHAPE, dtype=torch.float64)
+    assert asked[-1] == 0.1
+
+
 # ----------------------------------------------------------------------------------------------------- the other searches
 
 
@@ -335,6 +352,16 @@ def test_nan_counts_as_the_worst() -> None:
     assert found.trace.step[0, 0, -1] == 2  # and it came to the last step
 
 
+def test_rewards_that_are_all_infinitely_bad_are_as_any_that_are_alike() -> None:
+    """A step's first draw is gone on from, whatever its reward."""
+    even, worst = (
+        searched(RolloverBudget(lambda x, c=c: 0 * x.sum(-1) + c, 80, 4, 2, 5, generator=rng()))
+        for c in (0.0, -math.inf)
+    )
+    assert torch.equal(even.x, worst.x)
+    assert torch.equal(even.trace.step, worst.trace.step)
+
+
 def test_scorers_decode_and_ask_in_parts() -> None:
     seen: list[int] = []
 
@@ -379,6 +406,8 @@ def test_states_of_half_precision_are_kept_in_single() -> None:
         (lambda: CoDe(near, solver=FlowSDE(norm=0.0)), "solver must add noise for CoDe"),
         (lambda: RolloverBudget(near, finish="now"), "finish must be one of"),
         (lambda: BestOfN(near).sample(Denoiser(velocity, Flow(), "flow"), VP(), SHAPE), "process must be the model's own"),
+        (lambda: BestOfN(near).sample(convert(velocity, Flow(), VP()), Flow(), SHAPE), "process must be the model's own"),
+        (lambda: convert(convert(velocity, Flow(), VP()), Flow(), VP()), "source must be the converted network's own"),
         (lambda: BestOfN(lambda x: x, 20).sample(velocity, Flow(), SHAPE), "reward must return shape"),
         (lambda: BestOfN(near, 20).sample(lambda x, t: x * torch.nan, Flow(), SHAPE), "NaN in the prediction of evaluation 1"),
         (lambda: BestOfN(near, 20).sample(velocity, Flow(), (0,)), "shape"),

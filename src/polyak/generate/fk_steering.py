@@ -366,7 +366,7 @@ class FKSteering:
     def _total(self, state: FKState, reward: Tensor, seen: Tensor, last: bool) -> Tensor:
         """The logarithm of the product of all potentials so far."""
         if last or self.potential == "diff":
-            return self._tilt(reward - state.offset)
+            return self.lam * (reward - state.offset)
         if callable(self.potential):
             made = self.potential(reward, state)
             if not isinstance(made, Tensor) or made.shape != reward.shape:
@@ -374,10 +374,7 @@ class FKSteering:
                     f"potential must return log G of shape {tuple(reward.shape)}, got {checks.shown(made)}"
                 )
             return state.total + made.to(reward)
-        return state.total + self._tilt(reward if self.potential == "rt" else seen)
-
-    def _tilt(self, reward: Tensor) -> Tensor:
-        return self.lam * reward if self.lam else torch.zeros_like(reward)
+        return state.total + self.lam * (reward if self.potential == "rt" else seen)
 
     def _reweighted(self, state: FKState, increment: Tensor) -> FKState:
         logw = state.logw + increment
@@ -406,7 +403,7 @@ class FKSteering:
         seen = reward
         if self.potential in ("max", "sum"):
             seen = torch.maximum(state.seen, reward) if self.potential == "max" else state.seen + reward
-        logw = self._tilt(reward - state.reward if self.potential == "diff" else seen)
+        logw = self.lam * (reward - state.reward if self.potential == "diff" else seen)
         if last and self.potential != "diff":
             logw = logw - state.total
         logw = torch.where(logw.isnan(), -torch.inf, logw.clamp(max=_CLAMP))

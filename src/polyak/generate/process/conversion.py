@@ -55,15 +55,19 @@ def matched(source: Process, target: Process, r: Tensor) -> Matched:
 
 
 class _Converted:
-    """A velocity in another interpolant: asks the network at the point of its own with the same signal-to-noise ratio."""
+    """A velocity in another interpolant: asks the network at the point of its own with the same signal-to-noise ratio.
+
+    Attributes:
+        process: the interpolant whose velocity it is.
+    """
 
     def __init__(self, model: Callable[[Tensor, Tensor], Tensor], source: Process, target: Process) -> None:
-        self.model, self.source, self.target = model, source, target
+        self.model, self.source, self.process = model, source, target
 
     def __call__(self, x: Tensor, label: Tensor | float) -> Tensor:
         kind = wide(x.device)
         told = torch.as_tensor(label, device=x.device)
-        at = matched(self.source, self.target, self.target.t_of_label(told.to(kind)))
+        at = matched(self.source, self.process, self.process.t_of_label(told.to(kind)))
         made = x.float() if x.dtype in _HALF else x
         own = self.source.label(at.t).to(told.dtype if told.is_floating_point() else torch.float32)
         said = self.model((made / expand(at.c, made)).to(x.dtype), own.expand(x.shape[:1]))
@@ -84,11 +88,11 @@ def convert(model: Any, source: Process, target: Process) -> Any:
             is beyond the source's ends is taken to be at its end.
 
     Returns:
-        A network of the velocity of ``target``, which is told ``target.label(t)``: in float32 for x of half precision, because the
-        predicted data divide it by small numbers. Of a Denoiser a Denoiser of ``target``.
+        A network of the velocity of ``target``, which is its ``process``, and told ``target.label(t)``: in float32 for x of half
+        precision, because the predicted data divide it by small numbers. Of a Denoiser a Denoiser of ``target``.
 
     Raises:
-        ValueError: a Denoiser of another process; noise that is not Gaussian.
+        ValueError: a Denoiser, or a converted network, of another process; noise that is not Gaussian.
 
     Example:
         >>> model = convert(lambda x, t: x, Flow(), VP())
@@ -105,4 +109,6 @@ def convert(model: Any, source: Process, target: Process) -> Any:
     for name, process in (("source", source), ("target", target)):
         if not process.is_gaussian:
             raise ValueError(f"{name} must have Gaussian noise, which {process!r} has not")
+    if isinstance(model, _Converted) and model.process != source:
+        raise ValueError(f"source must be the converted network's own, {model.process!r}, got {source!r}")
     return model if source == target else _Converted(model, source, target)
