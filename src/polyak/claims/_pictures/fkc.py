@@ -20,7 +20,7 @@ def picture():
     composed = Composed([(ExactDenoiser(law, c.PROCESS), c.BETA)])
     exact = law.power_of_modes(c.BETA)[0].weights.numpy()
     corrector = FeynmanKacCorrector("anneal", num_particles=COUNT)
-    titles = ("Composed scores alone", "Corrected", "Masses of the modes")
+    titles = ("Scores alone", "Corrected", "Masses of the modes")
     figure, (*planes, bars) = panels(3, titles=titles, height=225)
     looks = (("scores alone", None, SERIES[1], -0.2), ("corrected", corrector, SERIES[0], 0.2))
     places = np.arange(c.MODES)
