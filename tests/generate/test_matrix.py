@@ -60,12 +60,9 @@ STEERINGS: dict[str, Any] = {
     ),
 }
 
-# These go on from the best, so that their law is no tilt: tests/generate/test_rbf.py.
-GREEDY = {generate.BestOfN, generate.SVDD, generate.CoDe}
-
 # Paths between two laws, forward in a time of their own: sample() refuses them, and tests of their own solve them.
 BRIDGES = {generate.Interpolant}
-# They keep the best of each system: no law is tilted by a known amount. tests/generate/test_rbf.py runs them.
+# These go on from the best, so that their law is no tilt: tests/generate/test_rbf.py.
 SEARCHES = {generate.BestOfN, generate.CoDe, generate.SVDD}
 # Its target is a composed denoiser's: tests/generate/test_fkc.py.
 CORRECTORS = {generate.FeynmanKacCorrector}
@@ -101,7 +98,6 @@ def test_every_steering_that_is_exported_is_here() -> None:
     found = [getattr(generate, name) for name in generate.__all__]
     public = {c for c in found if inspect.isclass(c) and hasattr(c, "resamples") and c is not generate.Steering}
     assert public - {type(steering) for steering in STEERINGS.values()} - SEARCHES - CORRECTORS == set()
-    assert public - {type(steering) for steering in STEERINGS.values()} == GREEDY
 
 
 def ends(process: Any) -> tuple[float, float]:
