@@ -232,8 +232,9 @@ CLAIM = Claim(
         ),
     ),
     usage=(
-        "from polyak.generate import MarginalizationModel, MLPDual\n\n"
+        "from polyak.generate import MarginalizationModel, MLPDual\n"
         "model = MarginalizationModel(MLPDual(num_values=2, length=64, hidden=256), num_values=2, length=64)\n"
-        "log_p = model.log_marginal(x)  # x [B, 64]: 1 and 2, and 0 where nothing is known"
+        "x = model.sample(4)  # [4, 64] of values 1 and 2; yours may have 0 where nothing is known\n"
+        "log_p = model.log_marginal(x)"
     ),
 )  # fmt: skip
