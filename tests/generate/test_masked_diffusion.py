@@ -27,7 +27,7 @@ from polyak.generate import (
     TokenPrediction,
     sample,
 )
-from polyak.generate.masked_diffusion import first_hitting
+from polyak.generate.masked_diffusion import ancestral, first_hitting
 
 CHAIN = MarkovChain([0.6, 0.3, 0.1], [[0.8, 0.15, 0.05], [0.1, 0.1, 0.8], [0.45, 0.5, 0.05]])
 PROCESS = MaskedProcess(3)
@@ -222,6 +222,45 @@ def test_a_state_may_be_changed_in_place_or_be_another_tensor(solver: Solver, mo
         assert end[0, 0] == 2
         if isinstance(solver, MaskedAncestral):
             assert bool((end != 3).all()), at
+
+
+@every_solver
+def test_tokens_that_a_callback_puts_in_stay(solver: Solver) -> None:
+    def fill(step: Any) -> None:
+        if step.index == 0:
+            step.x = torch.full_like(step.x, 2)
+
+    certain = TokenDenoiser(lambda x: torch.tensor([0.0, -50.0, -50.0]).expand(*x.shape, 3), PROCESS)
+    x = sample(certain, (4, 6), solver=solver, generator=seed(), callback=fill)
+    if getattr(solver, "variant", None) != "pc":
+        assert bool((x == 2).all())
+
+
+def test_reveals_after_a_change_are_as_likely_at_each_step_that_is_left() -> None:
+    left: list[int] = []
+
+    def hide(step: Any) -> None:
+        if step.index == 0:
+            step.x = torch.full_like(step.x, 2)
+        left.append(int((step.x == 2).sum()))
+
+    sample(says(0.0, 0.0), (3000, 4), solver=MaskedAncestral(4), generator=seed(), callback=hide)
+    assert left[0] == 12_000
+    assert left[1:] == pytest.approx([8000, 4000, 0], abs=4 * math.sqrt(12_000 * 2 / 9))
+
+
+def test_a_uniform_of_0_is_a_reveal_at_the_last_step(monkeypatch: Any) -> None:
+    monkeypatch.setattr(ancestral, "uniform", lambda shape, **_: torch.zeros(shape, dtype=torch.float64))
+    left: list[int] = []
+    solver = MaskedAncestral(4)
+    sample(EXACT, (2, 3), solver=solver, generator=seed(), callback=lambda s: left.append(int((s.x == 3).sum())))
+    assert left == [6, 6, 6, 0]
+
+
+def test_draws_of_clean_data_keep_what_is_visible() -> None:
+    drawn = says(0.0, 0.0, 0.0)(PROMPT, 0.5).draw(50, generator=seed())
+    assert bool((drawn[:, PROMPT != 3] == PROMPT[PROMPT != 3]).all())
+    assert drawn[:, PROMPT == 3].unique().tolist() == [0, 1, 2]
 
 
 def test_a_step_that_was_heard_of_does_not_change_with_a_later_one() -> None:
