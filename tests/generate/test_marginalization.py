@@ -14,6 +14,7 @@ from torch import nn
 from polyak.core.exact import Ising
 from polyak.generate import MarginalizationModel, MLPDual, PersistentChain, TransformerDual
 from polyak.generate.marginalization import consistency_loss, data_loss, energy_loss
+from polyak.generate.marginalization.values import random_ranks
 
 DOUBLE = torch.float64
 D, K, MANY = 4, 3, 6000
@@ -118,6 +119,12 @@ def test_a_chains_log_p_depends_on_the_order_unless_it_is_one_law():
             assert other.log_prob(STATES, "chain", order).logsumexp(0).abs() < 1e-12
         each = torch.stack([other.log_prob(STATES, "chain", o) for o in orders])
         many = other.log_prob(STATES, "chain", 500, generator=seeded())
+        draw = seeded(1)
+        two = torch.stack(
+            [other.log_prob(STATES, "chain", random_ranks(len(STATES), D, STATES.device, draw)) for _ in "ab"]
+        )
+        mean = other.log_prob(STATES, "chain", 2, generator=seeded(1))
+    torch.testing.assert_close(mean, two.exp().mean(0).log(), rtol=0, atol=1e-12)  # of probabilities, not of log p
     torch.testing.assert_close(many, each.logsumexp(0) - math.log(24), rtol=0, atol=5 * each.std(0).max() / 500**0.5)
 
 
@@ -178,7 +185,9 @@ def test_what_is_given_stays_and_the_rest_is_of_the_conditional_law():
     drawn = one.sample(len(rows), rows, generator=seeded())
     assert ((drawn == rows) | (rows == 0)).all()
     assert (drawn > 0).all()
-    assert torch.equal(one.sample(2, STATES[:2]), STATES[:2])
+    whole = one.sample(2, STATES[:2])
+    assert torch.equal(whole, STATES[:2])
+    assert whole.data_ptr() != STATES.data_ptr()
     assert one.sample(0).shape == (0, D)
 
 
@@ -226,6 +235,7 @@ def test_a_chain_erases_so_many_positions_of_each_row_and_goes_to_the_law():
     assert close_to(chain.x, torch.full((K**D,), -D * math.log(K), dtype=DOUBLE))
     chain.refresh(one, 2, generator=seeded(1))
     assert [(seen == 0).sum(1).unique().tolist() for seen in net.calls] == [[2], [1]]
+    assert len((net.calls[0] == 0).unique(dim=0)) == 6  # each row has positions of its own
     assert not close_to(chain.x, one.net.log_p)
     for seed in range(8):
         chain.refresh(one, 2, generator=seeded(10 + seed))
@@ -262,6 +272,28 @@ def test_the_loss_of_consistency_is_d_times_the_mean_over_orders_and_steps():
         got = consistency_loss(one, x.expand(n, -1), seeded(), log_z=one.f(torch.zeros_like(x))[0])
     errors = torch.tensor(errors)
     assert got.item() == pytest.approx(D * errors.mean().item(), abs=5 * D * errors.std().item() / n**0.5)
+
+
+class Raised(Law):
+    """f is one more where so many positions are known."""
+
+    known = 0
+
+    def forward(self, x):
+        f, logits = super().forward(x)
+        return f + ((x > 0).sum(1) == self.known), logits
+
+
+@pytest.mark.parametrize(("known", "steps"), [(0, 1), (1, 2), (D - 1, 2), (D, 1)])
+def test_every_step_has_its_part_in_the_loss_of_consistency(known, steps):
+    net = Raised(FLAT)
+    net.known = known
+    with torch.no_grad():
+        got = consistency_loss(
+            MarginalizationModel(net, K, D), STATES.repeat(100, 1), seeded(), log_z=float(known == 0)
+        )
+    part = steps / D  # of D steps, each of error 1
+    assert got.item() == pytest.approx(steps, abs=5 * D * math.sqrt(part * (1 - part) / (100 * K**D)))
 
 
 def test_both_marginals_and_the_conditional_have_the_gradient_of_consistency():
@@ -426,6 +458,29 @@ def test_a_network_says_of_each_row_what_it_says_of_it_alone(name, dtype):
         assert one.log_prob(STATES, "chain", 2, generator=seeded()).logsumexp(0).isfinite()
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32])
+def test_values_may_be_whole_numbers_of_any_type(kind):
+    one, x = mlp(), STATES.to(kind)
+    assert torch.equal(one.log_prob(x), one.log_prob(STATES))
+    assert torch.equal(one.log_prob(x, "chain", torch.arange(D)), one.log_prob(STATES, "chain", torch.arange(D)))
+    assert torch.equal(data_loss(one, x, seeded()), data_loss(one, STATES, seeded()))
+    assert one.sample(2, x[0] % 2, generator=seeded()).dtype == torch.long
+
+
+def test_a_transformers_positions_and_its_first_token_are_in_their_places():
+    """Without attention each position's logits are of its own value, and f is of none."""
+    net = networks(DOUBLE)["transformer"]
+    with torch.no_grad():
+        for layer in net.body.layers:
+            layer.self_attn.out_proj.weight.zero_()
+        f, logits = net(PARTIAL)
+        assert f.std() < 1e-12
+        for j in range(D):
+            same = torch.stack([logits[PARTIAL[:, j] == v, j].std(0).max() for v in range(K + 1)])
+            assert same.max() < 1e-12
+            assert logits[:, j].std(0).max() > 1e-3
+
+
 def test_a_perceptron_is_that_of_the_paper():
     net = networks(DOUBLE)["mlp"]
     x = torch.tensor([[0, 3, 1, 2]])
@@ -472,8 +527,13 @@ def test_an_energy_is_learned_and_its_marginals_with_it():
     with torch.no_grad():
         error = one.log_marginal(x).double() - law.log_marginal(torch.where(x == 0, 0, 2 * x - 3))
         full = states((1, 2), 4)
-        log_p, exact = one.log_prob(full, "chain").double(), law.log_prob(2 * full - 3)
-    assert (log_p.exp() * (log_p - exact)).sum() < 0.05
+        exact = law.log_prob(2 * full - 3)
+        orders = [torch.tensor(order) for order in itertools.permutations(range(4))]
+        log_p = torch.stack([one.log_prob(full, "chain", order).double() for order in orders])
+    # A law for each order; of an order for each row there would be none, and its divergence might be negative.
+    divergences = (log_p.exp() * (log_p - exact)).sum(1)
+    assert divergences.min() >= 0
+    assert divergences.mean() < 0.05
     assert error.abs().mean() < 0.2
 
 

@@ -27,7 +27,7 @@ from polyak.generate import (
     TokenPrediction,
     sample,
 )
-from polyak.generate.masked_diffusion import first_hitting
+from polyak.generate.masked_diffusion import ancestral, first_hitting
 
 CHAIN = MarkovChain([0.6, 0.3, 0.1], [[0.8, 0.15, 0.05], [0.1, 0.1, 0.8], [0.45, 0.5, 0.05]])
 PROCESS = MaskedProcess(3)
@@ -96,6 +96,10 @@ def test_one_call_draws_every_token_by_itself() -> None:
     x, info = sample(EXACT, (20_000, 2), solver=FirstHitting(steps=1), generator=seed(), return_info=True)
     assert info.nfe == 1
     assert abs(chi_square(x, joint.sum(1)[:, None] * joint.sum(0))) < 4
+    for asked in ({"steps": 1}, {"nfe": 1}, {"grid": [1.0, 0.0]}):
+        again, info = sample(EXACT, (20_000, 2), solver=FirstHitting(), generator=seed(), return_info=True, **asked)
+        assert info.nfe == 1, asked
+        assert torch.equal(again, x)
 
 
 def test_as_many_calls_as_masks_are_first_hitting_bit_for_bit() -> None:
@@ -192,6 +196,82 @@ def test_visible_tokens_stay_and_no_mask_is_left(solver: Solver) -> None:
     if getattr(solver, "variant", None) != "pc":
         for before, after in itertools.pairwise(states):
             assert torch.equal(after[before != 3], before[before != 3])
+
+
+@every_solver
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_state_may_be_changed_in_place_or_be_another_tensor(solver: Solver, mode: Any) -> None:
+    """At any step, with or without a reveal: a token is put in, and another is hidden again."""
+
+    def run(at: int, in_place: bool) -> tuple[Tensor, Tensor]:
+        def edit(step: Any) -> None:
+            if step.index == at:
+                new = step.x.clone()
+                new[0, 0], new[0, 1] = 2, 3
+                step.x = step.x.copy_(new) if in_place else new
+
+        with mode():
+            start = PROMPT.clone()
+            end = sample(EXACT, start, solver=solver, generator=seed(), callback=edit)
+            return start, end
+
+    for at in range(3):
+        (start, end), (_, other) = run(at, True), run(at, False)
+        assert torch.equal(end, other), at
+        assert torch.equal(start, PROMPT), "the start stays as it is"
+        assert end[0, 0] == 2
+        if isinstance(solver, MaskedAncestral):
+            assert bool((end != 3).all()), at
+
+
+@every_solver
+def test_tokens_that_a_callback_puts_in_stay(solver: Solver) -> None:
+    def fill(step: Any) -> None:
+        if step.index == 0:
+            step.x = torch.full_like(step.x, 2)
+
+    certain = TokenDenoiser(lambda x: torch.tensor([0.0, -50.0, -50.0]).expand(*x.shape, 3), PROCESS)
+    x = sample(certain, (4, 6), solver=solver, generator=seed(), callback=fill)
+    if getattr(solver, "variant", None) != "pc":
+        assert bool((x == 2).all())
+
+
+def test_reveals_after_a_change_are_as_likely_at_each_step_that_is_left() -> None:
+    left: list[int] = []
+
+    def hide(step: Any) -> None:
+        if step.index == 0:
+            step.x = torch.full_like(step.x, 2)
+        left.append(int((step.x == 2).sum()))
+
+    sample(says(0.0, 0.0), (3000, 4), solver=MaskedAncestral(4), generator=seed(), callback=hide)
+    assert left[0] == 12_000
+    assert left[1:] == pytest.approx([8000, 4000, 0], abs=4 * math.sqrt(12_000 * 2 / 9))
+
+
+def test_a_uniform_of_0_is_a_reveal_at_the_last_step(monkeypatch: Any) -> None:
+    monkeypatch.setattr(ancestral, "uniform", lambda shape, **_: torch.zeros(shape, dtype=torch.float64))
+    left: list[int] = []
+    solver = MaskedAncestral(4)
+    sample(EXACT, (2, 3), solver=solver, generator=seed(), callback=lambda s: left.append(int((s.x == 3).sum())))
+    assert left == [6, 6, 6, 0]
+
+
+def test_draws_of_clean_data_keep_what_is_visible() -> None:
+    drawn = says(0.0, 0.0, 0.0)(PROMPT, 0.5).draw(50, generator=seed())
+    assert bool((drawn[:, PROMPT != 3] == PROMPT[PROMPT != 3]).all())
+    assert drawn[:, PROMPT == 3].unique().tolist() == [0, 1, 2]
+
+
+def test_a_step_that_was_heard_of_does_not_change_with_a_later_one() -> None:
+    kept: list[Any] = []
+
+    def edit(step: Any) -> None:
+        step.x[0, 0] = step.index % 2
+        kept.append((step.x, step.x.clone()))
+
+    sample(EXACT, (1, 2), solver=MaskedAncestral(8), generator=seed(), callback=edit)
+    assert all(torch.equal(x, then) for x, then in kept)
 
 
 @every_solver
@@ -417,7 +497,7 @@ def test_every_solver_of_tokens_is_here() -> None:
     [
         (lambda: sample(EXACT, (2, 4), solver=FirstHitting(steps=5)), "steps must be at most the 4 positions, got 5"),
         (lambda: sample(EXACT, (2, 4), solver=FirstHitting(), steps=5), "steps must be at most"),
-        (lambda: sample(EXACT, (2, 4), solver=FirstHitting(), steps=1), r"FirstHitting\(steps=1\)"),
+        (lambda: FirstHitting().times(PROCESS, steps=1), r"FirstHitting\(steps=1\)"),
         (lambda: sample(EXACT, (2, 4), solver=FirstHitting(steps=2), steps=3), "steps must be the solver's own, 2"),
         (lambda: sample(EXACT, (2, 4), solver=MaskedAncestral(2), steps=3), "steps must be the solver's own, 2"),
         (lambda: sample(EXACT, (2, 4), solver=MaskedAncestral()), "give either steps or nfe"),

@@ -57,6 +57,11 @@ def test_the_ends_of_the_uniform_draw_no_impossible_token(u: float, precision: s
     assert d.categorical(torch.zeros(3, 1), precision=precision).tolist() == [0, 0, 0]
 
 
+def test_a_device_whose_uniform_is_1_draws_a_token_that_there_is(monkeypatch: Any) -> None:
+    monkeypatch.setattr(d, "uniform", lambda shape, **_: torch.ones(shape, dtype=torch.float64))
+    assert d.categorical(torch.tensor([[0.3, 0.2, -math.inf]])).item() == 1
+
+
 @pytest.mark.parametrize(("u", "token"), [(5e-13, 0), (2e-12, 1), (1 - 2e-12, 1), (1 - 5e-13, 2)])
 def test_float64_keeps_what_single_precision_rounds_away(u: float, token: int, monkeypatch: Any) -> None:
     monkeypatch.setattr(d, "uniform", lambda shape, **_: torch.full(shape, u, dtype=torch.float64))
@@ -173,6 +178,8 @@ def test_a_schedule_its_slope_and_its_inverse(schedule: Any) -> None:
     assert torch.allclose(process.t_of_alpha(process.alpha(t)), t, atol=1e-9)
     slope = (process.alpha(t + 1e-6) - process.alpha(t - 1e-6)) / 2e-6
     assert torch.allclose(process.dalpha(t), slope, rtol=1e-6, atol=1e-9)
+    late = torch.tensor([1 - 1e-6], dtype=torch.float64)
+    assert (1 - process.t_of_alpha(process.alpha(late))).item() == pytest.approx(1e-6, rel=1e-6)
     assert process.alpha(0.0) == pytest.approx(1.0, abs=1e-15)
     assert process.alpha(1.0) == pytest.approx(1e-3 if schedule == "loglinear" else 0.0, abs=1e-15)
     assert process == MaskedProcess(3, schedule=schedule) != MaskedProcess(4, schedule=schedule)
@@ -275,6 +282,10 @@ def test_the_loss_of_a_denoiser_and_its_gradient() -> None:
     assert net.weight.grad[3].abs().sum() > 0
     hidden = MaskedProcess(3).corrupt(x0, n=d.stratified_counts(6, 4, generator=(g := seed())), generator=g) == 3
     assert torch.allclose(told[0], hidden.float().mean(1))  # under the linear schedule
+    cosine = MaskedProcess(3, schedule="cosine")
+    denoiser = TokenDenoiser(denoiser.model, cosine, told="time")
+    cosine.nelbo(denoiser, x0, generator=seed())
+    assert torch.allclose(1 - cosine.alpha(told[1].double()).float(), hidden.float().mean(1), atol=1e-6)
     impossible = MaskedProcess(2).nelbo(
         lambda x: torch.tensor([0.0, -math.inf]).expand(*x.shape, 2), torch.zeros(4, 3).long()
     )
@@ -284,28 +295,39 @@ def test_the_loss_of_a_denoiser_and_its_gradient() -> None:
 # -- decoding
 
 
+class Bert:
+    """Called, and configured, as a ``*ForMaskedLM`` model of transformers is; what it says depends on what may be read."""
+
+    config = SimpleNamespace(vocab_size=11, mask_token_id=None)
+
+    def __init__(self) -> None:
+        self.read: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        self.read.append(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
+        seen = (input_ids * self.read[-1]).sum(1, keepdim=True)
+        return SimpleNamespace(logits=(seen[..., None] * torch.arange(11) * 0.3).sin().expand(*input_ids.shape, 11))
+
+
 def test_a_masked_language_model_fills_masks_and_goes_on() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
-        max_position_embeddings=12,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    bert = transformers.BertForMaskedLM(config).eval()
+    bert = Bert()
     prompt = torch.tensor([[1, 4, 2, 10], [0, 5, 10, 10]])
     read = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
     out = generate_masked(bert, prompt, 3, mask_token_id=10, attention_mask=read, generator=seed())
     assert out.shape == (2, 7)
     assert torch.equal(out[:, :4][prompt != 10], prompt[prompt != 10])
     assert out.max() < 10
-    assert torch.equal(
-        generate_masked(bert, prompt[:, :3].clone().clamp(max=9), mask_token_id=10), prompt[:, :3].clamp(max=9)
-    )
+    assert len(bert.read) == 5
+    assert all(torch.equal(said, torch.cat([read, torch.ones(2, 3).long()], 1)) for said in bert.read)
+    whole = prompt.clamp(max=9)
+    assert torch.equal(generate_masked(bert, whole, mask_token_id=10), whole)
+    bert.read.clear()
     three = FirstHitting(steps=3, temperature=0.0)
-    calls: list[int] = []
-    bert.register_forward_hook(lambda *_: calls.append(1))
     generate_masked(bert, prompt, 3, mask_token_id=10, solver=three, callback=lambda s: None, generator=seed())
-    assert len(calls) == 3
+    assert len(bert.read) == 3
+    steered = generate_masked(bert, prompt, 3, mask_token_id=10, attention_mask=read, steering=Best(), generator=seed())
+    assert steered.shape == (2, 7)
+    assert bert.read[-1][:, 0].tolist() == [1, 1, 0, 0]  # a row for each copy
 
 
 class Best:

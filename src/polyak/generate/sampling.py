@@ -193,9 +193,12 @@ def sample(
     process = _process_of(denoiser, process)
     _check_parts(denoiser, process, solver, guidance, steering, corrector)
     if isinstance(grid, str) or grid is None:
+        asked = nfe if steps is None else steps
+        solver = solver if asked is None else solver.with_steps(asked)
         times = _times(process, solver, steps, nfe, grid)
     elif steps is None and nfe is None:
         times = process.check_times(grid)
+        solver = solver.with_steps(len(times) - 1)
     else:
         raise ValueError("grid holds the times; leave out steps and nfe")
     if isinstance(x_T_or_shape, Step):
@@ -407,9 +410,9 @@ class _Loop:
         if self.callback is not None:
             # Copies: the run goes on in its own.
             step.guidance, step.steering = copy.deepcopy((self.evaluator.state, self.steered))
-            x = step.x
+            x, before = step.x, _version(step.x)
             self.callback(step)
-            if step.x is not x:
+            if step.x is not x or not _same(x, before):
                 change = Change(step.x, None if change is None else change.ancestors)
         return change
 
@@ -443,6 +446,15 @@ class _Loop:
             return None
         step.x, step.mean = x, None if step.mean is None or ancestors is None else step.mean.index_select(0, ancestors)
         return Change(x, ancestors)
+
+
+def _version(x: Tensor) -> int | Tensor:
+    """What tells whether x is changed in place: its counter of writes, or a copy where it has none."""
+    return x.clone() if x.is_inference() else x._version
+
+
+def _same(x: Tensor, before: int | Tensor) -> bool:
+    return torch.equal(x, before) if isinstance(before, Tensor) else x._version == before
 
 
 def _log_ratio(step: Step, evaluator: Evaluator) -> Tensor | None:

@@ -133,6 +133,10 @@ class Solver:
         shown = (f"{f.name}={getattr(self, f.name)!r}" for f in options if getattr(self, f.name) != f.default)
         return f"{type(self).__name__}({', '.join(shown)})"
 
+    def with_steps(self, steps: int) -> Solver:
+        """The solver to use where so many steps are asked for: itself, unless :meth:`run` could not tell from its times."""
+        return self
+
     def times(
         self, process: ProbabilityPath, *, steps: int | None = None, nfe: int | None = None, grid: str | None = None
     ) -> Tensor:

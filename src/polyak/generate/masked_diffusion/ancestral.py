@@ -93,9 +93,8 @@ class MaskedAncestral(Solver):
             elif wanted and most[i]:
                 new, changed = self._reveal(x, p, at == i, most[i], generator), True
             else:
-                new, changed = x, False
-            if changed:
-                x, p = new, None
+                new, changed = x.clone(), False  # whoever hears of the step may write in it
+            x, p = new, None if changed else p
             last = i == steps - 1
             change = yield Step(x, times[i], times[i + 1], i, last, memory=Reveals(i + 1, at))
             if change is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -69,7 +69,7 @@ class FirstHitting(Solver):
         ValueError: order 2 without a variant, or a variant of order 1. While it runs: more steps than positions.
 
     ``sample`` needs neither ``steps`` nor ``nfe`` with it; ``steps=`` there is the same as here. Without either it counts the
-    masks first, and waits once for the device to do so.
+    masks first, and waits once for the device to do so. Masks are counted at the start: those that a callback puts back stay.
     """
 
     steps: int | None = None
@@ -94,6 +94,9 @@ class FirstHitting(Solver):
     @property
     def history(self) -> int:  # type: ignore[override]
         return self.order - 1
+
+    def with_steps(self, steps: int) -> FirstHitting:
+        return replace(self, steps=steps) if self.steps is None else self
 
     def times(
         self, process: ProbabilityPath, *, steps: int | None = None, nfe: int | None = None, grid: str | None = None
