@@ -255,8 +255,8 @@ CLAIM = Claim(
     ),
     usage=(
         "from polyak.particles import LinearGaussian, ParisParticleGibbs\n"
-        "model = LinearGaussian(0.97, Q=0.2, R=0.3)  # y, of shape (60,), say: model.simulate(60)[1]\n"
+        "model = LinearGaussian(0.97, Q=0.2, R=0.3)\n"
         "smoother = ParisParticleGibbs(model, lambda x, x_next, t: x * x_next, n=32)\n"
-        "estimate, path, per_sweep = smoother.run(y)  # of E[sum_t x_t x_{t+1} | y]"
+        "estimate, path, per_sweep = smoother.run(model.simulate(60)[1])  # of E[sum_t x_t x_{t+1} | y]"
     ),
 )  # fmt: skip

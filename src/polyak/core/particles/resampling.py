@@ -31,7 +31,7 @@ def resample(
 
     | scheme | offspring of a particle | shape of ``u`` |
     | --- | --- | --- |
-    | "multinomial" | independent draws, variance ``n W (1 - W)`` | (*batch, n) |
+    | "multinomial" | independent draws | (*batch, n) |
     | "stratified" | within 2 of ``n W`` | (*batch, n) |
     | "systematic" | ``n W`` rounded down or up | (*batch) |
     | "residual" | ``n W`` rounded down, and multinomial draws of the rest | (*batch, n) |
